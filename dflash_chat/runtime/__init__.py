@@ -1,0 +1,1 @@
+"""The embedded engine: target, drafter, caches, and the process that runs them."""

@@ -1,0 +1,324 @@
+"""The DFlash drafter (arXiv 2602.06036; z-lab's checkpoint layout) and its context cache.
+
+One forward over [anchor, MASK × (block − 1)] proposes block − 1 tokens. Every layer attends to keys and
+values projected from the *target's* hidden states of all committed tokens, plus the block itself. Only
+that projected context is ever kept, so a rejected draft never dirties it. Embedding and head are the
+target's, lent by reference; drafted tokens are verified, so a cheaper copy of the head is lossless.
+
+The config is read as raw JSON: transformers' Qwen3Config would silently drop the sliding window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dflash_chat.errors import CheckpointError
+from dflash_chat.runtime import layers, quant
+from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.quant import Packed
+
+_IGNORED_KEYS = frozenset(
+    "architectures auto_map attention_dropout bos_token_id dtype eos_token_id initializer_range "
+    "max_window_layers model_type pad_token_id tie_word_embeddings torch_dtype transformers_version "
+    "use_cache use_sliding_window".split()
+)
+_KNOWN_KEYS = _IGNORED_KEYS | frozenset(
+    "attention_bias block_size dflash_config head_dim hidden_act hidden_size intermediate_size "
+    "is_causal layer_types max_position_embeddings num_attention_heads num_hidden_layers "
+    "num_key_value_heads num_target_layers rms_norm_eps rope_parameters rope_scaling rope_theta "
+    "sliding_window vocab_size".split()
+)
+_KNOWN_DFLASH_KEYS = frozenset("block_size causal mask_token_id target_layer_ids".split())
+
+
+@dataclass(frozen=True)
+class Config:
+    """Geometry of a drafter. `windows[i]` is layer i's sliding window (0: full attention);
+    `causal[i]` says whether its block rows look only backwards."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    windows: tuple[int, ...]
+    causal: tuple[bool, ...]
+    num_target_layers: int | None
+    vocab_size: int | None
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Drafter layers."""
+        return len(self.windows)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Config:
+        """Read config.json. Raises CheckpointError for unreadable JSON and for what `from_raw` refuses."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a readable drafter config ({error})") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: a drafter config must be a JSON object")
+        return cls.from_raw(raw)
+
+    @classmethod
+    def from_raw(cls, raw: Mapping[str, Any]) -> Config:
+        """Read a published config, refusing unknown keys and unsupported values by name."""
+        dflash = raw.get("dflash_config")
+        if not isinstance(dflash, dict):
+            raise CheckpointError("drafter config: dflash_config is missing")
+        unknown = sorted(set(raw) - _KNOWN_KEYS)
+        unknown += sorted(f"dflash_config.{key}" for key in set(dflash) - _KNOWN_DFLASH_KEYS)
+        if unknown:
+            raise CheckpointError(
+                f"drafter config: unknown keys {', '.join(unknown)}",
+                "a key this runtime does not know may change what the drafter computes",
+            )
+        if "target_layer_ids" not in dflash:
+            raise CheckpointError("drafter config: dflash_config.target_layer_ids is missing")
+        try:
+            return cls._read(raw, dflash)
+        except KeyError as missing:
+            raise CheckpointError(f"drafter config: key {missing} is missing") from missing
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"drafter config: {error}") from error
+
+    @classmethod
+    def _read(cls, raw: Mapping[str, Any], dflash: Mapping[str, Any]) -> Config:
+        for key, supported in (("hidden_act", "silu"), ("attention_bias", False)):
+            if raw.get(key, supported) != supported:
+                raise ValueError(f"{key} = {raw[key]!r} is not supported")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope scaling {kind!r} is not supported")
+        layer_types = raw.get("layer_types") or ["full_attention"] * int(raw["num_hidden_layers"])
+        if len(layer_types) != int(raw["num_hidden_layers"]):
+            raise ValueError("layer_types and num_hidden_layers disagree")
+        for name in layer_types:
+            if name not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"layer type {name!r} is not supported")
+        windows = tuple(
+            int(raw["sliding_window"]) if name == "sliding_attention" else 0 for name in layer_types
+        )
+        everywhere = raw.get("is_causal", dflash.get("causal"))
+        causal = tuple(w > 0 if everywhere is None else bool(everywhere) for w in windows)
+        heads = int(raw["num_attention_heads"])
+        taps = tuple(int(i) for i in dflash["target_layer_ids"])
+        depth = raw.get("num_target_layers")
+        if not taps or min(taps) < 0 or (depth is not None and max(taps) >= int(depth)):
+            raise ValueError(f"target_layer_ids {list(taps)} do not fit {depth} target layers")
+        block = int(raw["block_size"] if "block_size" in raw else dflash["block_size"])
+        if block < 2:
+            raise ValueError(f"block_size {block} leaves nothing to draft")
+        return cls(
+            hidden_size=int(raw["hidden_size"]),
+            intermediate_size=int(raw["intermediate_size"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(raw["num_key_value_heads"]),
+            head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"]),
+            block_size=block,
+            mask_token_id=int(dflash["mask_token_id"]),
+            target_layer_ids=taps,
+            windows=windows,
+            causal=causal,
+            num_target_layers=None if depth is None else int(depth),
+            vocab_size=None if raw.get("vocab_size") is None else int(raw["vocab_size"]),
+        )
+
+    def tensor_shapes(self, target_hidden: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor of `model.safetensors`, by its published name."""
+        hidden, inner, dim = self.hidden_size, self.intermediate_size, self.head_dim
+        q_rows, kv_rows = self.num_attention_heads * dim, self.num_key_value_heads * dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (hidden, len(self.target_layer_ids) * target_hidden),
+            "hidden_norm.weight": (hidden,),
+            "norm.weight": (hidden,),
+        }
+        for i in range(self.num_hidden_layers):
+            at = f"layers.{i}."
+            shapes |= {
+                at + "input_layernorm.weight": (hidden,),
+                at + "post_attention_layernorm.weight": (hidden,),
+                at + "self_attn.q_proj.weight": (q_rows, hidden),
+                at + "self_attn.k_proj.weight": (kv_rows, hidden),
+                at + "self_attn.v_proj.weight": (kv_rows, hidden),
+                at + "self_attn.o_proj.weight": (hidden, q_rows),
+                at + "self_attn.q_norm.weight": (dim,),
+                at + "self_attn.k_norm.weight": (dim,),
+                at + "mlp.gate_proj.weight": (inner, hidden),
+                at + "mlp.up_proj.weight": (inner, hidden),
+                at + "mlp.down_proj.weight": (hidden, inner),
+            }
+        return shapes
+
+
+class Layer:
+    """One drafter layer's block half; its context half lives in `Drafter._project`."""
+
+    def __init__(self, config: Config, at: str, packed: Mapping[str, Packed], device: torch.device,
+                 dtype: torch.dtype, window: int, causal: bool) -> None:  # fmt: skip
+        def linear(*names: str) -> Packed:
+            parts = [packed[f"{at}{name}.weight"] for name in names]
+            return quant.cat(parts).to(device, dtype)
+
+        def norm(name: str) -> layers.RMSNorm:
+            weight = packed[f"{at}{name}.weight"].dequantize(dtype).flatten()
+            return layers.RMSNorm(weight.to(device), config.rms_norm_eps)
+
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.window, self.causal = config.head_dim, window, causal
+        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o_proj = linear("self_attn.o_proj")
+        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
+        self.down_proj = linear("mlp.down_proj")
+        self.input_layernorm = norm("input_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        q_norm, k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
+        self.qk_weight = torch.cat(  # [H+G, D], one row per head
+            [q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.groups, -1)]
+        ).contiguous()
+        self.k_norm_weight = k_norm.weight
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Tensor, rope: layers.Rope, cache: KVCache, index: int) -> Tensor:
+        """x: [B, C] → [B, C]; the block's keys and values stay provisional for good."""
+        rows = x.shape[0]
+        qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [B, H+2G, D]
+        qk = qkv[:, : self.heads + self.groups]
+        qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_weight
+        q, k = rope(qk, cache.length).split((self.heads, self.groups), 1)
+        v = qkv[:, self.heads + self.groups :]
+        keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
+        mask = self._mask(rows, cache.length, x.device)
+        x = x + self.o_proj.matmul(layers.attention(q, keys, values, mask))
+        gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))
+        return x + self.down_proj.matmul(layers.gated_silu(gate_up))
+
+    def _mask(self, rows: int, past: int, device: torch.device) -> Tensor | None:
+        """[B, past+B] of bool, or None where every row sees the whole context and the whole block."""
+        if self.causal:
+            return layers.causal_mask(rows, past, self.window, device)
+        if self.window == 0:
+            return None
+        query = torch.arange(past, past + rows, device=device)[:, None]
+        key = torch.arange(past + rows, device=device)[None]
+        return key > query - self.window
+
+
+class Drafter:
+    """Proposes blocks; follows the target's committed tokens through `observe`.
+
+    `embed` maps ids [T] to the target's (scaled) input embeddings, `head` maps normed states to logits.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        packed: Mapping[str, Packed],
+        embed: Callable[[Tensor], Tensor],
+        head: Packed,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config, self.embed, self.head = config, embed, head
+        self.layers = [
+            Layer(config, f"layers.{i}.", packed, device, dtype, window, causal)
+            for i, (window, causal) in enumerate(zip(config.windows, config.causal, strict=True))
+        ]
+
+        def vector(name: str) -> Tensor:
+            return packed[name].dequantize(dtype).flatten().to(device)
+
+        self.fc = packed["fc.weight"].to(device, dtype)
+        self.hidden_norm = layers.RMSNorm(vector("hidden_norm.weight"), config.rms_norm_eps)
+        self.norm = layers.RMSNorm(vector("norm.weight"), config.rms_norm_eps)
+        self.context_kv = quant.cat(  # keys and values of every layer in one projection
+            [
+                packed[f"layers.{i}.self_attn.{name}.weight"]
+                for name in ("k_proj", "v_proj")
+                for i in range(config.num_hidden_layers)
+            ]
+        ).to(device, dtype)
+        self.context_k_norm = torch.stack([layer.k_norm_weight for layer in self.layers])[:, None]
+        frequencies = layers.inverse_frequencies(config.head_dim, config.rope_theta)
+        self.rope = layers.Rope(frequencies, capacity, dtype, device)
+        self.cache = KVCache(
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, capacity, dtype, device
+        )  # fmt: skip
+        self._pending: list[Tensor] = []  # observed features that are not projected yet
+        self._block = torch.full((config.block_size,), config.mask_token_id, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the drafter's own matrices (the head is counted by its owner)."""
+        parts = [self.fc, self.context_kv]
+        for layer in self.layers:
+            parts += [layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj]
+        return sum(part.nbytes for part in parts)
+
+    @property
+    def length(self) -> int:
+        """Tokens observed: the context cache's rows and those waiting for projection."""
+        return self.cache.length + sum(len(features) for features in self._pending)
+
+    def observe(self, features: Tensor) -> None:
+        """The next committed tokens' tapped hidden states, [T, K·C], in order and without a hole.
+
+        Projection waits for the next `draft` or `flush`, so that plain decoding does not pay for it.
+        """
+        self._pending.append(features)
+
+    def flush(self) -> None:
+        """Project everything observed into the context cache."""
+        if self._pending:
+            pending, self._pending = torch.cat(self._pending), []
+            self._project(pending)
+
+    def truncate(self, n: int) -> None:
+        """Forget every token from n on."""
+        if n < self.length:
+            self.flush()
+            self.cache.truncate(n)
+
+    def draft(self, anchor: int | Tensor, n: int) -> Tensor:
+        """The n ≤ block − 1 tokens proposed to follow `anchor`, int64 [n].
+
+        The whole trained block is always run, since a shorter one shifts the distribution; only the
+        first n rows go through the head.
+        """
+        self.flush()
+        self._block[0] = anchor
+        x = self.embed(self._block)  # [B, C]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.rope, self.cache, i)
+        return self.head.matmul(self.norm(x[1 : n + 1])).argmax(-1)
+
+    def _project(self, features: Tensor) -> None:
+        """Context keys and values of all layers from features [T, K·C], committed at once."""
+        c, rows = self.config, len(features)
+        shape = (rows, 2 * c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
+        context = self.hidden_norm(self.fc.matmul(features))  # [T, C]
+        k, v = self.context_kv.matmul(context).view(shape).chunk(2, 1)  # [T, L, G, D] each
+        k = F.rms_norm(k, (c.head_dim,), None, c.rms_norm_eps) * self.context_k_norm
+        k = self.rope(k.flatten(1, 2), self.cache.length).view(k.shape)
+        for i in range(c.num_hidden_layers):
+            self.cache.write(i, k[:, i].transpose(0, 1), v[:, i].transpose(0, 1))
+        self.cache.commit(rows)

@@ -1,0 +1,226 @@
+"""The generate loop: prefill, then draft → verify → accept → commit. Read this file first.
+
+Invariant between steps: the target's cache, the drafter's context and `log` hold the same n tokens,
+and one more token, the anchor, is chosen but in none of them.
+
+    prompt ──prefill──▶ n tokens in both caches, first anchor from the last row
+    anchor ──draft────▶ d1 … dk                         (drafter: one forward)
+    verify  [anchor, d1 … dk] ─▶ k+1 rows, each choosing the token that follows it   (target: one forward)
+    accept  the longest prefix d1 … da that the rows chose themselves
+    commit(a + 1)     anchor and accepted drafts stay; row a's choice is the bonus, the next anchor
+
+Token ids only: the engine knows no text, no templates and no processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dflash_chat.errors import UsageError
+from dflash_chat.runtime.api import SamplingParams, StepStats
+from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.sampling import Sampler, accepted
+from dflash_chat.runtime.timing import StepTimer
+
+PREFILL_CHUNK = 512  # rows per prefill forward; bounds activations, and cancellation waits for one chunk
+
+
+class Target(Protocol):
+    """What the engine needs of an architecture (see `models/llama.py`)."""
+
+    device: torch.device
+
+    def forward(
+        self, ids: Tensor, cache: KVCache, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, C] and tapped features [T, K·C] of a provisional block ids [T]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of hidden states [T, C]."""
+
+
+class BlockDrafter(Protocol):
+    """What the engine needs of a drafter (see `drafter.py`)."""
+
+    @property
+    def length(self) -> int:
+        """Tokens observed so far."""
+
+    def observe(self, features: Tensor) -> None:
+        """The next committed tokens' features [T, K·C]."""
+
+    def flush(self) -> None:
+        """Project what was observed."""
+
+    def truncate(self, n: int) -> None:
+        """Forget every token from n on."""
+
+    def draft(self, anchor: int, n: int) -> Tensor:
+        """n proposed tokens, int64 [n]."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """`done` of `total` prompt tokens are in the caches; `cached` of them were there before."""
+
+    cached: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Committed tokens of one verify pass, or the first token (`stats` None). `reason` ends the answer."""
+
+    tokens: tuple[int, ...]
+    stats: StepStats | None
+    reason: str = ""
+
+
+class Engine:
+    """One target, its drafter and their caches; one sequence at a time.
+
+    `draft_tokens` is how many drafted tokens a verify pass carries. `taps` are the target layers the
+    drafter observes. Closing the generator between steps is safe: every yield is a consistent state.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        cache: KVCache,
+        drafter: BlockDrafter | None,
+        taps: Sequence[int],
+        draft_tokens: int,
+        stop_ids: frozenset[int],
+    ) -> None:
+        self.target, self.cache, self.drafter = target, cache, drafter
+        self.taps = tuple(taps) if drafter is not None else ()
+        self.draft_tokens = draft_tokens
+        self.stop_ids = stop_ids
+        self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, draft: bool = True
+    ) -> Iterator[Prefilled | Step]:
+        """Answer `prompt`. Raises UsageError if it is empty or leaves no room in the context."""
+        if not prompt or len(prompt) >= self.cache.capacity:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, the context holds {self.cache.capacity}",
+                "shorten it, start a new chat, or load with a larger -o ctx",
+            )
+        sampler = Sampler(params, prompt)
+        last_hidden = yield from self._prefill(prompt)
+        chosen = sampler.choose(self.target.logits(last_hidden), _no_tokens(self.target.device))
+        step = self._clip([int(chosen[0])], None, sampler)
+        yield step
+        timer = StepTimer(self.target.device)
+        while not step.reason:
+            step = self._step(step.tokens[-1], sampler, timer, draft)
+            yield step
+
+    def _prefill(self, prompt: Sequence[int]) -> Iterator[Prefilled]:
+        """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C]."""
+        cached = self._reuse(prompt)
+        hidden = torch.empty(0)
+        yield Prefilled(cached, cached, len(prompt))
+        for begin in range(cached, len(prompt), PREFILL_CHUNK):
+            ids = list(prompt[begin : begin + PREFILL_CHUNK])
+            hidden, features = self.target.forward(self._tensor(ids), self.cache, self.taps)
+            self._commit(ids, features)
+            if self.drafter is not None:
+                self.drafter.flush()
+            yield Prefilled(cached, begin + len(ids), len(prompt))
+        return hidden[-1:]
+
+    def _reuse(self, prompt: Sequence[int]) -> int:
+        """Cut both caches back to the common prefix; at least one prompt token is always read again."""
+        held = min(len(self.log), self.cache.length, len(prompt) - 1)
+        if self.drafter is not None:
+            held = min(held, self.drafter.length)
+        n = 0
+        while n < held and self.log[n] == prompt[n]:
+            n += 1
+        self.cache.truncate(n)
+        del self.log[n:]
+        if self.drafter is not None:
+            self.drafter.truncate(n)
+        return n
+
+    def _step(self, anchor: int, sampler: Sampler, timer: StepTimer, draft: bool) -> Step:
+        """One draft–verify cycle; without drafting (or room for it) a plain decoding step."""
+        timer.start()
+        room = self.cache.capacity - self.cache.length
+        width = min(self.draft_tokens, room - 1) if draft and self.drafter is not None else 0
+        block = self._tensor([anchor])
+        drafted = block[:0]
+        if width > 0:
+            assert self.drafter is not None
+            drafted = self.drafter.draft(anchor, width)
+            block = torch.cat([block, drafted])
+        timer.mark("draft")
+        hidden, features = self.target.forward(block, self.cache, self.taps)
+        logits = self.target.logits(hidden)
+        timer.mark("verify")
+        rows = torch.cat([drafted, sampler.choose(logits, drafted)]).tolist()  # the step's only sync
+        timer.mark("sample")
+        proposals, choices = rows[:width], rows[width:]
+        n = accepted(proposals, choices)
+        self._commit([anchor, *proposals[:n]], features[: n + 1])
+        ms = timer.read()
+        stats = StepStats(
+            drafted=width,
+            accepted=n,
+            committed=n + 1,
+            draft_ms=ms["draft"],
+            verify_ms=ms["verify"],
+            sample_ms=ms["sample"],
+            host_ms=ms["host"],
+            context_tokens=self.cache.length,
+        )
+        return self._clip(choices[: n + 1], stats, sampler)
+
+    def _commit(self, ids: list[int], features: Tensor) -> None:
+        """The first len(ids) rows of the block become context of target, drafter and log."""
+        self.cache.commit(len(ids))
+        if self.drafter is not None:
+            self.drafter.observe(features)
+        self.log += ids
+
+    def _clip(self, tokens: list[int], stats: StepStats | None, sampler: Sampler) -> Step:
+        """End the answer at a stop id, the token budget or the end of the context, whichever is first."""
+        budget = sampler.params.max_tokens - sampler.length
+        reason = ""
+        for i, token in enumerate(tokens[:budget]):
+            if token in self.stop_ids:
+                tokens, reason = tokens[: i + 1], "stop"
+                break
+        else:
+            if len(tokens) >= budget:
+                tokens, reason = tokens[:budget], "length"
+            elif self.cache.length >= self.cache.capacity:
+                reason = "context"
+        sampler.accept(tokens)
+        if stats is not None and len(tokens) < stats.committed:
+            stats = _clipped(stats, len(tokens))
+        return Step(tuple(tokens), stats, reason)
+
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.target.device)
+
+
+def _clipped(stats: StepStats, committed: int) -> StepStats:
+    """The stats of a pass of which only the first tokens belong to the answer."""
+    return StepStats(
+        stats.drafted, min(stats.accepted, committed), committed, stats.draft_ms, stats.verify_ms,
+        stats.sample_ms, stats.host_ms, stats.context_tokens,
+    )  # fmt: skip
+
+
+def _no_tokens(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)

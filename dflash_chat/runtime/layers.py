@@ -1,0 +1,87 @@
+"""The blocks that every architecture and the drafter are composed of. Batch 1: no batch dimension.
+
+Letters: T tokens of the block, S visible rows, H query heads, G kv heads, D head dim, C hidden.
+Knows arithmetic only; caches and weights come in as arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RMSNorm:
+    """x · w / rms(x) over the last dimension, accumulated in fp32."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rope:
+    """Rotary positions, half-rotate over the whole head dimension (Su et al., arXiv 2104.09864).
+
+    The tables hold every position up to the capacity: cos and signed sin, [S, 1, D]. The sign of the
+    rotated half is folded into the sine, so that applying them is a roll and a fused multiply-add.
+    """
+
+    def __init__(
+        self, inv_freq: Tensor, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        angles = torch.outer(torch.arange(capacity, dtype=torch.float64), inv_freq.double())
+        sign = torch.cat([-torch.ones_like(inv_freq), torch.ones_like(inv_freq)])
+        self.cos = angles.cos().repeat(1, 2)[:, None].to(device, dtype)  # [S, 1, D]
+        self.sin = (angles.sin().repeat(1, 2) * sign)[:, None].to(device, dtype)  # [S, 1, D]
+
+    def __call__(self, x: Tensor, start: int) -> Tensor:
+        """Rotate x [T, heads, D] whose first row stands at position `start`."""
+        rows, half = x.shape[0], x.shape[-1] // 2
+        cos, sin = self.cos[start : start + rows], self.sin[start : start + rows]
+        return torch.addcmul(x * cos, x.roll(half, -1), sin)
+
+
+def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """Plain rotary frequencies, fp64 [D/2]."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def causal_mask(rows: int, past: int, window: int, device: torch.device) -> Tensor | None:
+    """[T, past+T] of bool: True where row i may look. None when every row sees everything.
+
+    `window` counts the row itself (0: no window): row at position p sees positions ≥ p − (window − 1).
+    """
+    if rows == 1 and (window == 0 or past < window):
+        return None
+    query = torch.arange(past, past + rows, device=device)[:, None]
+    key = torch.arange(past + rows, device=device)[None]
+    mask = key <= query
+    return mask if window == 0 else mask & (key > query - window)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention of one block. q: [T, H, D]; k, v: [G, S, D]; returns [T, H·D].
+
+    The query heads of a group are stacked as rows of that group's kv head, so that keys and values
+    are read once and never repeated.
+    """
+    rows, heads, dim = q.shape
+    groups = k.shape[0]
+    share = heads // groups
+    packed = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
+    if mask is not None:
+        mask = mask.repeat(share, 1)  # [H/G·T, S]
+    out = F.scaled_dot_product_attention(
+        packed.reshape(1, groups, share * rows, dim), k[None], v[None], attn_mask=mask
+    )
+    out = out.view(groups, share, rows, dim).permute(2, 0, 1, 3)  # [T, G, H/G, D]
+    return out.reshape(rows, heads * dim)
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of a fused projection: [T, 2I] → [T, I]."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up

@@ -1,0 +1,218 @@
+"""Llama: pre-norm, grouped-query attention, gated SiLU (`model_type` "llama", as transformers ships it).
+
+Tensor names are the checkpoint's. Knows one forward; knows neither sampling nor drafting, except that
+`taps` names the layers whose outputs somebody wants to see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dflash_chat.errors import CheckpointError
+from dflash_chat.runtime import layers, quant
+from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.quant import Packed
+
+
+@dataclass(frozen=True)
+class Config:
+    """Geometry of one checkpoint. `rope` is the raw rope-scaling object, or empty."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: Mapping[str, Any]
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> Config:
+        """Read a raw config.json. Raises CheckpointError naming a missing key or unsupported value."""
+        for key, supported in (
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("mlp_bias", False),
+        ):
+            if raw.get(key, supported) != supported:
+                raise CheckpointError(f"llama config: {key} = {raw[key]!r} is not supported")
+        try:
+            heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            return cls(
+                hidden_size=hidden,
+                intermediate_size=int(raw["intermediate_size"]),
+                num_hidden_layers=int(raw["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(raw["num_key_value_heads"]),
+                head_dim=int(raw.get("head_dim") or hidden // heads),
+                vocab_size=int(raw["vocab_size"]),
+                rms_norm_eps=float(raw["rms_norm_eps"]),
+                rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"]),
+                max_position_embeddings=int(raw["max_position_embeddings"]),
+                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                rope=dict(rope),
+            )
+        except KeyError as missing:
+            raise CheckpointError(f"llama config: key {missing} is missing") from missing
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the checkpoint must hold."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q_rows = self.num_attention_heads * self.head_dim
+        kv_rows = self.num_key_value_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            "model.norm.weight": (hidden,),
+        }
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        for i in range(self.num_hidden_layers):
+            at = f"model.layers.{i}."
+            shapes |= {
+                at + "input_layernorm.weight": (hidden,),
+                at + "post_attention_layernorm.weight": (hidden,),
+                at + "self_attn.q_proj.weight": (q_rows, hidden),
+                at + "self_attn.k_proj.weight": (kv_rows, hidden),
+                at + "self_attn.v_proj.weight": (kv_rows, hidden),
+                at + "self_attn.o_proj.weight": (hidden, q_rows),
+                at + "mlp.gate_proj.weight": (inner, hidden),
+                at + "mlp.up_proj.weight": (inner, hidden),
+                at + "mlp.down_proj.weight": (hidden, inner),
+            }
+        return shapes
+
+    def inverse_frequencies(self) -> Tensor:
+        """Rotary frequencies, fp64 [D/2], with Llama 3's long-context scaling where the config asks."""
+        plain = layers.inverse_frequencies(self.head_dim, self.rope_theta)
+        kind = self.rope.get("rope_type", self.rope.get("type", "default"))
+        if kind == "default":
+            return plain
+        if kind != "llama3":
+            raise CheckpointError(f"llama config: rope scaling {kind!r} is not supported")
+        factor, low, high, original = (
+            float(self.rope[key])
+            for key in (
+                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+            )
+        )  # fmt: skip
+        turns = original * plain / (2 * math.pi)  # rotations within the original context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return plain / factor * (1 - blend) + plain * blend
+
+
+class Layer:
+    """One decoder layer with fused q/k/v and gate/up projections."""
+
+    def __init__(self, config: Config, at: str, packed: Mapping[str, Packed], device: torch.device,
+                 dtype: torch.dtype) -> None:  # fmt: skip
+        def linear(*names: str) -> Packed:
+            parts = [packed[f"{at}{name}.weight"] for name in names]
+            return quant.cat(parts).to(device, dtype)
+
+        def norm(name: str) -> layers.RMSNorm:
+            weight = packed[f"{at}{name}.weight"].dequantize(dtype).flatten()
+            return layers.RMSNorm(weight.to(device), config.rms_norm_eps)
+
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o_proj = linear("self_attn.o_proj")
+        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
+        self.down_proj = linear("mlp.down_proj")
+        self.input_layernorm = norm("input_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+
+    def __call__(
+        self, x: Tensor, rope: layers.Rope, cache: KVCache, index: int, mask: Tensor | None
+    ) -> Tensor:
+        """x: [T, C] → [T, C]; writes the block's keys and values into the cache."""
+        rows = x.shape[0]
+        qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [T, H+2G, D]
+        turned = rope(qkv[:, : self.heads + self.groups], cache.length)  # [T, H+G, D]
+        q, k = turned.split((self.heads, self.groups), 1)
+        v = qkv[:, self.heads + self.groups :]  # [T, G, D]
+        keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
+        x = x + self.o_proj.matmul(layers.attention(q, keys, values, mask))
+        gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))  # [T, 2I]
+        return x + self.down_proj.matmul(layers.gated_silu(gate_up))
+
+
+class Target:
+    """A loaded Llama."""
+
+    def __init__(
+        self,
+        config: Config,
+        packed: Mapping[str, Packed],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.embed_tokens = packed["model.embed_tokens.weight"].to(device, dtype)
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self.lm_head = (
+            self.embed_tokens if config.tie_word_embeddings else packed[head].to(device, dtype)
+        )
+        self.layers = [
+            Layer(config, f"model.layers.{i}.", packed, device, dtype)
+            for i in range(config.num_hidden_layers)
+        ]
+        norm = packed["model.norm.weight"].dequantize(dtype).flatten().to(device)
+        self.norm = layers.RMSNorm(norm, config.rms_norm_eps)
+        self.rope = layers.Rope(config.inverse_frequencies(), capacity, dtype, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the projections, embedding and head."""
+        parts = [self.embed_tokens]
+        if self.lm_head is not self.embed_tokens:
+            parts.append(self.lm_head)
+        for layer in self.layers:
+            parts += [layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj]
+        return sum(part.nbytes for part in parts)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for this geometry."""
+        c = self.config
+        return KVCache(
+            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, capacity, self.dtype, self.device
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [T, C] of ids [T]."""
+        return self.embed_tokens.rows(ids)
+
+    def forward(
+        self, ids: Tensor, cache: KVCache, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Run a block behind the committed rows; the caller decides what to commit.
+
+        ids: [T]. Returns the final normed hidden states [T, C] and the tapped features [T, K·C]: the
+        residual stream after each whole layer of `taps`, in that order.
+        """
+        x = self.embed(ids)  # [T, C]
+        mask = layers.causal_mask(len(ids), cache.length, 0, self.device)
+        tapped: dict[int, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.rope, cache, i, mask)
+            if i in taps:
+                tapped[i] = x
+        features = torch.cat([tapped[i] for i in taps], -1) if taps else x[:, :0]
+        return self.norm(x), features
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [T, V] of normed hidden states [T, C]."""
+        return self.lm_head.matmul(hidden)

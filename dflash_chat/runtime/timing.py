@@ -1,0 +1,53 @@
+"""Where a step's time goes, without a synchronisation of its own.
+
+On CUDA the marks are events, read after the step's one device-to-host copy has waited for them
+anyway; on the CPU they are clock readings. The only file that makes events.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class StepTimer:
+    """Milliseconds between marks of one step: start, then one mark at the end of each part."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._started = time.perf_counter()
+        self._marks = []
+        self.mark("start")
+
+    def mark(self, part: str) -> None:
+        """The part of this name ends here."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds by part, and "host": what of the wall time no part explains.
+
+        On CUDA every mark must have completed, which the step's own copy to the host ensures.
+        """
+        wall_ms = (time.perf_counter() - self._started) * 1000
+        parts: dict[str, float] = {}
+        for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
+            if isinstance(begin, float) and isinstance(end, float):
+                ms = (end - begin) * 1000
+            else:
+                assert not isinstance(begin, float)
+                assert not isinstance(end, float)
+                ms = begin.elapsed_time(end)
+            parts[part] = parts.get(part, 0.0) + ms
+        parts["host"] = max(0.0, wall_ms - sum(parts.values()))
+        return parts

@@ -1,0 +1,331 @@
+"""What is installed where, and how it gets there: `installed`, `ensure`, `verify`, `remove`.
+
+A manifest beside the weights is the mark of a finished pull: it lists every file with its size, and
+for the hashed ones the time of the last check, so that starting up costs a few stat calls. Weights
+from the package index live in our own cache folder; those from the hub stay in the hub's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_dir
+
+from dflash_chat import fetch
+from dflash_chat.errors import AccessError, CheckpointError, DiskError, UserError
+from dflash_chat.fetch import Report
+from dflash_chat.pairs import HubSource, Pair, PyPISource, Source
+
+_STAGING = ".staging-"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A pair that is complete on this machine. `target` is the GGUF file or the snapshot folder."""
+
+    pair: Pair
+    source: Source
+    target: Path
+    drafter: Path
+    bytes: int
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """A report for those who do not care."""
+
+
+def cache_dir() -> Path:
+    """Only what may be deleted: DFLASH_CHAT_CACHE, or the platform's cache folder."""
+    chosen = os.environ.get("DFLASH_CHAT_CACHE")
+    return Path(chosen).expanduser().absolute() if chosen else Path(user_cache_dir("dflash-chat"))
+
+
+def installed(pair: Pair, source: str = "") -> Installed | None:
+    """The first complete source of the pair, or the one named. Looks at sizes only; no network."""
+    sources = (pair.source(source),) if source else pair.sources
+    for candidate in sources:
+        manifest = _Manifest.read(pair, candidate)
+        if manifest and not manifest.damage():
+            return manifest.installed(pair, candidate)
+    return None
+
+
+def ensure(pair: Pair, source: str = "", report: Report = quiet, check: bool = False) -> Installed:
+    """The pair, fetched first if need be. `check` hashes everything, however recently checked.
+
+    Sources are tried in the pair's order; why one failed is reported before the next is tried.
+    Files that are damaged, or changed and no longer what they should be, are fetched again.
+    """
+    sources = (pair.source(source),) if source else pair.sources
+    for candidate in sources:
+        if found := _healthy(pair, candidate, report, check):
+            return found
+    with _disk(cache_dir()), _lock(pair, report):
+        _remove_stale(pair)
+        for candidate in sources:  # another process may have fetched it while we waited
+            if found := _healthy(pair, candidate, quiet, check=False):
+                return found
+        return _first_that_works(pair, sources, report)
+
+
+def verify(found: Installed, report: Report = quiet) -> None:
+    """Hash every file with a known hash; CheckpointError if one is not what it should be."""
+    manifest = _Manifest.read(found.pair, found.source)
+    wrong = (
+        manifest.damage() or manifest.changed(report, check=True) if manifest else "is not there"
+    )
+    if wrong:
+        raise CheckpointError(f"{found.pair.name}: {wrong}", hint="fetch it again with `pull`")
+
+
+def remove(pair: Pair) -> int:
+    """Delete the pair's weights, from every source; returns the bytes that became free."""
+    freed = 0
+    with _disk(cache_dir()), _lock(pair, quiet, wait=False):
+        for source in pair.sources:
+            manifest = _Manifest.read(pair, source)
+            if manifest and isinstance(source, HubSource):
+                freed += _remove_snapshot(Path(manifest.folder))
+        folder = _folder(pair)
+        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if folder.exists():
+            shutil.rmtree(folder)
+    return freed
+
+
+# ── the manifest ────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class _Manifest:
+    """`files`: name → bytes, sha256 ("" if unknown) and mtime_ns at the last good check."""
+
+    path: Path
+    identity: str
+    folder: str
+    files: dict[str, dict[str, Any]]
+    fetched: str
+
+    @classmethod
+    def read(cls, pair: Pair, source: Source) -> _Manifest | None:
+        """The manifest of a finished pull of exactly this source; None for anything else."""
+        path = _folder(pair) / f"{source.kind}.json"
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            manifest = cls(path, **body)
+            if manifest.identity != _identity(source):
+                return None
+            if isinstance(source, PyPISource):
+                manifest.folder = str(path.parent)  # the cache folder may have been moved
+            sizes = [entry["bytes"] + entry["mtime_ns"] for entry in manifest.files.values()]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return manifest if sizes else None
+
+    @classmethod
+    def create(cls, pair: Pair, source: Source, folder: Path) -> _Manifest:
+        """For files that were just fetched and checked."""
+        hashes = (
+            {source.file_name: source.sha256} if isinstance(source, PyPISource) else source.sha256
+        )
+        names = (
+            [source.file_name]
+            if isinstance(source, PyPISource)
+            else sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        )
+        files = {
+            name: {
+                "bytes": (stat := (folder / name).stat()).st_size,
+                "sha256": hashes.get(name, ""),
+                "mtime_ns": stat.st_mtime_ns,
+            }
+            for name in names
+        }
+        path = _folder(pair) / f"{source.kind}.json"
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(path, _identity(source), str(folder), files, now)
+
+    def write(self) -> None:
+        """Replace the file on disk in one step."""
+        body = {key: value for key, value in vars(self).items() if key != "path"}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(f".{os.getpid()}.tmp")
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(body, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self.path)
+
+    def installed(self, pair: Pair, source: Source) -> Installed:
+        total = sum(entry["bytes"] for entry in self.files.values())
+        folder = Path(self.folder)
+        target = folder / source.file_name if isinstance(source, PyPISource) else folder
+        return Installed(pair, source, target, pair.drafter.path, total)
+
+    def damage(self) -> str:
+        """What is missing or has the wrong size, in words; "" if nothing."""
+        for name, entry in self.files.items():
+            try:
+                size = (Path(self.folder) / name).stat().st_size
+            except OSError:
+                return f"{name} is missing"
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+        return ""
+
+    def changed(self, report: Report, check: bool) -> str:
+        """Hash what was touched since its last check (`check`: everything); "" if all is well."""
+        checked = False
+        for name, entry in self.files.items():
+            path = Path(self.folder) / name
+            mtime_ns = path.stat().st_mtime_ns
+            if not entry["sha256"] or (mtime_ns == entry["mtime_ns"] and not check):
+                continue
+            if fetch.sha256(path, report) != entry["sha256"]:
+                return f"{name} does not have the sha256 it should"
+            entry["mtime_ns"] = mtime_ns
+            checked = True
+        if checked:
+            self.write()
+        return ""
+
+
+def _identity(source: Source) -> str:
+    """What must not have changed in the catalogue since the pull."""
+    if isinstance(source, PyPISource):
+        return f"{source.package}=={source.version} {source.sha256}"
+    return f"{source.repo}@{source.revision}"
+
+
+def _folder(pair: Pair) -> Path:
+    return cache_dir() / "models" / pair.name
+
+
+# ── fetching ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _healthy(pair: Pair, source: Source, report: Report, check: bool) -> Installed | None:
+    """What is installed and stands the checks; what does not is reported and counts as absent."""
+    manifest = _Manifest.read(pair, source)
+    if manifest is None:
+        return None
+    with _disk(_folder(pair)):
+        wrong = manifest.damage() or manifest.changed(report, check)
+        if wrong:
+            report(f"{wrong}: refused, fetching it again", 0, 0)
+            manifest.path.unlink(missing_ok=True)
+            return None
+    return manifest.installed(pair, source)
+
+
+def _first_that_works(pair: Pair, sources: tuple[Source, ...], report: Report) -> Installed:
+    failures: list[UserError] = []
+    for source in sources:
+        if failures:
+            report(f"{failures[-1].message}; trying {source}", 0, 0)
+        try:
+            return _fetch(pair, source, report)
+        except DiskError:
+            raise
+        except UserError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    reasons = "; ".join(
+        f"{source.kind}: {error.message}" for source, error in zip(sources, failures, strict=True)
+    )
+    kind = next((type(error) for error in failures if isinstance(error, AccessError)), UserError)
+    hint = next((error.hint for error in failures if error.hint), "check the network")
+    raise kind(f"could not fetch {pair.name}: {reasons}", hint=hint)
+
+
+def _fetch(pair: Pair, source: Source, report: Report) -> Installed:
+    if isinstance(source, HubSource):
+        folder = _checked_snapshot(source, report)
+    else:
+        folder = _folder(pair)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=_STAGING, dir=folder, ignore_cleanup_errors=True
+        ) as staging:
+            fresh = fetch.from_index(source, Path(staging), report)
+            os.replace(fresh, folder / source.file_name)
+    manifest = _Manifest.create(pair, source, folder)
+    manifest.write()
+    return manifest.installed(pair, source)
+
+
+def _checked_snapshot(source: HubSource, report: Report) -> Path:
+    """The snapshot with its hashes checked; a bad copy in the hub's cache is fetched once more."""
+    for again in (False, True):
+        folder = fetch.from_hub(source, report, again)
+        wrong = [
+            name
+            for name, expected in source.sha256.items()
+            if not (folder / name).exists() or fetch.sha256(folder / name, report) != expected
+        ]
+        if not wrong:
+            return folder
+        if not again:
+            report(f"{wrong[0]} is not what it should be: refused, fetching it again", 0, 0)
+    raise CheckpointError(f"{', '.join(wrong)} from {source.repo}: the sha256 differs")
+
+
+def _remove_snapshot(folder: Path) -> int:
+    """Delete one revision from the hub's cache; files that another revision uses stay."""
+    from huggingface_hub import scan_cache_dir
+
+    plan = scan_cache_dir().delete_revisions(folder.name)
+    plan.execute()
+    return plan.expected_freed_size
+
+
+def _remove_stale(pair: Pair) -> None:
+    """Under the lock no other pull runs, so a staging folder belongs to one that was killed."""
+    for stale in _folder(pair).glob(f"{_STAGING}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def _lock(pair: Pair, report: Report, wait: bool = True) -> Iterator[None]:
+    """One pull per pair at a time, across processes; freed by the kernel when we die."""
+    path = cache_dir() / "models" / f"{pair.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(f"{pair.name} is being fetched by another process") from None
+            if not told:
+                report(f"another process is fetching {pair.name}; waiting for it", 0, 0)
+                told = True
+            time.sleep(0.1)
+        yield
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """A full, read-only or forbidden disk becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise DiskError(
+            f"cannot write {where}: {error.strerror or error}",
+            hint="free some space, or point DFLASH_CHAT_CACHE at another folder",
+        ) from error

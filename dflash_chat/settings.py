@@ -1,0 +1,162 @@
+"""What the command line may set, parsed and checked: `-o key=value` becomes frozen dataclasses.
+
+Knows the keys, their types and their ranges. Knows neither pairs, nor files, nor the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from dflash_chat.errors import UsageError
+from dflash_chat.runtime.api import EngineOptions, SamplingParams
+
+DEFAULT_PAIR = "smollm2-135m"
+SOURCES = ("pypi", "hub")
+_SEED_LIMIT = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything `-o` can say. `source` "" means the pair's own order."""
+
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineOptions = EngineOptions()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class OnceArgs:
+    """`dflash-chat --once`: `prompt` already holds what came through stdin."""
+
+    prompt: str
+    pair: str = DEFAULT_PAIR
+    system: str = ""
+    settings: Settings = Settings()
+    draft: bool = True
+    stats: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class ChatArgs:
+    """`dflash-chat` without `--once`: what the TUI starts with."""
+
+    pair: str = DEFAULT_PAIR
+    system: str = ""
+    settings: Settings = Settings()
+    draft: bool = True
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """`dflash-chat bench`. `prompts` None takes the built-in ones; `limit` 0 takes all of them."""
+
+    pair: str = DEFAULT_PAIR
+    prompts: Path | None = None
+    settings: Settings = Settings()
+    limit: int = 0
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class _Number:
+    """Range of one key; `above` excludes the lower end."""
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.high == _SEED_LIMIT:
+            return f"{kind}, {self.low} or more"
+        return f"{kind} {'above' if self.above else 'from'} {self.low} up to {self.high}"
+
+    def read(self, text: str) -> float | int | None:
+        """The value, or None if `text` is no such number."""
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            return None
+        return value if self.holds(value) else None
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in the range (NaN never does)."""
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+
+SAMPLING_RANGES = {
+    "temperature": _Number(0, 5),
+    "top_k": _Number(0, 1_000_000, whole=True),
+    "top_p": _Number(0, 1, above=True),
+    "min_p": _Number(0, 1),
+    "repetition_penalty": _Number(0, 10, above=True),
+    "presence_penalty": _Number(-2, 2),
+    "frequency_penalty": _Number(-2, 2),
+    "max_tokens": _Number(1, 1_000_000, whole=True),
+    "seed": _Number(0, _SEED_LIMIT, whole=True),
+}
+_ENGINE_RANGES = {
+    "ctx": ("context_tokens", _Number(16, 1_048_576, whole=True)),
+    "k": ("draft_tokens", _Number(1, 64, whole=True)),
+    "threads": ("threads", _Number(1, 1024, whole=True)),
+}
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "fp32", "bf16"),
+    "source": SOURCES,
+}
+KEYS = (*SAMPLING_RANGES, "stop", *_ENGINE_RANGES, *_CHOICES)
+
+
+def parse_options(options: Iterable[str], sampling: SamplingParams = SamplingParams()) -> Settings:
+    """Settings from `key=value` texts on top of `sampling`; the last one wins, `stop` adds up."""
+    settings = Settings(sampling=sampling)
+    for option in options:
+        key, equals, value = option.partition("=")
+        key = key.strip().lower().replace("-", "_")
+        if not equals:
+            raise UsageError(f"-o {option}: expected key=value", hint=f"keys: {', '.join(KEYS)}")
+        settings = _set(settings, key, value)
+    return settings
+
+
+def _set(settings: Settings, key: str, value: str) -> Settings:
+    if key == "stop":
+        if not value:
+            raise UsageError("-o stop: the text must not be empty")
+        stop = (*settings.sampling.stop, value)
+        return replace(settings, sampling=replace(settings.sampling, stop=stop))
+    if key in SAMPLING_RANGES:
+        number = _number(key, value, SAMPLING_RANGES[key])
+        return replace(settings, sampling=replace(settings.sampling, **{key: number}))  # type: ignore[arg-type]
+    if key in _ENGINE_RANGES:
+        field, limits = _ENGINE_RANGES[key]
+        number = _number(key, value, limits)
+        return replace(settings, engine=replace(settings.engine, **{field: number}))  # type: ignore[arg-type]
+    if key in _CHOICES:
+        choice = value.strip().lower()
+        if choice not in _CHOICES[key]:
+            raise UsageError(f"-o {key}={value}: expected one of {', '.join(_CHOICES[key])}")
+        if key == "source":
+            return replace(settings, source=choice)
+        return replace(settings, engine=replace(settings.engine, **{key: choice}))  # type: ignore[arg-type]
+    raise UsageError(f"-o {key}: no such key", hint=suggest(key, KEYS))
+
+
+def _number(key: str, text: str, limits: _Number) -> float | int:
+    value = limits.read(text.strip())
+    if value is None:
+        raise UsageError(f"-o {key}={text}: expected {limits}")
+    return value
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The hint after a misspelt word: the nearest three, or all there are."""
+    names = list(known)
+    near = get_close_matches(word.lower(), names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from dflash_chat.fetch import Report
 from dflash_chat.pairs import HubSource, Pair, PyPISource, Source
 
 _STAGING = ".staging-"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ def remove(pair: Pair) -> int:
         if folder.exists():
             shutil.rmtree(folder)
     return freed
+
+
+def _remark(text: str, report: Report) -> None:
+    """Something worth keeping on the screen: it is logged, and stands as a stage for a while."""
+    log.warning(text)
+    report(text, 0, 0)
 
 
 # ── the manifest ────────────────────────────────────────────────────────────────────────────────
@@ -223,7 +232,7 @@ def _healthy(pair: Pair, source: Source, report: Report, check: bool) -> Install
     with _disk(_folder(pair)):
         wrong = manifest.damage() or manifest.changed(report, check)
         if wrong:
-            report(f"{wrong}: refused, fetching it again", 0, 0)
+            _remark(f"{wrong}: refused, fetching it again", report)
             manifest.path.unlink(missing_ok=True)
             return None
     return manifest.installed(pair, source)
@@ -233,7 +242,7 @@ def _first_that_works(pair: Pair, sources: tuple[Source, ...], report: Report) -
     failures: list[UserError] = []
     for source in sources:
         if failures:
-            report(f"{failures[-1].message}; trying {source}", 0, 0)
+            _remark(f"{failures[-1].message}; trying {source}", report)
         try:
             return _fetch(pair, source, report)
         except DiskError:
@@ -278,7 +287,7 @@ def _checked_snapshot(source: HubSource, report: Report) -> Path:
         if not wrong:
             return folder
         if not again:
-            report(f"{wrong[0]} is not what it should be: refused, fetching it again", 0, 0)
+            _remark(f"{wrong[0]} is not what it should be: refused, fetching it again", report)
     raise CheckpointError(f"{', '.join(wrong)} from {source.repo}: the sha256 differs")
 
 
@@ -312,7 +321,7 @@ def _lock(pair: Pair, report: Report, wait: bool = True) -> Iterator[None]:
                 if not wait:
                     raise UserError(f"{pair.name} is being fetched by another process") from None
             if not told:
-                report(f"another process is fetching {pair.name}; waiting for it", 0, 0)
+                _remark(f"another process is fetching {pair.name}; waiting for it", report)
                 told = True
             time.sleep(0.1)
         yield

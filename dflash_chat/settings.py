@@ -120,7 +120,9 @@ def parse_options(options: Iterable[str], sampling: SamplingParams = SamplingPar
         key, equals, value = option.partition("=")
         key = key.strip().lower().replace("-", "_")
         if not equals:
-            raise UsageError(f"-o {option}: expected key=value", hint=f"keys: {', '.join(KEYS)}")
+            raise UsageError(
+                f"option {option!r}: expected key=value", hint=f"keys: {', '.join(KEYS)}"
+            )
         settings = _set(settings, key, value)
     return settings
 
@@ -128,8 +130,9 @@ def parse_options(options: Iterable[str], sampling: SamplingParams = SamplingPar
 def _set(settings: Settings, key: str, value: str) -> Settings:
     if key == "stop":
         if not value:
-            raise UsageError("-o stop: the text must not be empty")
-        stop = (*settings.sampling.stop, value)
+            raise UsageError("option stop: the text must not be empty")
+        text = value.replace("\\n", "\n").replace("\\t", "\t")
+        stop = (*settings.sampling.stop, text)
         return replace(settings, sampling=replace(settings.sampling, stop=stop))
     if key in SAMPLING_RANGES:
         number = _number(key, value, SAMPLING_RANGES[key])
@@ -141,17 +144,17 @@ def _set(settings: Settings, key: str, value: str) -> Settings:
     if key in _CHOICES:
         choice = value.strip().lower()
         if choice not in _CHOICES[key]:
-            raise UsageError(f"-o {key}={value}: expected one of {', '.join(_CHOICES[key])}")
+            raise UsageError(f"option {key}={value}: expected one of {', '.join(_CHOICES[key])}")
         if key == "source":
             return replace(settings, source=choice)
         return replace(settings, engine=replace(settings.engine, **{key: choice}))  # type: ignore[arg-type]
-    raise UsageError(f"-o {key}: no such key", hint=suggest(key, KEYS))
+    raise UsageError(f"there is no option {key!r}", hint=suggest(key, KEYS))
 
 
 def _number(key: str, text: str, limits: _Number) -> float | int:
     value = limits.read(text.strip())
     if value is None:
-        raise UsageError(f"-o {key}={text}: expected {limits}")
+        raise UsageError(f"option {key}={text}: expected {limits}")
     return value
 
 

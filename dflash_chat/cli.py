@@ -1,0 +1,353 @@
+"""The command line: what can be typed, what it becomes, and how errors and exit codes leave.
+
+Answers and listings go to stdout, everything else to stderr. Parsing imports nothing heavy: each
+command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dflash_chat import __version__, completion
+from dflash_chat.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_OTHER,
+    UnknownModelError,
+    UsageError,
+    UserError,
+)
+from dflash_chat.settings import (
+    DEFAULT_PAIR,
+    KEYS,
+    SOURCES,
+    BenchArgs,
+    ChatArgs,
+    OnceArgs,
+    parse_options,
+    suggest,
+)
+
+_ASK_ABOVE_BYTES = 1_000_000_000
+_EXIT_CODES = """\
+exit codes:
+  0    ok
+  1    something else went wrong
+  2    wrong usage
+  3    no access: token missing or wrong, terms not accepted
+  4    unknown model, or not installed and not to be fetched
+  5    does not fit, or no supported GPU
+  6    disk full or not writable
+  7    the engine crashed
+  130  interrupted
+"""
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error becomes one line and a hint."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 still gets its answer
+    _set_up_logging()
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+    except UserError as error:
+        _complain(error.message, error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader left. Python flushes once more at exit; that must not fail aloud either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OTHER
+    except Exception as error:  # a bug: one line for the person, the traceback on demand
+        log.debug("unexpected", exc_info=True)
+        _complain(f"{type(error).__name__}: {error}", "set DFLASH_CHAT_LOG=debug for the traceback")
+        return EXIT_OTHER
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        words = [word for word in completion.words(parser) if word.startswith("-")]
+        raise UsageError(f"unknown argument {unknown[0]!r}", hint=suggest(unknown[0], words))
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def _complain(message: str, hint: str) -> None:
+    print(f"dflash-chat: {' '.join(message.split())}", file=sys.stderr)
+    if hint:
+        print(f"  {hint}", file=sys.stderr)
+
+
+def _set_up_logging() -> None:
+    """Remarks of ours go to stderr; DFLASH_CHAT_LOG=debug (or info) shows everybody's."""
+    level = os.environ.get("DFLASH_CHAT_LOG", "").upper()
+    if level in ("DEBUG", "INFO"):
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    else:
+        logging.basicConfig(level=logging.WARNING, format="dflash-chat: %(message)s")
+
+
+# ── what can be typed ───────────────────────────────────────────────────────────────────────────
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing a usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"see {self.prog} --help"
+        if "invalid choice" in message and "COMMAND" in message:
+            hint += '; to ask something: dflash-chat --once "…"'
+        raise UsageError(message, hint=hint)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar; completion is generated from it."""
+    parser = _Parser(
+        prog="dflash-chat",
+        description="Chat in the terminal with a local model, drafted by DFlash.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_chat)
+    parser.add_argument("--version", action="version", version=f"dflash-chat {__version__}")
+    parser.add_argument(
+        "--once",
+        metavar="PROMPT",
+        nargs="?",
+        const="",
+        help="answer one prompt on stdout and exit; what comes through stdin is put before it",
+    )
+    _add_model(parser, DEFAULT_PAIR)
+    parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
+    _add_options(parser)
+    parser.add_argument("--seed", metavar="N", help="same as -o seed=N")
+    parser.add_argument("--no-draft", action="store_true", help="plain decoding, for comparison")
+    parser.add_argument("--stats", action="store_true", help="with --once: figures on stderr")
+    parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
+
+    commands = parser.add_subparsers(
+        metavar="COMMAND", title="commands (without one: the chat)", parser_class=_Parser
+    )
+    pull = _command(commands, "pull", _pull, "fetch a pair and print where it is")
+    pull.add_argument("pair", metavar="PAIR")
+    pull.add_argument("--source", choices=SOURCES, default="", help="only from there")
+    pull.add_argument("--verify", action="store_true", help="hash everything, even if it is there")
+    pull.add_argument("--yes", action="store_true", help="do not ask")
+
+    for name in ("list", "ls"):
+        listing = _command(commands, name, _list, "pairs and what is installed")
+        how = listing.add_mutually_exclusive_group()
+        how.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        how.add_argument("-q", "--quiet", action="store_true", help="names only")
+
+    rm = _command(commands, "rm", _rm, "delete a pair's weights")
+    rm.add_argument("pair", metavar="PAIR")
+    rm.add_argument("--yes", action="store_true", help="do not ask")
+
+    bench = _command(commands, "bench", _bench, "measure a pair with and without drafting")
+    _add_model(bench, argparse.SUPPRESS)
+    bench.add_argument(
+        "--prompts", metavar="FILE", type=Path, help='JSONL with "prompt" or "turns" (first turns)'
+    )
+    bench.add_argument("--limit", metavar="N", type=int, default=0, help="only the first N prompts")
+    _add_options(bench, default=argparse.SUPPRESS)
+    bench.add_argument("--seed", metavar="N", default=argparse.SUPPRESS, help="same as -o seed=N")
+    bench.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+
+    shell = _command(commands, "completion", _completion, "print a completion script")
+    shell.add_argument("shell", metavar="SHELL", choices=completion.SHELLS, help="bash, zsh, fish")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "-m", "--model", metavar="PAIR", default=default, help=f"pair (default: {DEFAULT_PAIR})"
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument(
+        "-o",
+        metavar="KEY=VALUE",
+        action="append",
+        dest="options",
+        default=default,
+        help=f"repeatable; keys: {', '.join(KEYS)}",
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", default=default, help="same as -o max_tokens=N"
+    )
+
+
+# ── what it becomes ─────────────────────────────────────────────────────────────────────────────
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    """All settings as key=value; the flags come last and win."""
+    flags = {"seed": args.seed, "max_tokens": args.max_tokens}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return [*(args.options or ()), *given]
+
+
+def _chat(args: argparse.Namespace) -> int:
+    if args.once is not None or not _is_terminal(sys.stdin):
+        return _once(args)
+    if not _is_terminal(sys.stderr):
+        raise UsageError(
+            "the chat is drawn on stderr, and stderr is not a terminal",
+            hint="do not redirect it, or use --once",
+        )
+    if args.stats or args.json:
+        raise UsageError("--stats and --json need --once")
+    from dflash_chat import pairs
+
+    pair = pairs.find(args.model)
+    settings = parse_options(_options(args), pair.sampling)
+    system = pair.system if args.system is None else args.system
+    from dflash_chat.ui import app
+
+    return app.run(ChatArgs(pair.name, system, settings, not args.no_draft))
+
+
+def _once(args: argparse.Namespace) -> int:
+    settings = parse_options(_options(args))
+    from dflash_chat import once, pairs
+
+    pair = pairs.find(args.model)
+    prompt = args.once or ""
+    if not _is_terminal(sys.stdin):
+        piped = sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
+        prompt = "\n".join(part for part in (piped.rstrip(), prompt) if part)
+    if not prompt.strip():
+        raise UsageError("there is no prompt", hint='dflash-chat --once "…", or pipe one in')
+    system = pair.system if args.system is None else args.system
+    return once.run(
+        OnceArgs(prompt, pair.name, system, settings, not args.no_draft, args.stats, args.json)
+    )
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.limit < 0:
+        raise UsageError("--limit must not be negative")
+    settings = parse_options(_options(args))
+    from dflash_chat import bench, pairs
+
+    name = pairs.find(args.model).name
+    return bench.run(BenchArgs(name, args.prompts, settings, args.limit, args.json))
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from dflash_chat import hub, pairs
+    from dflash_chat.progress import Reporter
+
+    pair = pairs.find(args.pair)
+    source = pair.source(args.source) if args.source else pair.sources[0]
+    large = source.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair, args.source)
+    if large and not args.yes and _is_terminal(sys.stdin):
+        _confirm(f"Fetch {pair.name} ({_size(source.bytes)})?")
+    with Reporter() as reporter:
+        found = hub.ensure(pair, args.source, reporter, check=args.verify)
+    print(f"{pair.name}: {_size(found.bytes)}, {found.source}", file=sys.stderr)
+    print(found.target)
+    return EXIT_OK
+
+
+def _list(args: argparse.Namespace) -> int:
+    from dflash_chat import hub, pairs
+
+    catalogue = pairs.load_catalogue(pairs.user_file())
+    if args.quiet:
+        print("\n".join(pair.name for pair in catalogue))
+        return EXIT_OK
+    rows: list[dict[str, Any]] = []
+    for pair in catalogue:
+        found = hub.installed(pair)
+        rows.append(
+            {
+                "name": pair.name,
+                "title": pair.title,
+                "licence": pair.licence,
+                "installed": found is not None,
+                "source": (found.source if found else pair.sources[0]).kind,
+                "bytes": found.bytes if found else pair.sources[0].bytes,
+                "path": str(found.target) if found else None,
+            }
+        )
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return EXIT_OK
+    table = [["PAIR", "SIZE", "STATE", "SOURCE", "LICENCE", "TITLE"]]
+    for row in rows:
+        state = "installed" if row["installed"] else "–"
+        words = (row[key] for key in ("source", "licence", "title"))
+        table.append([row["name"], _size(row["bytes"]), state, *words])
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+    return EXIT_OK
+
+
+def _rm(args: argparse.Namespace) -> int:
+    from dflash_chat import hub, pairs
+
+    pair = pairs.find(args.pair)
+    present = [found for source in pair.sources if (found := hub.installed(pair, source.kind))]
+    if not present:
+        raise UnknownModelError(f"{pair.name} is not installed", hint="see dflash-chat list")
+    if not args.yes:
+        shared = any(found.source.kind == "hub" for found in present)
+        note = " (its snapshot in the hub cache, too)" if shared else ""
+        size = _size(sum(found.bytes for found in present))
+        _confirm(f"Delete {pair.name}, {size}{note}?")
+    print(f"{pair.name}: {_size(hub.remove(pair))} freed", file=sys.stderr)
+    return EXIT_OK
+
+
+def _completion(args: argparse.Namespace) -> int:
+    print(completion.script(args.shell, build_parser()))
+    return EXIT_OK
+
+
+def _confirm(question: str) -> None:
+    """Return on yes; end the program otherwise. Never asks what nobody could answer."""
+    if not _is_terminal(sys.stdin):
+        raise UsageError("nobody can be asked here", hint="add --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was done")
+
+
+def _is_terminal(stream: object) -> bool:
+    return stream is not None and bool(getattr(stream, "isatty", lambda: False)())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

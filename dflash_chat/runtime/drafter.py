@@ -125,12 +125,16 @@ class Config:
         block = int(raw["block_size"] if "block_size" in raw else dflash["block_size"])
         if block < 2:
             raise ValueError(f"block_size {block} leaves nothing to draft")
+        hidden, inner = int(raw["hidden_size"]), int(raw["intermediate_size"])
+        kv_heads = int(raw["num_key_value_heads"])
+        dim = int(raw.get("head_dim") or hidden // max(1, heads))
+        layers.check_geometry(heads, kv_heads, dim, hidden_size=hidden, intermediate_size=inner)
         return cls(
-            hidden_size=int(raw["hidden_size"]),
-            intermediate_size=int(raw["intermediate_size"]),
+            hidden_size=hidden,
+            intermediate_size=inner,
             num_attention_heads=heads,
-            num_key_value_heads=int(raw["num_key_value_heads"]),
-            head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+            num_key_value_heads=kv_heads,
+            head_dim=dim,
             rms_norm_eps=float(raw["rms_norm_eps"]),
             rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"]),
             block_size=block,

@@ -44,6 +44,15 @@ class Rope:
         return torch.addcmul(x * cos, x.roll(half, -1), sin)
 
 
+def check_geometry(heads: int, kv_heads: int, head_dim: int, **sizes: int) -> None:
+    """Raise ValueError naming what no model can have: sizes below 1, heads that do not form groups."""
+    for name, value in (sizes | {"heads": heads, "kv heads": kv_heads, "head_dim": head_dim}).items():
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name} = {value} is out of range")
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(f"{heads} heads on {kv_heads} kv heads of {head_dim} do not fit together")
+
+
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
     """Plain rotary frequencies, fp64 [D/2]."""
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

@@ -49,6 +49,20 @@ class Config:
                 raise CheckpointError(f"llama config: {key} = {raw[key]!r} is not supported")
         try:
             heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+            dim = int(raw.get("head_dim") or hidden // max(1, heads))
+            layers.check_geometry(
+                heads,
+                int(raw["num_key_value_heads"]),
+                dim,
+                hidden_size=hidden,
+                **{
+                    key: int(raw[key])
+                    for key in (
+                        "intermediate_size", "num_hidden_layers", "vocab_size",
+                        "max_position_embeddings",
+                    )
+                },
+            )  # fmt: skip
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
             return cls(
                 hidden_size=hidden,
@@ -56,7 +70,7 @@ class Config:
                 num_hidden_layers=int(raw["num_hidden_layers"]),
                 num_attention_heads=heads,
                 num_key_value_heads=int(raw["num_key_value_heads"]),
-                head_dim=int(raw.get("head_dim") or hidden // heads),
+                head_dim=dim,
                 vocab_size=int(raw["vocab_size"]),
                 rms_norm_eps=float(raw["rms_norm_eps"]),
                 rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"]),
@@ -66,6 +80,8 @@ class Config:
             )
         except KeyError as missing:
             raise CheckpointError(f"llama config: key {missing} is missing") from missing
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"llama config: {error}") from error
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must hold."""

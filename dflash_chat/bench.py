@@ -1,0 +1,177 @@
+"""`dflash-chat bench`: the same prompts with and without drafting, in one process.
+
+Reports pooled sums, never means of ratios: tau, histogram, tok/s of both ways and their ratio, and how
+many greedy outputs were identical. The order of the two ways alternates from prompt to prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dflash_chat import hub, pairs
+from dflash_chat.errors import EXIT_OK, UsageError
+from dflash_chat.progress import Reporter
+from dflash_chat.runtime.api import (
+    Finished,
+    Generate,
+    Message,
+    Progress,
+    SamplingParams,
+    Spec,
+    Tokens,
+)
+from dflash_chat.settings import BenchArgs
+
+_SEED = 0  # sampled runs are repeatable unless -o seed says otherwise
+
+
+@dataclass(frozen=True)
+class Way:
+    """Pooled figures of one way of decoding. `decode_s` covers `decoded` tokens."""
+
+    spec: Spec = Spec()
+    decoded: int = 0
+    decode_s: float = 0.0
+
+    @property
+    def tok_s(self) -> float:
+        """Σ tokens ÷ Σ seconds."""
+        return self.decoded / self.decode_s if self.decode_s else 0.0
+
+    def plus(self, finished: Finished) -> Way:
+        """With one more answer."""
+        decoded = finished.usage.completion - 1  # the first token is prefill's
+        return Way(
+            self.spec.merge(finished.spec),
+            self.decoded + max(0, decoded),
+            self.decode_s + finished.timing.decode_s,
+        )
+
+
+def run(args: BenchArgs) -> int:
+    """Run and print. Raises UsageError for a prompt file that cannot be used."""
+    prompts = read_prompts(args.prompts)[: args.limit or None]
+    with Reporter() as reporter:
+        installed = hub.ensure(pairs.find(args.pair), args.settings.source, reporter)
+        from dflash_chat.runtime.session import Session  # torch comes in here, not before
+
+        def loading(progress: Progress) -> None:
+            reporter(progress.stage, progress.done, progress.total)
+
+        session = Session.load(installed, args.settings.engine, loading)
+    sampling = args.settings.sampling
+    if sampling.temperature > 0 and sampling.seed is None:
+        sampling = replace(sampling, seed=_SEED)
+    drafted, plain, identical = Way(), Way(), 0
+    for number, prompt in enumerate(prompts):
+        answers: dict[bool, tuple[str, Finished]] = {}
+        for draft in (True, False) if number % 2 else (False, True):
+            answers[draft] = _answer(session, prompt, sampling, draft)
+        drafted, plain = drafted.plus(answers[True][1]), plain.plus(answers[False][1])
+        identical += answers[True][0] == answers[False][0]
+        done = number + 1
+        sys.stderr.write(
+            f"{done}/{len(prompts)}  tau {drafted.spec.tau:.2f}  drafted {drafted.tok_s:.1f}  "
+            f"plain {plain.tok_s:.1f} tok/s  identical {identical}/{done}\n"
+        )
+    report = as_json(session.info, len(prompts), sampling, drafted, plain, identical)
+    sys.stdout.write(json.dumps(report) if args.json else in_words(report))
+    sys.stdout.write("\n")
+    return EXIT_OK
+
+
+def _answer(
+    session: Any, prompt: str, sampling: SamplingParams, draft: bool
+) -> tuple[str, Finished]:
+    request = Generate(0, (Message("user", prompt),), sampling, draft)
+    pieces: list[str] = []
+    for event in session.generate(request, lambda: False):
+        if isinstance(event, Tokens):
+            pieces.append(event.text)
+        elif isinstance(event, Finished):
+            return "".join(pieces), event
+    raise AssertionError("a generation ends with Finished")
+
+
+def as_json(
+    info: Any, prompts: int, sampling: SamplingParams, drafted: Way, plain: Way, identical: int
+) -> dict[str, Any]:
+    """The object of `bench --json`; field names are part of the interface."""
+    return {
+        "pair": info.pair,
+        "device": info.device,
+        "dtype": info.dtype,
+        "kernels": info.kernels,
+        "draft_tokens": info.draft_tokens,
+        "prompts": prompts,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "spec": drafted.spec.to_json(),
+        "drafted_tok_s": round(drafted.tok_s, 2),
+        "plain_tok_s": round(plain.tok_s, 2),
+        "speedup": round(drafted.tok_s / plain.tok_s, 4) if plain.tok_s else 0.0,
+        "tokens": {"drafted": drafted.decoded, "plain": plain.decoded},
+        "identical": identical,
+        "versions": info.versions,
+    }
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """The same for people."""
+    spec = report["spec"]
+    passes = max(1, spec["steps"])
+    bars = "\n".join(
+        f"  {committed:2d} committed  {count / passes:6.1%}  {'█' * round(40 * count / passes)}"
+        for committed, count in enumerate(spec["histogram"], 1)
+    )
+    return (
+        f"{report['pair']} on {report['device']} ({report['dtype']}, {report['kernels']}), "
+        f"k = {report['draft_tokens']}, temperature {report['temperature']:g}, "
+        f"{report['prompts']} prompts of at most {report['max_tokens']} tokens\n"
+        f"tau        {spec['tau']:.3f} = {spec['tau'] - 1:.3f} drafted + 1   "
+        f"({spec['steps']} verify passes, {spec['accept_rate']:.1%} of drafted tokens accepted)\n"
+        f"{bars}\n"
+        f"drafted    {report['drafted_tok_s']:.1f} tok/s\n"
+        f"plain      {report['plain_tok_s']:.1f} tok/s\n"
+        f"speed-up   {report['speedup']:.3f}×\n"
+        f"identical  {report['identical']} of {report['prompts']} answers"
+    )
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """First turns of a JSONL file with `prompt` or `turns` per line; None reads the built-in ones."""
+    if path is None:
+        source = files("dflash_chat").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+        return _parse(source.splitlines(), "prompts.jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as text ({error})") from error
+    return _parse(lines, str(path))
+
+
+def _parse(lines: Iterable[str], name: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["turns"][0]
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise UsageError(
+                f"{name}, line {number}: not a prompt",
+                'each line is a JSON object with "prompt", or with "turns" like MT-bench',
+            ) from error
+        if not isinstance(prompt, str) or not prompt:
+            raise UsageError(f"{name}, line {number}: the prompt must be a non-empty text")
+        prompts.append(prompt)
+    if not prompts:
+        raise UsageError(f"{name}: no prompts in it")
+    return prompts

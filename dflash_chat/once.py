@@ -1,0 +1,99 @@
+"""`dflash-chat --once`: one answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from dflash_chat import hub, pairs
+from dflash_chat.errors import EXIT_INTERRUPTED, EXIT_OK
+from dflash_chat.progress import Reporter
+from dflash_chat.runtime.api import Finished, Generate, Message, ModelInfo, Progress, Timing, Tokens
+from dflash_chat.settings import OnceArgs
+
+
+def run(args: OnceArgs) -> int:
+    """Load, answer, print. Returns the exit code; raises UserError for everything a person can fix."""
+    started = time.perf_counter()
+    with Reporter() as reporter:
+        installed = hub.ensure(pairs.find(args.pair), args.settings.source, reporter)
+        from dflash_chat.runtime.session import Session  # torch comes in here, not before
+
+        def loading(progress: Progress) -> None:
+            reporter(progress.stage, progress.done, progress.total)
+
+        session = Session.load(installed, args.settings.engine, loading)
+    load_s = time.perf_counter() - started
+    messages = (Message("system", args.system),) if args.system else ()
+    request = Generate(
+        1, (*messages, Message("user", args.prompt)), args.settings.sampling, args.draft
+    )
+    pieces: list[str] = []
+    finished: Finished | None = None
+    with _InterruptAsCancel() as cancelled:
+        for event in session.generate(request, cancelled):
+            if isinstance(event, Tokens):
+                pieces.append(event.text)
+                if not args.json:
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+            elif isinstance(event, Finished):
+                finished = event
+    assert finished is not None
+    text = "".join(pieces)
+    if args.json:
+        json.dump(as_json(text, finished, session.info, load_s), sys.stdout, ensure_ascii=False)
+        sys.stdout.write("\n")
+    elif not text.endswith("\n"):
+        sys.stdout.write("\n")
+    sys.stdout.flush()
+    if args.stats:
+        sys.stderr.write(in_words(finished, load_s) + "\n")
+    return EXIT_INTERRUPTED if finished.reason == "cancelled" else EXIT_OK
+
+
+def as_json(text: str, finished: Finished, info: ModelInfo, load_s: float) -> dict[str, object]:
+    """The one object of `--json`; field names are part of the interface."""
+    timing = Timing(
+        load_s, finished.timing.ttft_s, finished.timing.decode_s, finished.timing.tok_s
+    )
+    return {
+        "text": text,
+        "finish_reason": finished.reason,
+        "usage": vars(finished.usage),
+        "spec": finished.spec.to_json(),
+        "timing": {key: round(value, 4) for key, value in vars(timing).items()},
+        "pair": info.pair,
+        "versions": info.versions,
+    }
+
+
+def in_words(finished: Finished, load_s: float) -> str:
+    """Two lines for `--stats`."""
+    usage, spec, timing = finished.usage, finished.spec, finished.timing
+    return (
+        f"{usage.completion} tokens · {timing.tok_s:.1f} tok/s · ttft {timing.ttft_s * 1000:.0f} ms · "
+        f"load {load_s:.1f} s · prompt {usage.prompt} ({usage.cached} cached) · {finished.reason}\n"
+        f"tau {spec.tau:.2f} = {max(0.0, spec.tau - 1):.2f} drafted + 1 · {spec.steps} verify passes · "
+        f"accepted {spec.accepted} of {spec.drafted} · histogram {list(spec.histogram)}"
+    )
+
+
+class _InterruptAsCancel:
+    """The first Ctrl+C ends the answer after the block in flight, the second ends the program."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._asked = False
+        self._before = signal.signal(signal.SIGINT, self._on_interrupt)
+        return lambda: self._asked
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

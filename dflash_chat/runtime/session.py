@@ -1,0 +1,277 @@
+"""A loaded pair that speaks text: checkpoint → engine, chat → token ids → engine steps → text.
+
+The one place that knows both sides: templates and tokenizer above, `Engine` below. The worker wraps
+it for the TUI; `--once` and `bench` use it in their own process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from dflash_chat import __version__
+from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
+from dflash_chat.hub import Installed
+from dflash_chat.runtime import quant, text, weights
+from dflash_chat.runtime.api import (
+    EngineOptions,
+    Event,
+    Finished,
+    Generate,
+    ModelInfo,
+    Prefill,
+    Progress,
+    Spec,
+    Timing,
+    Tokens,
+    Usage,
+)
+from dflash_chat.runtime.drafter import Config as DrafterConfig
+from dflash_chat.runtime.drafter import Drafter
+from dflash_chat.runtime.engine import Engine, Prefilled, Step
+
+CONTEXT_LIMIT = 8192  # tokens reserved unless the options say otherwise
+
+ReportProgress = Callable[[Progress], None]
+
+
+class Session:
+    """One pair in memory. Not safe for two generations at once; `generate` reuses what is cached."""
+
+    def __init__(self, engine: Engine, tokenizer: text.Tokenizer, info: ModelInfo) -> None:
+        self.engine, self.tokenizer, self.info = engine, tokenizer, info
+
+    @classmethod
+    def load(
+        cls, installed: Installed, options: EngineOptions, progress: ReportProgress
+    ) -> Session:
+        """Load an installed pair.
+
+        Raises CheckpointError for broken or mismatching files, UsageError for impossible options and
+        DoesNotFitError when the device runs out of memory.
+        """
+        started = time.perf_counter()
+        device, dtype = _placement(options)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        try:
+            with torch.inference_mode():
+                engine, tokenizer, config = _build(installed, options, device, dtype, progress)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"{installed.pair.name} does not fit into this GPU's free memory",
+                "close other programs, or try a smaller -o ctx, or -o device=cpu",
+            ) from error
+        info = _info(installed, engine, config, device, dtype, time.perf_counter() - started)
+        return cls(engine, tokenizer, info)
+
+    def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        """Answer a chat: Prefill events, Tokens events, one Finished. Cancels between blocks."""
+        started = time.perf_counter()
+        prompt = self.tokenizer.render(request.messages)
+        answer = _Answer(request, self.tokenizer, started)
+        steps = self.engine.generate(prompt, request.params, request.draft)
+        for step in steps:
+            if isinstance(step, Prefilled):
+                answer.prefilled(step)
+                yield Prefill(request.id, step.cached, step.done, step.total)
+            else:
+                yield answer.committed(step)
+            if answer.reason or (cancelled() and answer.cancel()):
+                break
+        steps.close()
+        if tail := answer.tail():
+            yield Tokens(request.id, tail, 0)
+        yield answer.finished()
+
+
+class _Answer:
+    """Text, counts and times of one answer in the making."""
+
+    def __init__(self, request: Generate, tokenizer: text.Tokenizer, started: float) -> None:
+        self.id, self.reason = request.id, ""
+        self._stop_ids = tokenizer.stop_ids
+        self._stream = tokenizer.decode_stream()
+        self._stops = text.StopStrings(request.params.stop)
+        self._started = started
+        self._first = self._last = 0.0
+        self._usage = Usage(0, 0, 0)
+        self._spec = Spec()
+        self._decoded = 0
+
+    def prefilled(self, step: Prefilled) -> None:
+        self._usage = Usage(step.total, step.cached, 0)
+
+    def committed(self, step: Step) -> Tokens:
+        """Count a step's tokens and turn them into text that is safe to show."""
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self._usage = Usage(
+            self._usage.prompt, self._usage.cached, self._usage.completion + len(step.tokens)
+        )
+        if step.stats is not None:
+            stats = step.stats
+            self._decoded += stats.committed
+            self._spec = self._spec.add(stats.drafted, stats.accepted, stats.committed)
+        shown = [token for token in step.tokens if token not in self._stop_ids]
+        emit, stopped = self._stops.push(self._stream.push(shown))
+        self.reason = "stop" if stopped else step.reason
+        return Tokens(self.id, emit, len(step.tokens), step.stats)
+
+    def cancel(self) -> bool:
+        """End here because the reader asked to."""
+        self.reason = "cancelled"
+        return True
+
+    def tail(self) -> str:
+        """What was held back and turns out to be text after all."""
+        emit, stopped = self._stops.push(self._stream.finish())
+        return emit if stopped else emit + self._stops.finish()
+
+    def finished(self) -> Finished:
+        decode_s = max(0.0, self._last - self._first)
+        timing = Timing(
+            ttft_s=self._first - self._started if self._first else 0.0,
+            decode_s=decode_s,
+            tok_s=self._decoded / decode_s if decode_s else 0.0,
+        )
+        return Finished(self.id, self.reason, self._usage, self._spec, timing)
+
+
+def _placement(options: EngineOptions) -> tuple[torch.device, torch.dtype]:
+    """Device and activation dtype; never guessed silently beyond what "auto" promises."""
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("this torch sees no CUDA device", "use -o device=cpu, or check the driver")
+    wide = options.dtype == "fp32" or (options.dtype == "auto" and not _fast_bf16(name))
+    return torch.device(name), torch.float32 if wide else torch.bfloat16
+
+
+def _fast_bf16(device: str) -> bool:
+    """Whether bf16 activations are the fast choice: the packed CPU matmuls need AVX2 or AVX-512."""
+    return device == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def _build(
+    installed: Installed,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: ReportProgress,
+) -> tuple[Engine, text.Tokenizer, DrafterConfig]:
+    progress(Progress("reading the target", 0, 0))
+    checkpoint = weights.open_checkpoint(installed.target)
+    try:
+        architecture = _architecture(str(checkpoint.config.get("model_type", "")))
+        config = architecture.Config.from_hf(checkpoint.config)
+        capacity = _capacity(options, config.max_position_embeddings)
+        packed = weights.load_packed(checkpoint, config.tensor_shapes())
+        target = architecture.Target(config, packed, capacity, dtype, device)
+        tokenizer = text.Tokenizer.from_checkpoint(installed.target)
+    finally:
+        checkpoint.close()
+    progress(Progress("reading the drafter", 0, 0))
+    drafter_config = DrafterConfig.from_file(installed.drafter / "config.json")
+    _check_match(drafter_config, config)
+    drafter_file = weights.open_checkpoint(installed.drafter)
+    try:
+        packed = weights.load_packed(
+            drafter_file, drafter_config.tensor_shapes(config.hidden_size)
+        )
+        head = quant.draft_head(target.lm_head, device, dtype)
+        drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
+    finally:
+        drafter_file.close()
+    engine = Engine(
+        target,
+        target.new_cache(capacity),
+        drafter,
+        drafter_config.target_layer_ids,
+        _draft_tokens(installed, options, drafter_config, device),
+        frozenset(tokenizer.stop_ids),
+    )
+    return engine, tokenizer, drafter_config
+
+
+def _architecture(model_type: str) -> Any:
+    """The module `models/<model_type>.py`; CheckpointError if there is none."""
+    name = f"dflash_chat.runtime.models.{model_type}"
+    if not model_type.isidentifier() or find_spec(name) is None:
+        raise CheckpointError(f"targets of type {model_type!r} are not supported yet")
+    return import_module(name)
+
+
+def _capacity(options: EngineOptions, limit: int) -> int:
+    if options.context_tokens > limit:
+        raise UsageError(
+            f"ctx {options.context_tokens} is more than the target's {limit} positions"
+        )
+    return options.context_tokens or min(limit, CONTEXT_LIMIT)
+
+
+def _check_match(drafter: DrafterConfig, target: Any) -> None:
+    """A drafter serves one target only; refuse what cannot be its own."""
+    for what, wants, has in (
+        ("hidden_size", drafter.hidden_size, target.hidden_size),
+        ("num_target_layers", drafter.num_target_layers, target.num_hidden_layers),
+        ("vocab_size", drafter.vocab_size, target.vocab_size),
+    ):
+        if wants is not None and wants != has:
+            raise CheckpointError(
+                f"the drafter was made for another target: {what} {wants}, this one has {has}"
+            )
+
+
+def _draft_tokens(
+    installed: Installed, options: EngineOptions, config: DrafterConfig, device: torch.device
+) -> int:
+    most = config.block_size - 1
+    if options.draft_tokens > most:
+        raise UsageError(
+            f"k {options.draft_tokens} is more than this drafter proposes", f"at most {most}"
+        )
+    of_pair = installed.pair.drafter
+    default = of_pair.draft_tokens
+    if device.type == "cpu" and of_pair.cpu_draft_tokens:
+        default = of_pair.cpu_draft_tokens
+    return options.draft_tokens or min(default, most)
+
+
+def _info(
+    installed: Installed,
+    engine: Engine,
+    config: DrafterConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_s: float,
+) -> ModelInfo:
+    drafter, target = engine.drafter, engine.target
+    assert isinstance(drafter, Drafter)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return ModelInfo(
+        pair=installed.pair.name,
+        target=f"{installed.pair.title} ({installed.source})",
+        drafter=installed.drafter.name,
+        device=name,
+        dtype="fp32" if dtype == torch.float32 else "bf16",
+        kernels=quant.kernels_in_words(device, dtype),
+        context_tokens=engine.cache.capacity,
+        block_size=config.block_size,
+        draft_tokens=engine.draft_tokens,
+        target_bytes=int(getattr(target, "nbytes", 0)),
+        drafter_bytes=drafter.nbytes,
+        cache_bytes=engine.cache.nbytes + drafter.cache.nbytes,
+        load_s=load_s,
+        versions={
+            "dflash-chat": __version__,
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+        },
+    )

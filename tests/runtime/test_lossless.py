@@ -1,0 +1,156 @@
+"""The rule of the house: drafting changes the speed of an answer, never the answer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tests.runtime import tiny
+
+from dflash_chat.runtime.api import SamplingParams
+from dflash_chat.runtime.engine import Engine
+
+PROMPT = [5, 9, 2, 33, 17, 8]
+BLOCK = 7
+
+
+def _engine(drafter: object = None, k: int = BLOCK, stop: frozenset[int] = frozenset()) -> Engine:
+    target = tiny.target()
+    return Engine(target, target.new_cache(256), drafter, tiny.TAPS, k, stop)  # type: ignore[arg-type]
+
+
+def _plain(n: int, **params: float) -> list[int]:
+    return tiny.tokens(tiny.run(_engine(), PROMPT, SamplingParams(max_tokens=n, **params)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("accept", range(BLOCK + 1))
+def test_greedy_with_every_acceptance_length_equals_plain(accept: int) -> None:
+    plain = _plain(120)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [accept])
+    steps = tiny.run(_engine(drafter), PROMPT, SamplingParams(max_tokens=120))
+    assert tiny.tokens(steps) == plain
+    lengths = [s.stats.committed for s in steps if s.stats is not None]
+    assert all(length == accept + 1 for length in lengths[:-1])
+
+
+def test_greedy_with_changing_acceptance_lengths_equals_plain() -> None:
+    plain = _plain(150)
+    script = [0, 7, 3, 1, 6, 2, 5, 4]
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), script)
+    steps = tiny.run(_engine(drafter), PROMPT, SamplingParams(max_tokens=150))
+    assert tiny.tokens(steps) == plain
+
+
+@pytest.mark.parametrize("accept", [0, 3, 7])
+def test_seeded_sampling_with_penalties_equals_plain(accept: int) -> None:
+    settings = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 7,
+                "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3}  # fmt: skip
+    plain = _plain(100, **settings)
+    assert len(set(plain)) > 10, "a degenerate answer would prove nothing"
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [accept])
+    steps = tiny.run(_engine(drafter), PROMPT, SamplingParams(max_tokens=100, **settings))  # type: ignore[arg-type]
+    assert tiny.tokens(steps) == plain
+
+
+def test_a_real_drafter_equals_plain_greedy() -> None:
+    plain = _plain(100)
+    target = tiny.target()
+    engine = Engine(
+        target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset()
+    )
+    steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=100))
+    assert tiny.tokens(steps) == plain
+
+
+def test_every_emitted_token_is_the_choice_of_its_verify_row() -> None:
+    """Replays the answer through fresh target forwards, one row at a time."""
+    target = tiny.target()
+    plain = _plain(60)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [2, 5])
+    answer = tiny.tokens(tiny.run(_engine(drafter), PROMPT, SamplingParams(max_tokens=60)))
+    cache = target.new_cache(256)
+    with torch.inference_mode():
+        hidden, _ = target.forward(torch.tensor(PROMPT + answer[:-1]), cache)
+        choices = target.logits(hidden).argmax(-1).tolist()
+    assert choices[len(PROMPT) - 1 :] == answer
+
+
+def test_a_stop_id_inside_a_block_ends_the_answer_there() -> None:
+    plain = _plain(80)
+    stop = plain[17]
+    end = plain.index(stop)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [BLOCK])
+    steps = tiny.run(_engine(drafter, stop=frozenset({stop})), PROMPT, SamplingParams(max_tokens=80))
+    assert tiny.tokens(steps) == plain[: end + 1]
+    assert steps[-1].reason == "stop"
+
+
+@pytest.mark.parametrize("budget", range(1, 12))
+def test_the_token_budget_is_exact(budget: int) -> None:
+    plain = _plain(40)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [4])
+    steps = tiny.run(_engine(drafter), PROMPT, SamplingParams(max_tokens=budget))
+    assert tiny.tokens(steps) == plain[:budget]
+    assert steps[-1].reason == "length"
+
+
+def test_the_end_of_the_context_ends_the_answer_without_a_wrong_token() -> None:
+    target = tiny.target()
+    plain = _plain(60)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [5])
+    engine = Engine(target, target.new_cache(32), drafter, tiny.TAPS, BLOCK, frozenset())
+    steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=60))
+    answer = tiny.tokens(steps)
+    assert steps[-1].reason == "context"
+    assert len(PROMPT) + len(answer) == 32 + 1  # the last token is chosen but needs no row
+    assert answer == plain[: len(answer)]
+
+
+def test_a_second_turn_reuses_both_caches_and_answers_the_same() -> None:
+    target = tiny.target()
+    engine = Engine(
+        target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset()
+    )
+    first = tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=20)))
+    second = [*PROMPT, *first[:15], 7, 7, 3]
+    reused = next(iter(engine.generate(second, SamplingParams(max_tokens=30))))
+    assert reused.cached == len(PROMPT) + 15  # type: ignore[union-attr]
+    again = tiny.tokens(tiny.run(engine, second, SamplingParams(max_tokens=30)))
+    fresh = tiny.run(_engine(), second, SamplingParams(max_tokens=30))
+    assert again == tiny.tokens(fresh)
+
+
+def test_plain_turns_leave_no_hole_in_the_drafters_context() -> None:
+    target = tiny.target()
+    drafter = tiny.drafter(target)
+    engine = Engine(target, target.new_cache(256), drafter, tiny.TAPS, 4, frozenset())
+    answer = tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=25), draft=False))
+    assert drafter.length == engine.cache.length == len(engine.log)
+    drafter.flush()
+    fresh_target = tiny.target()
+    fresh = tiny.drafter(fresh_target)
+    with torch.inference_mode():
+        ids = torch.tensor([*PROMPT, *answer][: engine.cache.length])
+        _, features = fresh_target.forward(ids, fresh_target.new_cache(256), tiny.TAPS)
+        fresh.observe(features)
+        fresh.flush()
+    held = drafter.length
+    torch.testing.assert_close(drafter.cache.keys[:, :, :held], fresh.cache.keys[:, :, :held],
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+def test_closing_the_generator_after_any_step_keeps_the_caches_usable() -> None:
+    target = tiny.target()
+    plain = _plain(40)
+    engine = Engine(
+        target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset()
+    )
+    for stop_after in range(1, 8):
+        steps = engine.generate(PROMPT, SamplingParams(max_tokens=40))
+        for _ in range(stop_after):
+            next(steps)
+        steps.close()
+        lengths = [len(engine.log), engine.cache.length, engine.drafter.length]  # type: ignore[union-attr]
+        assert all(a == b for a, b in pairwise(lengths))
+    assert tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=40))) == plain

@@ -1,0 +1,146 @@
+"""The target's distribution, filters and penalties, and the coupling to drafted tokens."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from tests.runtime import tiny
+from torch import Tensor
+
+from dflash_chat.runtime.api import SamplingParams
+from dflash_chat.runtime.engine import Engine
+from dflash_chat.runtime.sampling import Sampler, accepted, filtered, inverse_cdf
+
+
+def _chi_square_ok(observed: dict[int, int], expected: Tensor, draws: int) -> bool:
+    """Pearson's statistic below its 99.9 % quantile (Wilson–Hilferty approximation)."""
+    cells = [(observed.get(i, 0), float(p) * draws) for i, p in enumerate(expected) if p > 0]
+    statistic = sum((seen - want) ** 2 / want for seen, want in cells)
+    freedom = len(cells) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
+    return statistic < limit and all(i in range(len(expected)) for i in observed)
+
+
+def test_inverse_cdf_follows_the_weights() -> None:
+    weights = torch.tensor([[0.5, 0.0, 1.5, 3.0, 0.0, 1.0]])
+    draws = 20000
+    uniforms = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    ids = inverse_cdf(weights.expand(draws, -1), uniforms).tolist()
+    assert _chi_square_ok(Counter(ids), weights[0] / weights.sum(), draws)
+    assert inverse_cdf(weights, torch.tensor([1.0], dtype=torch.float64)).tolist() == [5]
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["drafts that fit", "drafts that do not"])
+def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -> None:
+    """16-token vocabulary: the pairs (y1, y2) that speculation emits against the exact product."""
+    vocab, draws = 16, 3000
+    target = tiny.target(seed=4, vocab=vocab)
+    settings = SamplingParams(temperature=1.3, max_tokens=3)
+    with torch.inference_mode():
+        hidden, _ = target.forward(torch.tensor([1, 2]), target.new_cache(8))
+        first = filtered(target.logits(hidden[-1:]), settings)[0]
+        joint = torch.zeros(vocab, vocab)
+        for y in range(vocab):
+            hidden, _ = target.forward(torch.tensor([1, 2, y]), target.new_cache(8))
+            joint[y] = first[y] * filtered(target.logits(hidden[-1:]), settings)[0]
+    favourite = joint.argmax(-1)
+
+    class Guess:
+        length = 0
+
+        def observe(self, features: Tensor) -> None:
+            self.length += len(features)
+
+        def flush(self) -> None: ...
+
+        def truncate(self, n: int) -> None:
+            self.length = n
+
+        def draft(self, anchor: int, n: int) -> Tensor:
+            best = favourite[anchor] if right else joint[anchor].argmin()
+            return torch.tensor([int(best)] * n)
+
+    engine = Engine(target, target.new_cache(16), Guess(), tiny.TAPS, 2, frozenset())
+    seen: Counter[int] = Counter()
+    accepted_drafts = 0
+    for seed in range(draws):
+        params = SamplingParams(temperature=1.3, max_tokens=3, seed=seed)
+        steps = tiny.run(engine, [1, 2], params)
+        a, b = tiny.tokens(steps)[:2]
+        seen[a * vocab + b] += 1
+        accepted_drafts += steps[1].stats.accepted > 0  # type: ignore[union-attr]
+    assert (accepted_drafts > draws / 10) == right
+    observed_first = Counter({y: sum(seen[y * vocab + z] for z in range(vocab)) for y in range(vocab)})
+    observed_second = Counter({z: sum(seen[y * vocab + z] for y in range(vocab)) for z in range(vocab)})
+    assert _chi_square_ok(observed_first, first / first.sum(), draws)
+    second = joint.sum(0)
+    assert _chi_square_ok(observed_second, second / second.sum(), draws)
+    flat = joint.flatten() / joint.sum()
+    common = flat > 5 / draws  # cells with enough expected counts, the rest pooled into one
+    pooled = torch.cat([flat[common], flat[~common].sum()[None]])
+    index = {int(cell): i for i, cell in enumerate(common.nonzero().flatten())}
+    counts: Counter[int] = Counter()
+    for cell, count in seen.items():
+        counts[index.get(cell, len(index))] += count
+    assert _chi_square_ok(counts, pooled, draws)
+
+
+def test_filters_keep_exactly_what_their_definitions_keep() -> None:
+    probabilities = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]])
+    logits = probabilities.log()
+
+    def kept(**settings: float) -> list[int]:
+        weights = filtered(logits, SamplingParams(temperature=1.0, **settings))  # type: ignore[arg-type]
+        return weights[0].nonzero().flatten().tolist()
+
+    assert kept() == [0, 1, 2, 3, 4]
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_p=0.6) == [0, 1]
+    assert kept(top_p=0.71) == [0, 1, 2]
+    assert kept(top_p=0.01) == [0]
+    assert kept(min_p=0.3) == [0, 1, 2]
+    assert kept(top_k=3, top_p=0.8) == [0, 1]  # 0.4 + 0.3 of 0.85 reaches 0.8 of the rest
+
+
+def test_a_flat_distribution_needs_more_than_the_first_candidates() -> None:
+    logits = torch.zeros(1, 4096) + torch.arange(4096) * 1e-6
+    weights = filtered(logits, SamplingParams(temperature=1.0, top_p=0.5))
+    assert abs(int((weights > 0).sum()) - 2048) <= 16
+
+
+def test_penalties_of_row_k_count_the_answer_and_the_first_k_drafts() -> None:
+    settings = SamplingParams(repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.2)
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(3, 8, generator=generator)
+    sampler = Sampler(settings, prompt=[6])
+    sampler.accept([1, 1, 2])
+    batched = sampler._penalised(logits, torch.tensor([3, 1]))
+    for row, extra in enumerate(([], [3], [3, 1])):
+        answer = [1, 1, 2, *extra]
+        for token in range(8):
+            value = float(logits[row, token])
+            if token in answer or token == 6:
+                value = value / 1.5 if value > 0 else value * 1.5
+            count = answer.count(token)
+            value -= 0.2 * count + 0.7 * (count > 0)
+            assert float(batched[row, token]) == pytest.approx(value, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_numbers_whatever_the_block_widths() -> None:
+    params = SamplingParams(temperature=1.0, seed=11)
+    one, many = Sampler(params, []), Sampler(params, [])
+    wide = many._draws(4)
+    narrow = []
+    for _ in range(4):
+        narrow += one._draws(1)
+        one.accept([0])
+    assert narrow == wide
+
+
+def test_accepted_counts_the_confirmed_prefix() -> None:
+    assert accepted([4, 5, 6], [4, 5, 6, 7]) == 3
+    assert accepted([4, 5, 6], [4, 9, 6, 7]) == 1
+    assert accepted([], [4]) == 0

@@ -1,0 +1,99 @@
+"""Tiny seeded models and a drafter that does what the test tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dflash_chat.runtime import drafter as drafter_module
+from dflash_chat.runtime.engine import Engine, Prefilled, Step
+from dflash_chat.runtime.models import llama
+from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime.quant.dense import DenseWeight
+
+CPU = torch.device("cpu")
+VOCAB = 61
+TAPS = (0, 2)
+
+
+def config(vocab: int = VOCAB) -> llama.Config:
+    return llama.Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=vocab, rms_norm_eps=1e-5, rope_theta=1e4,
+        max_position_embeddings=512, tie_word_embeddings=True, rope={},
+    )  # fmt: skip
+
+
+def weights(shapes: dict[str, tuple[int, ...]], seed: int, scale: float) -> dict[str, Packed]:
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Packed] = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator) * scale
+        made[name] = DenseWeight(values + 1 if len(shape) == 1 else values)
+    return made
+
+
+def target(seed: int = 0, capacity: int = 256, vocab: int = VOCAB) -> llama.Target:
+    c = config(vocab)
+    return llama.Target(c, weights(c.tensor_shapes(), seed, 0.3), capacity, torch.float32, CPU)
+
+
+def drafter_config(window: int = 0, causal: bool = False) -> drafter_module.Config:
+    return drafter_module.Config.from_raw(
+        {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "rms_norm_eps": 1e-6, "rope_theta": 1e4, "block_size": 5, "vocab_size": VOCAB,
+            "num_target_layers": 3, "sliding_window": window, "is_causal": causal,
+            "layer_types": ["sliding_attention" if window else "full_attention", "full_attention"],
+            "dflash_config": {"mask_token_id": 3, "target_layer_ids": list(TAPS)},
+        }
+    )  # fmt: skip
+
+
+def drafter(of: llama.Target, seed: int = 1, capacity: int = 256, window: int = 0,
+            causal: bool = False) -> drafter_module.Drafter:  # fmt: skip
+    c = drafter_config(window, causal)
+    return drafter_module.Drafter(
+        c, weights(c.tensor_shapes(32), seed, 0.2), of.embed, of.lm_head, capacity, torch.float32, CPU
+    )  # fmt: skip
+
+
+class ScriptedDrafter:
+    """Drafts `script[i]` right tokens of the known continuation in step i, and wrong ones after."""
+
+    def __init__(self, continuation: Sequence[int], prompt: int, script: Sequence[int]) -> None:
+        self.continuation, self.prompt, self.script = list(continuation), prompt, list(script)
+        self.length = 0
+        self.calls = 0
+
+    def observe(self, features: Tensor) -> None:
+        self.length += len(features)
+
+    def flush(self) -> None:
+        pass
+
+    def truncate(self, n: int) -> None:
+        self.length = min(self.length, n)
+
+    def draft(self, anchor: int, n: int) -> Tensor:
+        done = self.length - self.prompt + 1  # answer tokens chosen so far, the anchor included
+        assert anchor == self.continuation[done - 1]
+        right = self.script[self.calls % len(self.script)]
+        self.calls += 1
+        future = [*self.continuation[done : done + n], *[0] * n][:n]
+        return torch.tensor(
+            [t if i < right else (t + 1) % VOCAB for i, t in enumerate(future)], dtype=torch.int64
+        )
+
+
+def run(engine: Engine, prompt: Sequence[int], params: object, draft: bool = True) -> list[Step]:
+    """All steps of one answer."""
+    steps = engine.generate(prompt, params, draft)  # type: ignore[arg-type]
+    return [step for step in steps if not isinstance(step, Prefilled)]
+
+
+def tokens(steps: Sequence[Step]) -> list[int]:
+    return [token for step in steps for token in step.tokens]

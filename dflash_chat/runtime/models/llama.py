@@ -204,7 +204,12 @@ class Target:
         """An empty cache for this geometry."""
         c = self.config
         return KVCache(
-            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, capacity, self.dtype, self.device
+            c.num_hidden_layers,
+            c.num_key_value_heads,
+            c.head_dim,
+            capacity,
+            self.dtype,
+            self.device,
         )
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -220,7 +225,8 @@ class Target:
         residual stream after each whole layer of `taps`, in that order.
         """
         x = self.embed(ids)  # [T, C]
-        mask = layers.causal_mask(len(ids), cache.length, 0, self.device)
+        share = self.config.num_attention_heads // self.config.num_key_value_heads
+        mask = layers.block_mask(len(ids), cache.length, 0, True, share, self.dtype, self.device)
         tapped: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
             x = layer(x, self.rope, cache, i, mask)

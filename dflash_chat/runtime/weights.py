@@ -47,6 +47,9 @@ class Checkpoint(Protocol):
     def parts(self, name: str) -> Parts:
         """What that module's `pack` takes: views of the mapped file where rows keep their order."""
 
+    def close(self) -> None:
+        """Let go of the file. Weights that view it keep the mapping alive."""
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a `.gguf` file of architecture llama, or a folder with config.json and safetensors.
@@ -113,7 +116,7 @@ def _check_names(
 # ── GGUF ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
+@dataclass
 class _GGUFCheckpoint:
     path: Path
     config: dict[str, Any]
@@ -133,6 +136,9 @@ class _GGUFCheckpoint:
             return {"weight": llama_gguf.unpermute(name, rows, self.config)}
         rows = raw.view(info.shape[0], -1)  # [N, K / weights per block · bytes per block]
         return {"blocks": llama_gguf.unpermute(name, rows, self.config)}
+
+    def close(self) -> None:
+        del self.file
 
 
 _GGUF_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -159,7 +165,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 # ── safetensors ─────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
+@dataclass
 class _FolderCheckpoint:
     path: Path
     config: dict[str, Any]
@@ -171,6 +177,9 @@ class _FolderCheckpoint:
 
     def parts(self, name: str) -> Parts:
         return {"weight": self.files.tensor(name)}
+
+    def close(self) -> None:
+        del self.files
 
 
 def _open_folder(path: Path) -> Checkpoint:

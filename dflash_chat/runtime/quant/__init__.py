@@ -1,7 +1,7 @@
 """Weight formats: what a packed weight can do, and how a format is found by its name.
 
-Each format is one file here with `pack(parts) -> Packed`. Knows the contract; does not know any
-format, nor where the parts come from.
+Each format is one file here with `pack(parts) -> Packed`: `dense`, `q4_0`, `q4_1`, `q8_0`. Knows
+the contract; does not know any format, nor where the parts come from.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ Parts = dict[str, Tensor]
 
 
 class Packed(Protocol):
-    """A weight as it stays in memory. `shape` is (N, K) for a matmul, (N,) for a norm's scale."""
+    """A weight in memory. `shape` is (N, K) for a matmul, (N,) for a norm's scale."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K) or (N,)."""
 
     @property
     def nbytes(self) -> int:
@@ -29,7 +31,16 @@ class Packed(Protocol):
         """[N, K], exact in fp32: the truth for tests and the fallback of everything."""
 
     def rows(self, ids: Tensor) -> Tensor:
-        """ids [T] -> fp32 [T, K]: an embedding's rows."""
+        """ids [T] -> [T, K], an embedding's rows: in `to`'s dtype, before it in fp32."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
+        """The same weight ready for activations of `dtype` on `device`."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [T, K] -> x·Wᵀ [T, N] in x's dtype, which must be `to`'s."""
+
+    def joined(self, others: Sequence[Packed]) -> Packed | None:
+        """One weight with the rows of all, or None if they are not of one kind."""
 
 
 class Format(Protocol):
@@ -38,10 +49,31 @@ class Format(Protocol):
     def pack(self, parts: Parts) -> Packed:
         """A weight from the checkpoint's tensors. The parts may be views of a mapped file."""
 
-    def cat(self, weights: Sequence[Packed]) -> Packed:
-        """One weight of all rows; all weights are of this format and of one K."""
-
 
 def load_format(name: str) -> Format:
     """The module `quant/<name>.py`. ModuleNotFoundError if there is none."""
     return cast(Format, import_module(f"{__name__}.{name}"))
+
+
+def cat(weights: Sequence[Packed]) -> Packed:
+    """One weight with the rows of all, which share K: a fused projection.
+
+    Weights of one format become one matmul; of several formats they stay apart behind one face.
+    Join before `to`.
+    """
+    from dflash_chat.runtime.quant.stacked import StackedWeight
+
+    first, *others = weights
+    return (first.joined(others) if others else first) or StackedWeight(tuple(weights))
+
+
+def draft_head(head: Packed, device: torch.device, dtype: torch.dtype) -> Packed:
+    """A head for drafting: a 4-bit copy where that is faster for a few rows, else `head` itself.
+
+    Drafted tokens are verified with the true head, so the copy costs acceptance, never correctness.
+    """
+    from dflash_chat.runtime.quant import cpu, q4_1
+
+    if device.type != "cpu" or not cpu.int4_serves(head.shape, dtype):
+        return head
+    return q4_1.pack({"blocks": q4_1.quantize(head.dequantize())}).to(device, dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dflash_chat.runtime.quant import Packed, Parts
+from dflash_chat.runtime.quant import Packed, Parts, cpu
 
 
 @dataclass
@@ -23,7 +25,7 @@ class DenseWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
+        """Bytes held now; of the mapped file, if the weight is a view of it."""
         return self.weight.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,8 +33,27 @@ class DenseWeight:
         return self.weight.to(dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """ids [T] -> fp32 [T, K]."""
-        return self.weight[ids].float()
+        """ids [T] -> [T, K] in the weight's dtype."""
+        return self.weight[ids]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
+        """In `dtype` on `device`; on a CPU for oneDNN if that serves."""
+        if device.type == "cpu" and cpu.prepacking_serves(self.shape, dtype):
+            return cpu.PrepackedWeight(self, dtype)
+        return DenseWeight(self.weight.to(device, dtype))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def joined(self, others: Sequence[Packed]) -> Packed | None:
+        """One weight if all are dense and of one dtype."""
+        tensors = [self.weight]
+        for other in others:
+            if not isinstance(other, DenseWeight) or other.weight.dtype != self.weight.dtype:
+                return None
+            tensors.append(other.weight)
+        return DenseWeight(torch.cat(tensors))
 
 
 def pack(parts: Parts) -> Packed:

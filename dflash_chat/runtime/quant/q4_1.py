@@ -2,7 +2,7 @@
 
 Source: ggml `block_q4_1`. A block is 20 bytes: d, m, then 16 bytes of which byte i holds weight i
 in its low nibble and weight i + 16 in its high one. Knows the block and its arithmetic; how a CPU
-multiplies by it is `int4.py`.
+multiplies by it is `cpu.py`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,32 @@ import torch
 from torch import Tensor
 
 from dflash_chat.runtime.quant import Packed, Parts
-from dflash_chat.runtime.quant.blocks import GROUP, BlockWeight
+from dflash_chat.runtime.quant.blocks import GROUP, Codec, Int4Parts
 
 BLOCK_BYTES = 20
+
+
+def pack(parts: Parts) -> Packed:
+    """parts["blocks"]: uint8 [N, K/32·20]."""
+    return CODEC.pack(parts["blocks"])
 
 
 def dequantize(blocks: Tensor) -> Tensor:
     """uint8 [N, K/32·20] -> fp32 [N, K], the truth every faster path is tested against."""
     scales, minima, q = unpack(blocks)
-    return (scales.float()[..., None] * q + minima.float()[..., None]).flatten(1)
+    return q.float().mul_(scales[..., None]).add_(minima[..., None]).flatten(1)
+
+
+def int4(blocks: Tensor) -> Int4Parts:
+    """w = (q - 8)·d + (m + 8·d)."""
+    scales, minima, q = unpack(blocks)
+    return q.flatten(1), scales, minima + 8 * scales
 
 
 def unpack(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 [N, K/32·20] -> d fp16 [N, K/32], m fp16 [N, K/32], q uint8 [N, K/32, 32]."""
+    """uint8 [N, K/32·20] -> d and m fp32 [N, K/32], q uint8 [N, K/32, 32]."""
     block = blocks.view(blocks.shape[0], -1, BLOCK_BYTES)
-    halves = block[..., :4].contiguous().view(torch.float16)  # [N, K/32, 2]
+    halves = block[..., :4].contiguous().view(torch.float16).float()  # [N, K/32, 2]
     return halves[..., 0], halves[..., 1], nibbles(block[..., 4:])
 
 
@@ -34,8 +45,16 @@ def nibbles(packed: Tensor) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), dim=-1)
 
 
-def pack(parts: Parts) -> Packed:
-    """parts["blocks"]: uint8 [N, K/32·block bytes]."""
-    blocks = parts["blocks"]
-    shape = (blocks.shape[0], blocks.shape[1] // BLOCK_BYTES * GROUP)
-    return BlockWeight(shape, blocks, dequantize)
+def quantize(weight: Tensor) -> Tensor:
+    """fp32 [N, K] -> uint8 [N, K/32·20], rounding to nearest between each group's extremes."""
+    groups = weight.float().view(weight.shape[0], -1, GROUP)  # [N, K/32, 32]
+    low, high = groups.amin(-1), groups.amax(-1)  # [N, K/32]
+    halves = torch.stack(((high - low) / 15, low), dim=-1).half()  # [N, K/32, 2]
+    scale, minimum = halves.float()[..., None].unbind(-2)
+    steps = torch.where(scale > 0, (groups - minimum) / scale, 0.0)
+    q = steps.round().clamp(0, 15).to(torch.uint8)
+    packed = q[..., :16] | q[..., 16:] << 4  # [N, K/32, 16]
+    return torch.cat((halves.view(torch.uint8), packed), dim=-1).flatten(1)
+
+
+CODEC = Codec("q4_1", BLOCK_BYTES, dequantize, int4)

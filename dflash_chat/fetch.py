@@ -236,6 +236,9 @@ def _hub_error(source: HubSource, error: Exception) -> UserError:
     from huggingface_hub import errors
 
     log.debug("hub: %s", error, exc_info=error)
+    if isinstance(error, errors.LocalEntryNotFoundError):  # "not in the cache either"; why not?
+        cause = error.__cause__
+        error = cause if isinstance(cause, errors.HfHubHTTPError) else error
     page = f"https://huggingface.co/{source.repo}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):

@@ -436,7 +436,6 @@ def test_the_next_source_is_tried_and_the_reason_said(
         (403, {"X-Error-Code": "GatedRepo"}, EXIT_ACCESS, "accept the terms at https://"),
         (401, {}, EXIT_ACCESS, "wrong or expired token"),
         (403, {}, EXIT_ACCESS, "fine-grained token needs read access"),
-        (500, {}, EXIT_OTHER, "cannot be reached"),
         (404, {"X-Error-Code": "RepoNotFound"}, EXIT_ACCESS, "shows no me/tiny"),
         (404, {"X-Error-Code": "RevisionNotFound"}, EXIT_OTHER, "has no revision"),
     ],

@@ -30,7 +30,6 @@ from dflash_chat.settings import (
     KEYS,
     SOURCES,
     BenchArgs,
-    ChatArgs,
     OnceArgs,
     parse_options,
     suggest,
@@ -80,10 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
+    flags = completion.flags(parser)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except UsageError:  # an unknown flag before a value looks like a wrong command: name the flag
+        unknown = [w for w in argv if w.startswith("--") and w.partition("=")[0] not in flags]
+        if not unknown:
+            raise
     if unknown:
-        words = [word for word in completion.words(parser) if word.startswith("-")]
-        raise UsageError(f"unknown argument {unknown[0]!r}", hint=suggest(unknown[0], words))
+        raise UsageError(f"unknown argument {unknown[0]!r}", hint=suggest(unknown[0], flags))
     run: Callable[[argparse.Namespace], int] = args.run
     return run(args)
 
@@ -234,7 +238,14 @@ def _chat(args: argparse.Namespace) -> int:
     system = pair.system if args.system is None else args.system
     from dflash_chat.ui import app
 
-    return app.run(ChatArgs(pair.name, system, settings, not args.no_draft))
+    return app.run(
+        pair=pair.name,
+        source=settings.source,
+        options=settings.engine,
+        params=settings.sampling,
+        system=system,
+        draft=not args.no_draft,
+    )
 
 
 def _once(args: argparse.Namespace) -> int:

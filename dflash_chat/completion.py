@@ -23,6 +23,12 @@ def words(parser: argparse.ArgumentParser) -> list[str]:
     return [*_commands(parser), *_flags(parser)]
 
 
+def flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Every option of every level."""
+    levels = (parser, *_commands(parser).values())
+    return list(dict.fromkeys(flag for level in levels for flag in _flags(level)))
+
+
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -37,10 +43,10 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def _after_command(name: str, command: argparse.ArgumentParser) -> str:
     """Words that may follow a command, as shell text."""
-    flags = list(_flags(command))
+    after = list(_flags(command))
     if name in ("pull", "rm"):
-        return " ".join([*flags, "$(dflash-chat list -q 2>/dev/null)"])
-    return " ".join([*flags, *(SHELLS if name == "completion" else ())])
+        after.append("$(dflash-chat list -q 2>/dev/null)")
+    return " ".join([*after, *(SHELLS if name == "completion" else ())])
 
 
 def _bash(parser: argparse.ArgumentParser) -> str:

@@ -41,16 +41,6 @@ class OnceArgs:
 
 
 @dataclass(frozen=True)
-class ChatArgs:
-    """`dflash-chat` without `--once`: what the TUI starts with."""
-
-    pair: str = DEFAULT_PAIR
-    system: str = ""
-    settings: Settings = Settings()
-    draft: bool = True
-
-
-@dataclass(frozen=True)
 class BenchArgs:
     """`dflash-chat bench`. `prompts` None takes the built-in ones; `limit` 0 takes all of them."""
 

@@ -1,0 +1,331 @@
+"""What can be typed, what leaves on which stream, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dflash_chat import __version__, cli, completion, errors
+from dflash_chat.errors import (
+    EXIT_DISK,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_OTHER,
+    EXIT_UNKNOWN_MODEL,
+    EXIT_USAGE,
+    DiskError,
+)
+from dflash_chat.runtime.api import SamplingParams
+from dflash_chat.settings import KEYS, BenchArgs, OnceArgs
+
+pytestmark = pytest.mark.usefixtures("own_folders")
+
+
+@dataclass
+class Runners:
+    """Stands in for once, bench and the TUI: remembers what they were given."""
+
+    got: list[OnceArgs | BenchArgs] = field(default_factory=list)
+    chats: list[dict[str, object]] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def run(self, args: OnceArgs | BenchArgs) -> int:
+        self.got.append(args)
+        if self.error:
+            raise self.error
+        return EXIT_OK
+
+    def chat(self, **arguments: object) -> int:
+        self.chats.append(arguments)
+        return EXIT_OK
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> Runners:
+    runners = Runners()
+    for name in ("once", "bench", "ui.app"):
+        module = ModuleType(f"dflash_chat.{name}")
+        vars(module)["run"] = runners.chat if name == "ui.app" else runners.run
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        parent, _, leaf = module.__name__.rpartition(".")
+        monkeypatch.setattr(sys.modules.get(parent) or __import__(parent), leaf, module, False)
+    return runners
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Streams named in the set are terminals; all of them at first."""
+    terminals = {"stdin", "stderr"}
+    monkeypatch.setattr(
+        cli, "_is_terminal", lambda s: (s is sys.stdin and "stdin" in terminals)
+        or (s is sys.stderr and "stderr" in terminals),
+    )  # fmt: skip
+    return terminals
+
+
+def run(*argv: str, piped: bytes | None = b"") -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, its streams not terminals."""
+    return subprocess.run(
+        [sys.executable, "-m", "dflash_chat", *argv],
+        input=None if piped is None else piped.decode(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+# ── once, bench, chat ───────────────────────────────────────────────────────────────────────────
+
+
+def test_once_gets_prompt_pair_and_settings(runners: Runners, terminal: set[str]) -> None:
+    flags = ["--no-draft", "--stats", "--json", "-o", "temperature=0.5", "-o", "temperature=0.7"]
+    names = ["-m", "smollm2", "-s", "brief", "--seed", "3", "--max-tokens", "9"]
+    code = cli.main(["--once", "hi", *names, *flags])
+    (got,) = runners.got
+    assert code == EXIT_OK
+    assert isinstance(got, OnceArgs)
+    assert (got.prompt, got.pair, got.system) == ("hi", "smollm2-135m", "brief")
+    assert (got.draft, got.stats, got.json) == (False, True, True)
+    sampling = got.settings.sampling
+    assert (sampling.temperature, sampling.seed, sampling.max_tokens) == (0.7, 3, 9)
+
+
+def test_once_is_greedy_and_drafted_unless_told_otherwise(
+    runners: Runners, terminal: set[str]
+) -> None:
+    cli.main(["--once", "hi"])
+    (got,) = runners.got
+    assert isinstance(got, OnceArgs)
+    assert got == OnceArgs("hi")
+    assert got.settings.sampling.temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "piped", "prompt"),
+    [
+        (["--once", "Sum this up."], "a long text\n\n", "a long text\nSum this up."),
+        (["--once"], "a question?\n", "a question?"),
+        ([], "a question?", "a question?"),
+        (["-o", "seed=1"], "äöü €", "äöü €"),
+        (["--once", "hi"], "", "hi"),
+    ],
+)
+def test_what_is_piped_comes_before_the_prompt(
+    runners: Runners,
+    terminal: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    argv: list[str],
+    piped: str,
+    prompt: str,
+) -> None:
+    terminal.clear()
+    (tmp_path / "in").write_text(piped, encoding="utf-8")
+    with (tmp_path / "in").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli.main(argv) == EXIT_OK
+    (got,) = runners.got
+    assert isinstance(got, OnceArgs)
+    assert got.prompt == prompt
+
+
+def test_bench_gets_its_own_arguments(runners: Runners, terminal: set[str]) -> None:
+    chosen = ["--prompts", "p.jsonl", "--limit", "3", "--max-tokens", "9", "-o", "k=4"]
+    assert cli.main(["bench", "-m", "smollm2", *chosen, "--json"]) == EXIT_OK
+    (got,) = runners.got
+    assert isinstance(got, BenchArgs)
+    assert (got.pair, got.prompts, got.limit, got.json) == (
+        "smollm2-135m", Path("p.jsonl"), 3, True,
+    )  # fmt: skip
+    assert (got.settings.sampling.max_tokens, got.settings.engine.draft_tokens) == (9, 4)
+
+
+def test_the_model_may_stand_before_the_command(runners: Runners, terminal: set[str]) -> None:
+    assert cli.main(["-m", "nonsense", "bench"]) == EXIT_UNKNOWN_MODEL
+
+
+def test_the_chat_starts_with_the_cards_sampling(runners: Runners, terminal: set[str]) -> None:
+    assert cli.main(["-s", "Be kind.", "-o", "top_k=5"]) == EXIT_OK
+    (got,) = runners.chats
+    assert (got["pair"], got["system"], got["draft"]) == ("smollm2-135m", "Be kind.", True)
+    assert got["params"] == SamplingParams(temperature=0.2, top_p=0.9, top_k=5)
+
+
+def test_the_chat_refuses_a_redirected_screen(
+    runners: Runners, terminal: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.discard("stderr")
+    assert cli.main([]) == EXIT_USAGE
+    assert runners.chats == []
+    assert "stderr is not a terminal" in capsys.readouterr().err
+
+
+# ── errors and exit codes ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["--once", "hi", "-m", "smolm2"], EXIT_UNKNOWN_MODEL, "did you mean smollm2"),
+        (["--once", "hi", "-o", "temprature=1"], EXIT_USAGE, "did you mean temperature?"),
+        (["--once", "hi", "--seed", "x"], EXIT_USAGE, "option seed=x"),
+        (["--once"], EXIT_USAGE, "there is no prompt"),
+        (["hello"], EXIT_USAGE, "to ask something"),
+        (["--max-token", "3"], EXIT_USAGE, "did you mean --max-tokens"),
+        (["pull"], EXIT_USAGE, "PAIR"),
+        (["pull", "nonsense"], EXIT_UNKNOWN_MODEL, "no pair named"),
+        (["pull", "smollm2", "--source", "ftp"], EXIT_USAGE, "invalid choice"),
+        (["rm", "smollm2"], EXIT_UNKNOWN_MODEL, "not installed"),
+        (["bench", "--limit", "-1"], EXIT_USAGE, "--limit"),
+        (["bench", "--limit", "many"], EXIT_USAGE, "invalid int value"),
+        (["completion", "tcsh"], EXIT_USAGE, "invalid choice"),
+        (["list", "--json", "-q"], EXIT_USAGE, "not allowed with"),
+    ],
+)
+def test_mistakes_are_one_line_a_hint_and_a_code(
+    runners: Runners,
+    terminal: set[str],
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    code: int,
+    words: str,
+) -> None:
+    assert cli.main(argv) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.startswith("dflash-chat: ")
+    assert len(err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (DiskError("full", hint="delete something"), EXIT_DISK, "full\n  delete something\n"),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
+        (RuntimeError("odd\nthing"), EXIT_OTHER, "RuntimeError: odd thing\n  set DFLASH_CHAT_LOG"),
+    ],
+)
+def test_what_escapes_a_command_becomes_a_code(
+    runners: Runners,
+    terminal: set[str],
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    runners.error = error
+    assert cli.main(["--once", "hi"]) == code
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_traceback_is_there_for_those_who_ask() -> None:
+    program = "from dflash_chat import cli, hub; hub.installed = None; cli.main(['list'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DFLASH_CHAT_LOG": "debug"},
+    )
+    assert "Traceback" in done.stderr
+
+
+def test_help_names_every_exit_code() -> None:
+    out = run("--help").stdout
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    listed = {int(n) for n in re.findall(r"^  (\d+)  ", out.split("exit codes:")[1], re.M)}
+    assert listed == codes
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m dflash_chat list --json | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+
+
+def test_empty_input_without_arguments_is_a_usage_error() -> None:
+    done = run()
+    assert (done.returncode, done.stdout) == (EXIT_USAGE, "")
+    assert "there is no prompt" in done.stderr
+
+
+# ── list, rm, version, completion ───────────────────────────────────────────────────────────────
+
+
+def test_list_speaks_to_people_programs_and_shells() -> None:
+    table = run("list").stdout.splitlines()
+    assert table[0].split() == ["PAIR", "SIZE", "STATE", "SOURCE", "LICENCE", "TITLE"]
+    assert table[1].startswith("smollm2-135m  98 MB  –")
+    assert run("ls", "-q").stdout == "smollm2-135m\n"
+    (row,) = json.loads(run("list", "--json").stdout)
+    assert (row["name"], row["installed"], row["path"]) == ("smollm2-135m", False, None)
+
+
+def test_an_empty_answer_deletes_nothing(
+    terminal: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdin, "readline", lambda: "\n", raising=False)
+    with pytest.raises(errors.UserError, match="nothing was done"):
+        cli._confirm("Delete?")
+    terminal.discard("stdin")
+    with pytest.raises(errors.UsageError, match="nobody can be asked"):
+        cli._confirm("Delete?")
+
+
+def test_version_is_the_packages() -> None:
+    assert run("--version").stdout == f"dflash-chat {__version__}\n"
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_knows_every_command_flag_and_key(shell: str) -> None:
+    script = completion.script(shell, cli.build_parser())
+    for word in completion.words(cli.build_parser()):
+        bare = re.escape(word.lstrip("-"))  # fish has no dashes
+        assert re.search(rf"(?<!\w){bare}(?![\w-])", script), word
+    assert all(f"{key}=" in script for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("dflash-chat pu", ["pull"]),
+        ("dflash-chat pull smo", ["smollm2-135m"]),
+        ("dflash-chat -m ", ["smollm2-135m"]),
+        ("dflash-chat -o temp", ["temperature="]),
+        ("dflash-chat completion z", ["zsh"]),
+        ("dflash-chat rm --y", ["--yes"]),
+        ("dflash-chat --o", ["--once"]),
+    ],
+)
+def test_bash_completes(tmp_path: Path, line: str, expected: list[str]) -> None:
+    stub = tmp_path / "dflash-chat"
+    stub.write_text(f'#!/bin/sh\nexec {sys.executable} -m dflash_chat "$@"\n')
+    stub.chmod(0o755)
+    script = completion.script("bash", cli.build_parser())
+    words = " ".join(f"'{word}'" for word in line.split(" "))
+    probe = f"""{script}
+compopt() {{ :; }}
+COMP_WORDS=({words}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+_dflash_chat; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(
+        ["bash", "-c", probe],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert done.stdout.split() == expected, done.stderr

@@ -30,8 +30,8 @@ LIGHT = [
 HEAVY = {"torch", "transformers", "safetensors", "triton"}
 RUNTIME = [
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
-    for path in sorted([*ROOT.glob("runtime/**/*.py"), *ROOT.glob("training/**/*.py")])
-    if path.stem not in ("__init__", "__main__")
+    for path in sorted(ROOT.glob("runtime/**/*.py"))
+    if path.stem != "__init__"
 ]
 
 

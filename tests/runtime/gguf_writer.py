@@ -18,7 +18,7 @@ TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")
 MERGES = (
     "Ġ t", "h e", "Ġt he", "i n", "e r", "a n", "o u", "r e", "o n", "Ġ a", "in g", "Ġ s",
-    "l l", "e d", "Ġ w", "an d", "ou r", "s t", "Ġa nd", "ã ģ", "ð Ł", "ðŁ ĺ", "Ġ Ġ", "ĠĠ ĠĠ",
+    "l l", "e d", "Ġ w", "n d", "ou r", "s t", "Ġa nd", "ã ģ", "ð Ł", "ðŁ ĺ", "Ġ Ġ", "ĠĠ ĠĠ",
     "1 2", "Ċ Ċ", "he ll", "hell o",
 )  # fmt: skip
 CHATML = (

@@ -42,7 +42,8 @@ def unpack(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def nibbles(packed: Tensor) -> Tensor:
     """uint8 [N, K/32, 16] -> uint8 [N, K/32, 32]: low nibbles first, then high ones."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1)
+    packed = packed.contiguous()  # strided bytes are not vectorised
+    return torch.stack((packed & 15, packed >> 4), dim=-2).flatten(-2)
 
 
 def quantize(weight: Tensor) -> Tensor:

@@ -29,9 +29,12 @@ class ChatApp(App[None]):
         """Start the engine before anything is drawn, so that both start at once."""
         await self._client.start()
 
+    def get_default_screen(self) -> Screen[None]:
+        """The chat."""
+        return self._chat
+
     def on_mount(self) -> None:
-        """Show the chat; what can wait comes after the first paint."""
-        self.push_screen(self._chat)
+        """What can wait comes after the first paint."""
         self.call_after_refresh(self._settle)
 
     async def _settle(self) -> None:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import replace
 
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.content import Content
 from textual.screen import Screen
-from textual.widgets import Static
 
 from dflash_chat.chat import Conversation
 from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK, UsageError, UserError
 from dflash_chat.runtime.api import (
     Cancel,
+    EngineOptions,
     Event,
     Failed,
     Finished,
@@ -44,6 +42,7 @@ from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.side_panel import SidePanel, StatusLine, bar
 from dflash_chat.ui.transcript import AnswerTurn, Card, Transcript, UserTurn
+from dflash_chat.ui.words import Words
 
 FRAME_S = 1 / 18
 NUMBERS_S = 1 / 5
@@ -57,14 +56,14 @@ _ENDINGS = {
 
 KEYS: list[BindingType] = [
     Binding("enter", "send", "Send", id="send"),
-    Binding("ctrl+j", "newline", "Newline", id="newline"),
     Binding("escape", "stop", "Stop", id="stop", priority=True),
-    Binding("ctrl+c", "copy_or_stop", "Copy", id="copy", show=False, priority=True),
     Binding("ctrl+r", "retry", "Retry", id="retry", priority=True),
-    Binding("ctrl+n", "new_chat", "New chat", id="new", priority=True),
-    Binding("f2", "toggle_panel", "Panel", id="panel"),
     Binding("f1", "help", "Help", id="help"),
     Binding("ctrl+q", "app.quit", "Quit", id="quit", priority=True),
+    Binding("ctrl+n", "new_chat", "New chat", id="new", priority=True),
+    Binding("f2", "toggle_panel", "Panel", id="panel"),
+    Binding("ctrl+j", "newline", "Newline", id="newline"),
+    Binding("ctrl+c", "copy_or_stop", "Copy", id="copy", show=False, priority=True),
     Binding("pageup", "page(-1)", "Page up", id="page_up", show=False, priority=True),
     Binding("pagedown", "page(1)", "Page down", id="page_down", show=False, priority=True),
     Binding("ctrl+up", "line(-1)", "Line up", id="line_up", show=False, priority=True),
@@ -100,6 +99,7 @@ class ChatScreen(Screen[None]):
         self._generation = 0
         self._answer: AnswerTurn | None = None  # the one being written
         self._drawing: list[AnswerTurn] = []  # those with text left to draw
+        self._stopping = False  # it was asked to end
         self._text: list[str] = []  # of the answer being written
         self._waiting: deque[UserTurn] = deque()
         self._retry_after: UserTurn | None = None  # the question whose answer failed
@@ -109,12 +109,12 @@ class ChatScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Title, chat and panel, footer."""
         with Horizontal(id="title-bar"):
-            yield Static(id="title")
-            yield Static(id="state")
+            yield Words(id="title")
+            yield Words(id="state")
         with Horizontal(id="body"):
             with Vertical(id="chat"):
                 yield Transcript()
-                yield Static(id="hint")
+                yield Words(id="hint")
                 yield Prompt()
                 yield StatusLine()
             yield SidePanel()
@@ -144,11 +144,11 @@ class ChatScreen(Screen[None]):
 
     def _show_numbers(self) -> None:
         now = time.monotonic()
-        self.query_one(SidePanel).show(self._meter, self._info, self._draft, now)
-        self.query_one(StatusLine).show(self._meter, self._info, self._draft, now)
-        self.query_one("#title", Static).update(Content(self._title_words()))
-        self.query_one("#state", Static).update(Content(self._state_words()))
-        self.query_one("#hint", Static).update(Content(self._hint_words()))
+        self.query_one(SidePanel).show_numbers(self._meter, self._info, self._draft, now)
+        self.query_one(StatusLine).show_numbers(self._meter, self._info, self._draft, now)
+        self.query_one("#title", Words).show(self._title_words())
+        self.query_one("#state", Words).show(self._state_words())
+        self.query_one("#hint", Words).show(self._hint_words())
         self.query_one(KeyBar).show(self._useful_keys())
 
     def _useful_keys(self) -> list[Binding]:
@@ -167,7 +167,9 @@ class ChatScreen(Screen[None]):
             return "○ engine down"
         if self._info is None:
             return "○ loading"
-        return "● answering" if self._answer else "● ready"
+        if self._answer is None:
+            return "● ready"
+        return "● stopping" if self._stopping else "● answering"
 
     def _hint_words(self) -> str:
         if self._down:
@@ -291,19 +293,20 @@ class ChatScreen(Screen[None]):
         self._generation += 1
         self._retry_after = None
         self._asked = turn
+        self._stopping = False
         self._text = []
         self._meter.begin()
         self._answer = AnswerTurn()
         self._answer.say("reading the prompt")
         self._drawing.append(self._answer)
-        transcript = self.query_one(Transcript)
-        transcript.mount(self._answer, before=self._waiting[0] if self._waiting else None)
+        before = self._waiting[0] if self._waiting else None
+        self.query_one(Transcript).append(self._answer, before)
         messages = self._chat.messages()
         self._client.send(Generate(self._generation, messages, self._params, self._draft))
 
     def _show(self, widget: UserTurn | Card) -> None:
         transcript = self.query_one(Transcript)
-        transcript.mount(widget)
+        transcript.append(widget)
         transcript.follow()
 
     def _obey(self, command: commands.Command) -> None:
@@ -326,7 +329,7 @@ class ChatScreen(Screen[None]):
 
     def _set(self, option: str) -> None:
         settings = parse_options([option], self._params)
-        if replace(settings, sampling=self._params) != parse_options([]):
+        if (settings.engine, settings.source) != (EngineOptions(), ""):
             raise UsageError(
                 f"{option.partition('=')[0]} is fixed while a pair is loaded.",
                 "Give it at the start: dflash-chat -o " + option,
@@ -357,6 +360,7 @@ class ChatScreen(Screen[None]):
     def action_stop(self) -> None:
         """Stop the answer; without one, take the last waiting message back into the prompt."""
         if self._answer:
+            self._stopping = True
             self._client.send(Cancel(self._generation))
         elif self._waiting:
             turn = self._waiting.pop()

@@ -27,37 +27,48 @@ if TYPE_CHECKING:
 
 EMPTY = Content("")
 MIN_WIDTH = 8
+HANG_MAX = 16  # code wraps below its own indent, up to here
 CELL_GAP = 3  # " │ "
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line as drawn. `indent` characters are ours, not the text's; `joint` is what stood where
-    a wrapped line goes on from the row above, None at the start of a line."""
+    """One line as drawn. The first `ours` characters are not the text's; `joint` is what stood
+    where a wrapped line goes on from the row above, None at the start of a line; `fenced` rows are
+    drawn as wide as the view, on the ground of code."""
 
     content: Content
-    indent: int = 0
+    ours: int = 0
     joint: str | None = None
+    fenced: bool = False
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of text: `first` before its first row, `rest` before those it wraps to."""
+    """One line of text: `first` before its first row, `rest` before those it wraps to. Marks like
+    bullets are part of `first` and are copied with it, unless the line is `fenced`."""
 
     body: Content
     first: Content = EMPTY
     rest: Content = EMPTY
+    fenced: bool = False
 
     def rows(self, width: int) -> Iterator[Row]:
         """The line wrapped to `width` cells."""
         text, at = self.body.plain, 0
+        if self.first.cell_length + self.body.cell_length <= width:
+            yield self._row(self.first, self.body, None)
+            return
         parts = self.body.wrap(max(width - self.rest.cell_length, MIN_WIDTH))
         for number, part in enumerate(parts):
-            prefix = self.rest if number else self.first
             skipped = len(text[at:]) - len(text[at:].lstrip(" ")) if number else 0
             joint = text[at : at + skipped] if number else None
             at += skipped + len(part.plain)
-            yield Row(prefix + part, len(prefix.plain), joint)
+            yield self._row(self.rest if number else self.first, part, joint)
+
+    def _row(self, prefix: Content, part: Content, joint: str | None) -> Row:
+        ours = len(prefix.plain) if self.fenced or joint is not None else 0
+        return Row(prefix + part, ours, joint, self.fenced)
 
 
 @dataclass(frozen=True)
@@ -110,15 +121,22 @@ class Flow(Visual):
     """Pieces below one another, laid out for the width they get."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._pieces = tuple(pieces)
+        self._pieces = list(pieces)
         self._rows: list[Row] = []
-        self._rows_width = -1
+        self._laid_out = 0  # of the pieces, at
+        self._width = -1
+
+    def extend(self, other: Flow, gap: bool) -> None:
+        """Add what `other` shows, below a blank line if `gap`."""
+        self._pieces += [Line(EMPTY), *other._pieces] if gap else other._pieces
 
     def rows(self, width: int) -> list[Row]:
-        """The rows at `width` cells; the last width is kept."""
-        if width != self._rows_width:
-            self._rows = [row for piece in self._pieces for row in piece.rows(width)]
-            self._rows_width = width
+        """The rows at `width` cells; those of the last width are kept."""
+        if width != self._width:
+            self._rows, self._laid_out, self._width = [], 0, width
+        for piece in self._pieces[self._laid_out :]:
+            self._rows += piece.rows(width)
+        self._laid_out = len(self._pieces)
         return self._rows
 
     def get_optimal_width(self, rules: RulesMap, container_width: int) -> int:
@@ -133,7 +151,7 @@ class Flow(Visual):
         self, width: int, height: int | None, style: Style, options: RenderOptions
     ) -> list[Strip]:
         """Draw; the widget's style must say `text-wrap: nowrap`."""
-        drawn = Content("\n").join(row.content for row in self.rows(width))
+        drawn = Content("\n").join(_drawn(row, width) for row in self.rows(width))
         return drawn.render_strips(width, height, style, options)
 
     def extract(self, selection: Selection) -> str:
@@ -144,12 +162,17 @@ class Flow(Visual):
                 continue
             start, end = span
             plain = row.content.plain
-            indent = row.indent if row.joint is not None else 0
-            text = plain[max(start, indent) : len(plain) if end == -1 else end]
+            text = plain[max(start, row.ours) : len(plain) if end == -1 else end]
             if pieces:
                 pieces.append("\n" if row.joint is None else row.joint)
             pieces.append(text)
         return "".join(pieces)
+
+
+def _drawn(row: Row, width: int) -> Content:
+    if not row.fenced:
+        return row.content
+    return row.content.pad_right(width - row.content.cell_length).stylize_before(".fence")
 
 
 # ── chunks ──────────────────────────────────────────────────────────────────────────────────────
@@ -163,7 +186,7 @@ def plain(text: str) -> Flow:
 def render(chunk: Chunk, highlighted: bool = True) -> Flow:
     """The visual of a chunk; code that still grows need not be highlighted."""
     if chunk.kind == "code":
-        return Flow(_code(chunk.text, chunk.language if highlighted else ""))
+        return Flow(_code(chunk.text, chunk.language if highlighted else "", EMPTY, EMPTY))
     tree = _tree(chunk.text)
     return Flow(_blocks(tree.children, EMPTY, EMPTY, chunk.number))
 
@@ -181,15 +204,17 @@ def _tree(source: str) -> SyntaxTreeNode:
     return SyntaxTreeNode(_parser().parse(source))
 
 
-def _code(text: str, language: str) -> Iterator[Line]:
+def _code(text: str, language: str, first: Content, rest: Content) -> Iterator[Line]:
     text = text.expandtabs(4)
     content = Content(text)
     if language:
         from textual.highlight import highlight
 
         content = highlight(text, language=language.split()[0].lower())
-    for line in content.split("\n", allow_blank=True):
-        yield Line(line)
+    for at, line in enumerate(content.split("\n", allow_blank=True)):
+        hang = len(line.plain) - len(line.plain.lstrip()) + 4
+        margin = (rest if at else first) + " "
+        yield Line(line, margin, rest + " " * min(hang + 1, HANG_MAX), fenced=True)
 
 
 def _blocks(
@@ -213,8 +238,7 @@ def _block(node: SyntaxTreeNode, first: Content, rest: Content, number: int) -> 
         bar = Content.styled("▌ ", ".quote-bar")
         yield from _blocks(node.children, first + bar, rest + bar)
     elif node.type in ("fence", "code_block"):
-        for at, line in enumerate(_code(node.content.rstrip("\n"), node.info)):
-            yield Line(line.body, rest if at else first, rest)
+        yield from _code(node.content.rstrip("\n"), node.info, first, rest)
     elif node.type == "hr":
         yield Rule()
     elif node.type == "table":

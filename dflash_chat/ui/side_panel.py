@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
-from textual.content import Content
-from textual.widgets import Static
 
 from dflash_chat.runtime.api import ModelInfo
 from dflash_chat.ui.meter import Meter
+from dflash_chat.ui.words import Words
 
 WIDTH = 26  # cells inside the panel
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -44,23 +43,8 @@ def grouped(number: int) -> str:
 def draft_words(info: ModelInfo, draft: bool) -> str:
     """Whether drafting is on, and if not, why."""
     if not info.drafter:
-        return "draft OFF: this pair has no drafter"
-    return f"draft ON k={info.draft_tokens}" if draft else "draft OFF: you switched it off"
-
-
-class Section(Static):
-    """A heading and its lines."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(id=name)
-        self._shown = ""
-
-    def show(self, title: str, *lines: str) -> None:
-        """Draw, if anything has changed."""
-        text = "\n".join((title, *lines))
-        if text != self._shown:
-            self._shown = text
-            self.update(Content.styled(title, "bold") + Content("\n" + "\n".join(lines)))
+        return "draft OFF: no drafter"
+    return f"draft ON k={info.draft_tokens}" if draft else "draft OFF: switched off"
 
 
 class SidePanel(VerticalScroll, can_focus=False):
@@ -69,18 +53,19 @@ class SidePanel(VerticalScroll, can_focus=False):
     def compose(self) -> ComposeResult:
         """One section each."""
         for name in ("speed", "acceptance", "block", "context", "engine"):
-            yield Section(name)
+            yield Words(id=name, classes="section")
 
-    def show(self, meter: Meter, info: ModelInfo | None, draft: bool, now: float) -> None:
+    def show_numbers(self, meter: Meter, info: ModelInfo | None, draft: bool, now: float) -> None:
         """Draw the present numbers."""
-        self._section("speed").show("SPEED", *speed_lines(meter, now))
-        self._section("acceptance").show("ACCEPTANCE", *acceptance_lines(meter, info))
-        self._section("block").show(f"BLOCK  {meter.block_ms.total:.1f} ms", *block_lines(meter))
-        self._section("context").show("CONTEXT", *context_lines(meter, info))
-        self._section("engine").show("ENGINE", *engine_lines(info, draft))
+        total_ms = f"{meter.block_ms.total:.1f} ms" if meter.spec.steps else "–"
+        self._show("speed", "SPEED", speed_lines(meter, now))
+        self._show("acceptance", "ACCEPTANCE", acceptance_lines(meter, info))
+        self._show("block", f"BLOCK  {total_ms}", block_lines(meter))
+        self._show("context", "CONTEXT", context_lines(meter, info))
+        self._show("engine", "ENGINE", engine_lines(info, draft))
 
-    def _section(self, name: str) -> Section:
-        return self.query_one(f"#{name}", Section)
+    def _show(self, name: str, title: str, lines: list[str]) -> None:
+        self.query_one(f"#{name}", Words).show("\n".join(lines), title)
 
 
 def speed_lines(meter: Meter, now: float) -> list[str]:
@@ -91,13 +76,15 @@ def speed_lines(meter: Meter, now: float) -> list[str]:
         f"{meter.answer_tok_s:6.0f} tok/s  answer"
         if meter.answer_tok_s
         else "     – tok/s  answer",
-        columns([0.0, *meter.rates][-WIDTH:])[0].strip() or "▁",
+        columns(meter.rates[-WIDTH:])[0],
     ]
 
 
 def acceptance_lines(meter: Meter, info: ModelInfo | None) -> list[str]:
     """tau in words and the histogram of committed tokens per pass."""
     spec = meter.spec
+    if not (spec.steps or info):
+        return ["tau –"]
     size = max(info.block_size if info else 0, len(spec.histogram), 1)
     counts = [*spec.histogram, *[0] * (size - len(spec.histogram))]
     step = max(1, min(3, WIDTH // size))
@@ -116,13 +103,15 @@ def block_lines(meter: Meter) -> list[str]:
         "host": block.host,
     }
     total = block.total or 1.0
+    if not meter.spec.steps:
+        return list(parts)
     return [f"{name:6} {bar(ms / total, WIDTH - 13)}{ms:6.1f}" for name, ms in parts.items()]
 
 
 def context_lines(meter: Meter, info: ModelInfo | None) -> list[str]:
     """How full the cache is."""
     if info is None:
-        return ["–", bar(0, WIDTH)]
+        return ["–"]
     share = meter.context_tokens / info.context_tokens
     used, total = grouped(meter.context_tokens), grouped(info.context_tokens)
     return [f"{used} of {total} · {share:.0%}", bar(share, WIDTH - 1) + "▏"]
@@ -135,10 +124,10 @@ def engine_lines(info: ModelInfo | None, draft: bool) -> list[str]:
     return [draft_words(info, draft), f"{info.device} · {info.dtype}", info.kernels]
 
 
-class StatusLine(Static):
+class StatusLine(Words):
     """The panel's numbers in one line."""
 
-    def show(self, meter: Meter, info: ModelInfo | None, draft: bool, now: float) -> None:
+    def show_numbers(self, meter: Meter, info: ModelInfo | None, draft: bool, now: float) -> None:
         """Draw as many numbers as fit, the most important first."""
         rate = meter.now_tok_s(now) or meter.answer_tok_s
         words = [f"{rate:.0f} tok/s" if rate else "– tok/s"]
@@ -149,4 +138,4 @@ class StatusLine(Static):
             words.append(draft_words(info, draft))
         while len(words) > 1 and len(" · ".join(words)) > self.size.width:
             words.pop()
-        self.update(Content(" · ".join(words)))
+        self.show(" · ".join(words))

@@ -1,6 +1,6 @@
 """The turns of one chat on screen: questions, streamed answers, notes and cards.
 
-An answer is drawn in two zones: closed chunks, one widget each, which never change again, and one
+An answer is drawn in two zones: closed chunks, a few to a widget, which never change again, and a
 tail that is redrawn with every frame and whose size is bounded. A frame takes a bounded piece of
 what has arrived, so a burst shows a little later instead of freezing the screen.
 """
@@ -21,6 +21,7 @@ from dflash_chat.ui.markdown import Flow, plain, render
 from dflash_chat.ui.splitter import Chunk, Splitter
 
 FRAME_CHARS = 2000
+BLOCK_CHARS = 1500
 
 # What a model writes must not reach the terminal as a control sequence.
 _CONTROLS: dict[int, str] = dict.fromkeys(
@@ -30,12 +31,25 @@ _CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
 
 
 class Block(Widget):
-    """One chunk of an answer."""
+    """Closed chunks of an answer, until they are `BLOCK_CHARS` together."""
 
-    def __init__(self, flow: Flow, kind: str = "text", continued: bool = False) -> None:
-        super().__init__(classes=f"-{kind}")
-        self._flow = flow
-        self.set_class(continued, "-continued")
+    def __init__(self, chunk: Chunk | None = None) -> None:
+        super().__init__()
+        self._flow = Flow(())
+        self._chars = 0
+        if chunk:
+            self._flow = render(chunk)
+            self._chars = len(chunk.text)
+            self.set_class(chunk.continued, "-continued")
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Add a chunk, if there is room for it."""
+        if self._chars + len(chunk.text) > BLOCK_CHARS:
+            return False
+        self._flow.extend(render(chunk), gap=not chunk.continued)
+        self._chars += len(chunk.text)
+        self.refresh(layout=True)
+        return True
 
     def render(self) -> Visual:
         """The laid-out chunk."""
@@ -55,7 +69,6 @@ class Tail(Block):
         if chunk is None:
             return
         self._flow = plain(chunk.text) if chunk.kind == "table" else render(chunk, False)
-        self.set_class(chunk.kind == "code", "-code")
         self.set_class(chunk.continued, "-continued")
         self.refresh(layout=True)
 
@@ -64,7 +77,7 @@ class AnswerTurn(Vertical):
     """One answer and the line of numbers under it."""
 
     COMPONENT_CLASSES: ClassVar = {
-        "strong", "em", "strike", "code", "link", "target", "rule", "bullet", "quote-bar",
+        "strong", "em", "strike", "code", "fence", "link", "target", "rule", "bullet", "quote-bar",
         "h1", "h2", "h3", "h4", "h5", "h6",
     }  # fmt: skip
 
@@ -73,7 +86,8 @@ class AnswerTurn(Vertical):
         self._splitter = Splitter()
         self._pending = ""
         self._note: str | None = None
-        self._tail = Tail(plain(""))
+        self._tail = Tail()
+        self._last: Block | None = None
         self._tail.display = False
         self._line = Static(Content(""), classes="numbers")
 
@@ -110,9 +124,10 @@ class AnswerTurn(Vertical):
             self.say(self._note)
             self._note = None
         with self.app.batch_update():
-            blocks = [Block(render(chunk), chunk.kind, chunk.continued) for chunk in closed]
-            if blocks:
-                self.mount_all(blocks, before=self._tail)
+            for chunk in closed:
+                if not (self._last and self._last.takes(chunk)):
+                    self._last = Block(chunk)
+                    self.mount(self._last, before=self._tail)
             self._tail.show(self._splitter.tail)
 
 
@@ -144,12 +159,30 @@ class Card(Static):
         self.border_title = Content(title)
 
 
+WELCOME = """\
+Type a message and press Enter; it goes out as soon as the engine is ready.
+Esc stops an answer and keeps what came. F1 lists keys and commands."""
+
+
 class Transcript(VerticalScroll, can_focus=False):
     """All turns; follows the newest text unless the person has scrolled up."""
+
+    def compose(self) -> ComposeResult:
+        """The turns fill the view at least: an anchored view would push fewer to its bottom."""
+        with Vertical(id="turns"):
+            yield self._welcome()
 
     def on_mount(self) -> None:
         """Start at the bottom and stay there."""
         self.anchor()
+
+    def append(self, turn: Widget, before: Widget | None = None) -> None:
+        """Add a turn at the end, or above `before`."""
+        self.query("#welcome").remove()
+        self.query_one("#turns").mount(turn, before=before)
+
+    def _welcome(self) -> Static:
+        return Static(Content(WELCOME), id="welcome")
 
     @property
     def following(self) -> bool:
@@ -162,5 +195,7 @@ class Transcript(VerticalScroll, can_focus=False):
 
     async def clear(self) -> None:
         """Remove all turns."""
-        await self.remove_children()
+        turns = self.query_one("#turns")
+        await turns.remove_children()
+        await turns.mount(self._welcome())
         self.anchor()

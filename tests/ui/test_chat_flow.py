@@ -40,7 +40,7 @@ class Chat:
 
     @property
     def screen(self) -> ChatScreen:
-        screen = self.app.screen_stack[1]
+        screen = self.app.screen_stack[0]
         assert isinstance(screen, ChatScreen)
         return screen
 
@@ -499,14 +499,15 @@ async def test_draft_command_switches_drafting(loaded: Chat) -> None:
     await loaded.pilot.pause(0.4)
 
     assert not loaded.client.asked[-1].draft
-    assert "draft OFF: you switched" in loaded.shown("#engine")
+    assert "draft OFF: switched off" in loaded.shown("#engine")
 
 
 async def test_set_command_changes_the_next_answer(loaded: Chat) -> None:
+    await loaded.type("/set max_tokens=99")
     await loaded.type("/set temperature=0.7")
     await loaded.type("Hi")
 
-    assert loaded.client.asked[-1].params.temperature == 0.7
+    assert loaded.client.asked[-1].params == SamplingParams(temperature=0.7, max_tokens=99)
 
 
 @pytest.mark.parametrize(
@@ -574,7 +575,7 @@ async def test_a_pair_without_a_drafter_says_so() -> None:
         await chat.load(replace(INFO, drafter=""))
         await chat.pilot.pause(0.4)
 
-        assert "draft OFF: this pair has" in chat.shown("#engine")
+        assert "draft OFF: no drafter" in chat.shown("#engine")
 
 
 async def test_the_title_names_pair_dtype_and_device(loaded: Chat) -> None:

@@ -1,0 +1,184 @@
+"""The screen under load, measured in a real pty: `python -m tests.ui.pty_bench [KIND …]`.
+
+Streams 6 000 tokens at 600 tok/s, four characters each, as one long list, table, code fence or as
+prose, into the real app with a scripted engine, and prints one line of figures per kind. `start`
+measures the first paint of `dflash-chat` instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from typing import Any
+
+RATE, TOKENS, STEP_TOKENS = 600, 6000, 3
+ROWS, COLUMNS = 40, 120
+
+# ── inside the pty ──────────────────────────────────────────────────────────────────────────────
+
+
+def text_of(kind: str, length: int) -> str:
+    """`length` characters of one kind of Markdown."""
+    lines = {
+        "list": "- item {n} of a list with **bold** words and `code`\n",
+        "table": "| {n} | some cell | another **cell** |\n",
+        "code": "    value_{n} = compute({n}, name='x')  # step {n}\n",
+        "prose": "Sentence {n} of a paragraph with *some* words in it. ",
+        "mixed": "## Part {n}\n\nWords about it.\n\n- one\n- two\n\n```py\nx = {n}\n```\n\n",
+    }
+    heads = {"table": "| a | b | c |\n|---|---|---|\n", "code": "```python\n"}
+    text = heads.get(kind, "")
+    number = 0
+    while len(text) < length:
+        text += lines[kind].format(n=number)
+        number += 1
+        if kind == "prose" and number % 8 == 0:
+            text += "\n\n"
+    return text[:length]
+
+
+def inside(kind: str, report: str) -> None:
+    """Run the app and write the figures to the file `report`."""
+    from dflash_chat.runtime.api import Load, Prefill, SamplingParams, Spec, StepStats, Tokens
+    from dflash_chat.ui.app import ChatApp
+    from dflash_chat.ui.chat_screen import ChatScreen
+    from dflash_chat.ui.prompt import Prompt
+    from dflash_chat.ui.transcript import AnswerTurn
+    from tests.ui.fake_client import FakeClient
+
+    client = FakeClient()
+    screen = ChatScreen(client, Load("smollm2-135m"), SamplingParams())
+    app = ChatApp(client, screen)
+    stalls: list[float] = []
+
+    async def watch() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.005)
+            stalls.append(time.perf_counter() - before - 0.005)
+
+    def pieces(text: str) -> Iterator[str]:
+        width = 4 * STEP_TOKENS
+        return (text[at : at + width] for at in range(0, len(text), width))
+
+    async def drive() -> None:
+        await asyncio.sleep(1.0)
+        client.ready()
+        await asyncio.sleep(0.3)
+        screen.post_message(Prompt.Submitted("go"))
+        while not client.asked:
+            await asyncio.sleep(0.02)
+        watcher = asyncio.create_task(watch())
+        started, cpu_started = time.perf_counter(), time.process_time()
+        client.emit(Prefill(1, 0, 9, 9))
+        sent = 0
+        for piece in pieces(text_of(kind, 4 * TOKENS)):
+            stats = StepStats(7, STEP_TOKENS - 1, STEP_TOKENS, 1.0, 3.4, 0.3, 0.3, sent)
+            client.emit(Tokens(1, piece, STEP_TOKENS, stats))
+            sent += STEP_TOKENS
+            while (spare := started + sent / RATE - time.perf_counter()) > 0:
+                await asyncio.sleep(spare)
+        client.finish(Spec(2000, 14000, 4000, (0, 0, 2000)))
+        answer = screen.query_one(AnswerTurn)
+        while answer.behind:
+            await asyncio.sleep(0.01)
+        took = time.perf_counter() - started
+        stalls.sort()
+        figures = {
+            "should_s": TOKENS / RATE,
+            "took_s": took,
+            "cpu": (time.process_time() - cpu_started) / took,
+            "stall_p99_ms": 1000 * stalls[int(len(stalls) * 0.99)],
+            "stall_max_ms": 1000 * stalls[-1],
+            "widgets": len(screen.query("*")),
+        }
+        watcher.cancel()
+        with open(report, "w") as file:
+            json.dump(figures, file)
+        app.exit()
+
+    app.call_later(lambda: asyncio.create_task(drive()))
+    app.run()
+
+
+# ── outside ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_pty(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start `command` in a pty of its own."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    env = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env)
+    os.close(slave)
+    return process, master
+
+
+def bench(kind: str) -> dict[str, Any]:
+    """The figures of one kind."""
+    report = f"/tmp/pty_bench.{os.getpid()}.json"
+    process, master = in_pty([sys.executable, "-m", "tests.ui.pty_bench", "--inside", kind, report])
+    updates = size = 0
+    while process.poll() is None:
+        if select.select([master], [], [], 0.2)[0]:
+            try:
+                data = os.read(master, 1 << 16)
+            except OSError:
+                break
+            if b"\x1b[?2026$p" in data:  # the app asks for synchronised updates: yes
+                os.write(master, b"\x1b[?2026;2$y")
+            updates += data.count(b"\x1b[?2026h")
+            size += len(data)
+    process.wait()
+    with open(report) as file:
+        figures: dict[str, Any] = json.load(file)
+    os.remove(report)
+    return {**figures, "updates": updates, "kB_s": size / 1000 / figures["took_s"]}
+
+
+def first_paint(command: list[str], mark: bytes = b"Enter") -> float:
+    """Seconds from exec until the footer is on screen; quits the app then."""
+    started = time.perf_counter()
+    process, master = in_pty(command)
+    seen = b""
+    while mark not in seen:
+        seen += os.read(master, 1 << 16)
+    painted = time.perf_counter() - started
+    time.sleep(0.5)
+    os.write(master, b"\x11")
+    while process.poll() is None:
+        if select.select([master], [], [], 0.1)[0]:
+            try:
+                os.read(master, 1 << 16)
+            except OSError:
+                break
+    process.wait()
+    return painted
+
+
+def main() -> None:
+    """Print the figures of the kinds named, or of all."""
+    if sys.argv[1:2] == ["--inside"]:
+        inside(sys.argv[2], sys.argv[3])
+        return
+    for kind in sys.argv[1:] or ["prose", "mixed", "code", "list", "table"]:
+        if kind == "start":
+            command = [sys.executable, "-m", "dflash_chat"]
+            figures = {"first_paint_s": [round(first_paint(command), 3) for _ in range(5)]}
+        else:
+            figures = {key: round(value, 2) for key, value in bench(kind).items()}
+        sys.stdout.write(f"{kind:6} {json.dumps(figures)}\n")
+
+
+if __name__ == "__main__":
+    main()

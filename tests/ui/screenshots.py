@@ -1,0 +1,119 @@
+"""Pictures of the real app in scripted states: `python -m tests.ui.screenshots [FOLDER]`.
+
+Writes an SVG each, and a PNG where `resvg-py` is installed (a tool for the documents, not a
+dependency). The SVG names a web font; the PNG is drawn with DejaVu Sans Mono in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
+
+from dflash_chat.ui.prompt import Prompt
+from tests.ui.test_chat_flow import Chat, open_chat
+
+FOLDER = Path(__file__).parents[2] / "screenshots"
+FONT = "DejaVu Sans Mono"
+
+QUESTION = "Write a ring buffer in Python, and say what it costs."
+ANSWER = """\
+A **ring buffer** keeps two indices into one list, so that *both ends* cost the same:
+
+1. `push` writes at the tail and moves it on, wrapping at the end of the list, which is never
+   copied and never grows
+2. `pop` reads at the head
+
+```python
+class Ring:
+    def __init__(self, size: int) -> None:
+        self.items = [None] * size
+        self.head = self.count = 0
+
+    def push(self, item: object) -> None:
+        # overwrites the oldest item once full
+        self.items[(self.head + self.count) % len(self.items)] = item
+        self.count = min(self.count + 1, len(self.items))
+```
+
+| operation | time | memory          |
+|:----------|:----:|----------------:|
+| `push`    | O(1) | none            |
+| `pop`     | O(1) | none            |
+"""
+SHORT = "The capital of France is **Paris**, on the Seine."
+
+
+async def chat(chat: Chat) -> None:
+    """Two turns, the second still being written."""
+    await chat.load()
+    await chat.type("What is the capital of France?")
+    chat.client.answer(SHORT, prompt=36)
+    await chat.settle()
+    await chat.type(QUESTION)
+    chat.client.answer(ANSWER, cached=48, prompt=109)
+    await chat.settle()
+    chat.screen.query_one(Prompt).text = "and make it thread-safe"
+
+
+async def crash(chat: Chat) -> None:
+    """The engine was killed in the middle of an answer."""
+    await chat.load()
+    await chat.type(QUESTION)
+    chat.client.stream("A **ring buffer** keeps two indices into one list, so that *both ends* co")
+    await chat.settle()
+    chat.client.die(
+        "it was killed (SIGKILL); often that is the system running out of memory",
+        [
+            "INFO dflash_chat.runtime.session loaded smollm2-135m in 1.2 s",
+            "INFO dflash_chat.runtime.session reading 61 tokens",
+        ],
+    )
+    await chat.settle()
+
+
+async def light(pictured: Chat) -> None:
+    """The same chat in a light theme."""
+    pictured.app.theme = "textual-light"
+    await chat(pictured)
+
+
+PICTURES: dict[str, tuple[tuple[int, int], Callable[[Chat], Awaitable[None]]]] = {
+    "chat-wide": ((120, 40), chat),
+    "chat": ((80, 24), chat),
+    "narrow": ((60, 20), chat),
+    "crash": ((120, 40), crash),
+    "light": ((120, 40), light),
+}
+
+
+async def take(name: str, folder: Path) -> None:
+    """Write one picture."""
+    size, scene = PICTURES[name]
+    async with open_chat(size) as chat:
+        chat.screen.query_one(Prompt).cursor_blink = False
+        await scene(chat)
+        await chat.pilot.pause(0.5)
+        svg = chat.app.export_screenshot(title=f"dflash-chat {size[0]}×{size[1]}")
+    (folder / f"{name}.svg").write_text(svg)
+    try:
+        resvg = importlib.import_module("resvg_py")
+    except ImportError:
+        return
+    png = resvg.svg_to_bytes(svg_string=svg.replace("Fira Code", FONT), font_family=FONT)
+    (folder / f"{name}.png").write_bytes(bytes(png))
+
+
+async def main(folder: Path) -> None:
+    """Write all pictures."""
+    for name in PICTURES:
+        await take(name, folder)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER))

@@ -1,7 +1,8 @@
 """The trainable DFlash drafter and its attention over many blocks at once.
 
-Parameter names are the published checkpoint names. Every sequence carries A anchors; a block of B rows
-[anchor, MASK × (B − 1)] sees the sequence's features strictly before its anchor and itself, both ways.
+Parameter names are the published checkpoint names. Every sequence carries A anchors; a block of B
+rows [anchor, MASK × (B − 1)] sees the sequence's features strictly before its anchor, and
+itself both ways.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Layer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """fc + L layers + norm. `feature_rms` rescales fc's inputs while training and is folded on export."""
+    """fc, L layers, norm. `feature_rms` scales fc's inputs in training and is folded on export."""
 
     feature_rms: Tensor
 
@@ -76,6 +77,9 @@ class Drafter(nn.Module):
         self.norm = nn.RMSNorm(c, shape.target.eps)
         self.register_buffer("feature_rms", torch.ones(c * len(shape.taps)), persistent=False)
 
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     def context(self, features: Tensor) -> Tensor:
         """c [N, S, C] of raw features [N, S, K C]."""
         weight = (self.fc.weight / self.feature_rms).to(features.dtype)
@@ -86,7 +90,7 @@ class Drafter(nn.Module):
     ) -> Tensor:
         """Final hidden states [N, Q, C] of block rows [N, Q, C] at `positions` [N, Q].
 
-        `tables` [2, P, D] holds cos and sin; `attend` maps q [N, H, Q, D] and k, v [N, G, S + Q, D] to
+        `tables` [2, P, D] holds cos and sin; `attend` maps q [N, H, Q, D], k, v [N, G, S + Q, D] to
         [N, H, Q, D] under the mask.
         """
         shape = self.shape.target
@@ -96,8 +100,8 @@ class Drafter(nn.Module):
         cos, sin = (tables[i][positions][:, None] for i in range(2))  # [N, 1, Q, D]
         ctx_cos, ctx_sin = tables[0, :s], tables[1, :s]  # [S, D]
         x = blocks
-        for layer in self.layers:
-            a: Any = layer.self_attn
+        for layer in self._layers():
+            a = layer.self_attn
             y = rms_norm(x, layer.input_layernorm.weight, eps)
 
             def heads(rows: Tensor) -> Tensor:
@@ -240,12 +244,11 @@ def initialise(drafter: Drafter, target: Target | None, feature_rms: Tensor, see
     shape = target.shape
     h, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sources = target.layers[-depth:]
-    for layer, source in zip(drafter.layers, sources, strict=True):
-        a: Any = layer.self_attn
-        q_w, k_w, v_w = source.qkv.split([h, k, k])
+    for layer, source in zip(drafter._layers(), sources, strict=True):
+        a, mlp = layer.self_attn, layer.mlp
+        q_w, k_w, v_w = torch.tensor_split(source.qkv, (h, h + k))
         gate, up = source.gate_up.chunk(2)
-        mlp: Any = layer.mlp
-        pairs = (
+        pairs: tuple[tuple[Any, Tensor], ...] = (
             (a.q_proj, q_w), (a.k_proj, k_w), (a.v_proj, v_w), (a.o_proj, source.o),
             (mlp.gate_proj, gate), (mlp.up_proj, up), (mlp.down_proj, source.down),
             (layer.input_layernorm, source.input_norm),

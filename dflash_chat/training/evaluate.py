@@ -131,7 +131,7 @@ def first_answers(name: str, tokens: Tensor, kinds: Tensor, features: Tensor) ->
 
 @torch.no_grad()
 def accepted_everywhere(drafter: Drafter, target: Target, answers: AnswerSet) -> list[list[int]]:
-    """Per sequence, how many drafts hold when the block is anchored at start, start + 1, … end − 1."""
+    """Per sequence, how many drafts hold with the block anchored at start, start + 1, … end − 1."""
     shape = drafter.shape
     n, s = answers.tokens.shape
     device = target.device

@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, shape: DrafterShape, tensors: Mapping[str, Te
 
 
 def read_checkpoint(folder: Path, drafter: Drafter) -> dict[str, Tensor]:
-    """Exported weights as fp32 training weights by name, rescaled to the drafter's `feature_rms`."""
+    """Exported weights as fp32 training weights by name, scaled to the drafter's `feature_rms`."""
     tensors = {
         name: tensor.float()
         for name, tensor in load_file(str(folder / "model.safetensors")).items()

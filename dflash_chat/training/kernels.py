@@ -4,6 +4,9 @@ Imported only where a GPU is used. Each kernel's plain form stands in `target.py
 `profile.py` compares the two on the GPU.
 """
 
+# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+# ruff: noqa: ANN001, ANN202, E741
+
 from __future__ import annotations
 
 import torch
@@ -13,12 +16,12 @@ from torch import Tensor
 
 
 @triton.jit
-def _decode_attention(  # type: ignore[no-untyped-def]
+def _decode_attention(
     qkv, k_cache, v_cache, cos, sin, out, position,
     S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per (sequence, KV head): rotate, append to the cache, attend to everything so far."""
+    """One program per (sequence, KV head): rotate, append to the cache, attend to all so far."""
     n = tl.program_id(0)
     g = tl.program_id(1)
     t = tl.load(position).to(tl.int32)
@@ -84,7 +87,7 @@ def decode_attention(
     stages: int = 3,
     warps: int = 4,
 ) -> Tensor:
-    """Rotate q and k, write k and v at `position` (a device scalar) and return the attention output."""
+    """Rotate q and k, write k and v at `position` (a device scalar), return the output."""
     n, g, s, d = k_cache.shape
     h = qkv.shape[1] // d - 2 * g
     out = torch.empty(n, h * d, dtype=qkv.dtype, device=qkv.device)
@@ -96,7 +99,7 @@ def decode_attention(
 
 
 @triton.jit
-def _add_rms_norm(  # type: ignore[no-untyped-def]
+def _add_rms_norm(
     x, y, weight, out, features, position,
     S, W, eps, slot, C: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CAPTURE: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +131,7 @@ def add_rms_norm(
     slot: int = 0,
     position: Tensor | None = None,
 ) -> Tensor:
-    """x += y in place, then RMSNorm(x); with `features`, x is also stored in its slot at `position`."""
+    """x += y in place, then RMSNorm(x); with `features`, x also goes to its slot at `position`."""
     n, c = x.shape
     out = torch.empty_like(x)
     rows, width = (features.shape[1], features.shape[2]) if features is not None else (0, 0)
@@ -142,7 +145,7 @@ def add_rms_norm(
 
 
 @triton.jit
-def _silu_mul(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_mul(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < I
@@ -161,16 +164,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _mix(x):  # type: ignore[no-untyped-def]
+def _mix(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
 
 @triton.jit
-def _sample(  # type: ignore[no-untyped-def]
-    logits, temperature, position, seed, out, V, BLOCK: tl.constexpr
-):
+def _sample(logits, temperature, position, seed, out, V, BLOCK: tl.constexpr):
     n = tl.program_id(0)
     t = tl.load(position).to(tl.uint32)
     row = _mix(_mix(_mix(tl.load(seed).to(tl.uint32)) ^ t) ^ n.to(tl.uint32))
@@ -193,7 +194,7 @@ def _sample(  # type: ignore[no-untyped-def]
 
 
 def sample(logits: Tensor, temperature: Tensor, position: Tensor, seed: Tensor) -> Tensor:
-    """Gumbel-max sampling per row, argmax where the temperature is 0; noise is a hash of (seed, t, n, c)."""
+    """Gumbel-max per row, argmax where the temperature is 0; noise hashes (seed, t, n, c)."""
     n, v = logits.shape
     out = torch.empty(n, dtype=torch.int32, device=logits.device)
     _sample[(n,)](logits, temperature, position, seed, out, v, BLOCK=4096, num_warps=8)
@@ -201,9 +202,7 @@ def sample(logits: Tensor, temperature: Tensor, position: Tensor, seed: Tensor) 
 
 
 @triton.jit
-def _head_statistics(  # type: ignore[no-untyped-def]
-    logits, labels, log_total, label_logit, best_id, V, BLOCK: tl.constexpr
-):
+def _head_statistics(logits, labels, log_total, label_logit, best_id, V, BLOCK: tl.constexpr):
     n = tl.program_id(0)
     base = logits + n.to(tl.int64) * V
     top = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -236,9 +235,7 @@ def head_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 @triton.jit
-def _head_gradient(  # type: ignore[no-untyped-def]
-    logits, labels, log_total, weights, V, BLOCK: tl.constexpr
-):
+def _head_gradient(logits, labels, log_total, weights, V, BLOCK: tl.constexpr):
     n = tl.program_id(0)
     base = logits + n.to(tl.int64) * V
     label = tl.load(labels + n)

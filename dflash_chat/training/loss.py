@@ -1,8 +1,8 @@
 """D-PACE-weighted cross-entropy through the frozen head, with its gradient made on the way.
 
-q̃ = (1 − α) q + α; prefix_j = Π_{i≤j} q̃_i; weight_j = Σ_{m≥j} prefix_m, detached: the derivative of the
-expected accepted length. The logits of a chunk are overwritten by their gradient, so that no row of the
-vocabulary is stored twice or computed twice.
+q̃ = (1 − α) q + α; prefix_j = Π_{i≤j} q̃_i; weight_j = Σ_{m≥j} prefix_m, detached: the derivative
+of the expected accepted length. The logits of a chunk are overwritten by their gradient, so that no row of
+the vocabulary is stored or computed twice.
 """
 
 from __future__ import annotations
@@ -55,8 +55,13 @@ class HeadLoss:
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, valid: Tensor, weight: Tensor
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         anchors, drafts, width = hidden.shape
         grad = torch.empty_like(hidden)
@@ -84,7 +89,7 @@ class _Weighted(torch.autograd.Function):
         return total / mass, accepted
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         grad, mass = ctx.saved_tensors
         return grad * (grads[0] / mass).to(grad.dtype), None, None, None, None
 
@@ -92,6 +97,7 @@ class _Weighted(torch.autograd.Function):
 def head_loss(
     hidden: Tensor, head: Tensor, labels: Tensor, valid: Tensor, weight: Tensor
 ) -> HeadLoss:
-    """Hidden rows [A, K, C] of the K drafts of A anchors; labels and valid [A, K]; anchor weight [A]."""
-    loss, accepted = _Weighted.apply(hidden, head, labels, valid, weight)
+    """Hidden rows [A, K, C] of K drafts per anchor; labels and valid [A, K]; weight [A]."""
+    apply: Any = _Weighted.apply
+    loss, accepted = apply(hidden, head, labels, valid, weight)
     return HeadLoss(loss, accepted)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dflash_chat.training.drafter import DrafterShape, dense_attend
+from dflash_chat.training.drafter import DrafterShape
 from dflash_chat.training.loss import HeadLoss, dpace_weights, head_loss
 from dflash_chat.training.selfplay import Scripts
 from dflash_chat.training.target import Decoder, Target, full_forward, rotate
@@ -156,7 +156,7 @@ def time_ms(call: Callable[[], object], repeats: int) -> float:
 
 
 def time_play(trainer: Trainer, say: Say) -> None:
-    """One whole round, with the state of its chats; the first call has captured the graph already."""
+    """One whole round, with the state of its chats; the graph is captured already."""
     began = time.monotonic()
     trainer.play_round()
     _wait()
@@ -166,8 +166,8 @@ def time_play(trainer: Trainer, say: Say) -> None:
     kinds = trainer.ring.kinds[: trainer.ring.rows]
     shares = [float((kinds == kind).float().mean()) for kind in range(3)]
     say(
-        f"play: {seconds:.2f} s a round, {rate / 1e3:.0f} k tok/s, {seconds * 1e3 / steps:.2f} ms a step; "
-        f"forced {shares[0]:.2f}, user {shares[1]:.2f}, assistant {shares[2]:.2f}; "
+        f"play: {seconds:.2f} s a round, {rate / 1e3:.0f} k tok/s, "
+        f"{seconds * 1e3 / steps:.2f} ms a step; forced {shares[0]:.2f}, user {shares[1]:.2f}, assistant {shares[2]:.2f}; "
         f"{trainer.fresh} fresh anchors, {trainer.steps_per_round} steps a round"
     )
 
@@ -178,9 +178,6 @@ def time_training(trainer: Trainer, say: Say) -> None:
     forward, flex = trainer.forward, trainer.flex
     trainer.flex, trainer.forward = None, trainer.drafter
     say(f"step, dense eager: {time_ms(lambda: trainer.train_step(0.5), 5):.2f} ms")
-    if trainer.options.compiled and flex is not None:
-        trainer.forward = torch.compile(trainer.drafter, dynamic=False)
-        say(f"step, dense compiled: {time_ms(lambda: trainer.train_step(0.5), 5):.2f} ms")
     trainer.forward, trainer.flex = forward, flex
     began = time.monotonic()
     trainer.train_step(0.5)
@@ -189,26 +186,18 @@ def time_training(trainer: Trainer, say: Say) -> None:
     say(f"step as chosen: {time_ms(lambda: trainer.train_step(0.5), 20):.2f} ms")
     batch = trainer.draw_batch()
 
-    with torch.no_grad():
-        fast = trainer.hidden(batch)
-        parts = slice(0, 4)
-        small = dataclasses.replace(
-            batch, features=batch.features[parts], tokens=batch.tokens[parts],
-            anchors=batch.anchors[parts],
-        )  # fmt: skip
-        attend = dense_attend(small.anchors, small.tokens.shape[1], trainer.shape.block)
-        forward, flex = trainer.forward, trainer.flex
-        trainer.forward, trainer.flex = trainer.drafter, None
-        slow = trainer.hidden(small)
-        trainer.forward, trainer.flex = forward, flex
-        del attend
-    say(
-        f"check drafter: compiled forward off by {relative(fast[parts], slow):.2e} from dense eager"
+    fast = trainer.hidden(batch).detach()
+    few = slice(0, 4)
+    small = dataclasses.replace(
+        batch, features=batch.features[few], tokens=batch.tokens[few], anchors=batch.anchors[few]
     )
+    trainer.forward, trainer.flex = trainer.drafter, None
+    slow = trainer.hidden(small).detach()
+    trainer.forward, trainer.flex = forward, flex
+    say(f"check drafter: forward as chosen off by {relative(fast[few], slow):.2e} from dense eager")
 
     def forward_only() -> None:
-        with torch.no_grad():
-            trainer.hidden(batch)
+        trainer.hidden(batch)
 
     def both() -> None:
         trainer.backward(batch)

@@ -1,7 +1,7 @@
 """The target chats with itself: a per-row state machine over lockstep decoding, under a CUDA graph.
 
-Each row alternates forced scripts (headers, openers) with turns that the target samples. Knows token
-ids only; `scripts.py` makes them from text.
+Each row alternates forced scripts (headers, openers) with turns that the target samples. Knows
+token ids only; `scripts.py` makes them from text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORCED, USER, ASSISTANT, OPENER = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Scripts:
-    """Forced token runs by id, and what follows each: USER, ASSISTANT or OPENER (a planned choice)."""
+    """Forced token runs by id, and what follows each: USER, ASSISTANT or OPENER (as planned)."""
 
     runs: tuple[tuple[int, ...], ...]
     after: tuple[int, ...]
@@ -75,7 +75,7 @@ class Loop:
         self._step = step
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            side = torch.cuda.Stream(device)
+            side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(2):
@@ -226,8 +226,8 @@ def answer(
 ) -> tuple[Tensor, Tensor]:
     """Continue every prompt by `new_tokens`: ids [N, S] and features [N, S, K C].
 
-    Rows are as long as the longest prompt needs; ids after a row's own `new_tokens` go on and are the
-    caller's to cut.
+    Rows are as long as the longest prompt needs; ids after a row's own `new_tokens` go on and are
+    the caller's to cut.
     """
     device, n = target.device, len(prompts)
     longest = max(len(prompt) for prompt in prompts)

@@ -1,7 +1,7 @@
 """The frozen target in batches: full forward with features, and lockstep decoding.
 
-Llama architecture only. Every sequence of a batch stands at the same position, so one device scalar is
-the whole cache length. Knows no text, no sampling policy and no drafter.
+Llama architecture only. Every sequence of a batch stands at the same position, so one device scalar
+is the whole cache length. Knows no text, no sampling policy and no drafter.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def full_forward(target: Target, tokens: Tensor) -> tuple[Tensor, Tensor]:
         qkv = F.linear(rms_norm(x, layer.input_norm, shape.eps), layer.qkv)
         q, k, v = (
             part.view(n, t, -1, d).transpose(1, 2)
-            for part in qkv.split([h * d, g * d, g * d], dim=-1)
+            for part in qkv.tensor_split((h * d, (h + g) * d), dim=-1)
         )
         k, v = (part.repeat_interleave(h // g, dim=1) for part in (rotate(k, cos, sin), v))
         o = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
@@ -224,14 +224,14 @@ def full_forward(target: Target, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def features_of(target: Target, tokens: Tensor, chunk: int = 64) -> Tensor:
     """Features [N, T, K C] of many sequences, a chunk of rows at a time."""
-    return torch.cat([full_forward(target, part.long())[0] for part in tokens.split(chunk)])
+    return torch.cat([full_forward(target, part.long())[0] for part in torch.split(tokens, chunk)])
 
 
 class Decoder:
     """Lockstep decoding of `rows` sequences up to `length` positions.
 
-    Owns the KV cache, the token and feature buffers, and the position. `step` reads the tokens at the
-    position, stores their K, V and features there, and returns logits; the caller writes the next
+    Owns the KV cache, the token and feature buffers, and the position. `step` reads the tokens at
+    the position, stores their K, V and features there, and returns logits; the caller writes the next
     tokens and moves the position with `advance`.
     """
 
@@ -296,7 +296,7 @@ class Decoder:
         slots = {tap: i for i, tap in enumerate(target.taps)}
         for i, layer in enumerate(target.layers):
             qkv = F.linear(rms_norm(x, layer.input_norm, shape.eps), layer.qkv)
-            q, k, v = (part.view(n, -1, d) for part in qkv.split([h * d, g * d, g * d], dim=-1))
+            q, k, v = (part.view(n, -1, d) for part in qkv.tensor_split((h * d, (h + g) * d), -1))
             self.k_cache[i, :, :, t] = rotate(k, cos, sin)
             self.v_cache[i, :, :, t] = v
             k, v = self.k_cache[i, :, :, : t + 1], self.v_cache[i, :, :, : t + 1]

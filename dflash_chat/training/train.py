@@ -1,7 +1,8 @@
 """Self-play and training in turns, on one device, against the clock.
 
-Every round of chats goes with its features into a ring on the device; steps draw sequences from the ring
-and fresh anchors each time. The schedule follows elapsed time, so a run always ends with a small rate.
+Every round of chats goes with its features into a ring on the device; steps draw sequences from the
+ring and fresh anchors each time. The schedule follows elapsed time, so a run always ends with a
+small rate.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ class Trainer:
         self.seen = torch.zeros((), device=device)
 
     def play_round(self) -> None:
-        """Write one round into the ring; the first also sets up the drafter and the held-out text."""
+        """Write one round into the ring; the first also sets up drafter and held-out text."""
         played = self.player.play(self.rounds)
         kinds = played.kinds
         if self.rounds == 0 and self.options.held_out:
@@ -381,7 +382,7 @@ class Trainer:
             "feature_rms": self.drafter.feature_rms.cpu(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": self.generator.get_state(),
-            "ring_tokens": ring.tokens[:used].to(torch.uint16).cpu(),
+            "ring_tokens": ring.tokens[:used].cpu().to(torch.uint16),
             "ring_kinds": ring.kinds[:used].cpu(),
             "held_out": None
             if self.held_out is None

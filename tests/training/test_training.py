@@ -26,7 +26,17 @@ from dflash_chat.training.drafter import (
 from dflash_chat.training.evaluate import AnswerSet, accepted_everywhere, evaluate, walk
 from dflash_chat.training.export import exported_tensors, read_checkpoint, write_checkpoint
 from dflash_chat.training.loss import dpace_weights, head_loss
-from dflash_chat.training.selfplay import ASSISTANT, FORCED, OPENER, USER, Player, Scripts, Style
+from dflash_chat.training.profile import profile
+from dflash_chat.training.selfplay import (
+    ASSISTANT,
+    FORCED,
+    OPENER,
+    USER,
+    Player,
+    Scripts,
+    Style,
+    answer,
+)
 from dflash_chat.training.target import (
     Decoder,
     Shape,
@@ -35,7 +45,14 @@ from dflash_chat.training.target import (
     full_forward,
     random_tensors,
 )
-from dflash_chat.training.train import Options, Trainer, Weights, draw_anchors, labels_of
+from dflash_chat.training.train import (
+    Options,
+    Trainer,
+    Weights,
+    draw_anchors,
+    labels_of,
+    run,
+)
 
 CPU = torch.device("cpu")
 SHAPE = Shape(48, 96, 4, 3, 1, 16, 96, 10_000.0, 1e-5, 512)
@@ -131,10 +148,9 @@ def test_a_block_sees_context_before_its_anchor_and_itself() -> None:
     for n in range(2):
         for q in range(12):
             for key in range(24):
-                if key < 12:
-                    visible = key < int(anchors[n, q // 4])
-                else:
-                    visible = (key - 12) // 4 == q // 4
+                before = key < int(anchors[n, q // 4])
+                own = (key - 12) // 4 == q // 4
+                visible = before if key < 12 else own
                 assert bool(mask[n, q, key]) == visible, (n, q, key)
 
 
@@ -267,14 +283,14 @@ def test_labels_stop_at_the_end_of_the_turn() -> None:
 def test_training_overfits_and_the_walk_agrees(target: Target, shape: DrafterShape) -> None:
     trainer = Trainer(target, SCRIPTS, shape, dataclasses.replace(OPTIONS, held_out=0, anchors=16))
     trainer.play_round()
-    for _ in range(350):
+    for _ in range(200):
         trainer.train_step(0.1)
     trainer.report()
     for _ in range(5):
         trainer.train_step(0.1)
     report = trainer.report()
     assert isinstance(report["survival"], list)
-    assert report["survival"][0] > 0.95
+    assert report["survival"][0] > 0.9
     assert report["survival"][2] > 0.5 * report["survival"][0]
 
 
@@ -382,3 +398,41 @@ def test_resuming_continues_exactly(
     torch.testing.assert_close(second.weights.master, whole.weights.master, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(second.weights.ema, whole.weights.ema, rtol=1e-3, atol=1e-4)
     assert second.tokens_made == whole.tokens_made
+
+
+def test_a_whole_run_reports_evaluates_exports_and_resumes(
+    target: Target, shape: DrafterShape, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(
+        OPTIONS, minutes=0.1, eval_minutes=0.04, checkpoint_seconds=2, warmup=0.03
+    )
+    lines: list[str] = []
+    trainer = Trainer(target, SCRIPTS, shape, options)
+    run(trainer, [], tmp_path, tmp_path / "drafter", lines.append)
+    assert any(line.startswith("eval held-out: tau") for line in lines)
+    assert any("tau~" in line for line in lines)
+    again = Trainer(target, SCRIPTS, shape, dataclasses.replace(options, minutes=0.12))
+    again.resume(tmp_path / "state.pt")
+    steps = again.steps
+    run(again, [], tmp_path, tmp_path / "drafter", lines.append)
+    assert again.steps > steps
+    started = Trainer(target, SCRIPTS, shape, dataclasses.replace(options, minutes=0.01))
+    run(started, [], tmp_path, tmp_path / "b", lines.append, init_from=tmp_path / "drafter")
+
+
+def test_answers_continue_each_prompt_greedily(target: Target) -> None:
+    prompts = [[1, 20, 30], [1, 40, 41, 42, 43, 44]]
+    ids, features = answer(target, prompts, 10, [0.0, 0.0])
+    expected, hidden = full_forward(target, ids.long())
+    best = F.linear(hidden, target.head).argmax(-1)
+    for row, prompt in enumerate(prompts):
+        assert ids[row, : len(prompt)].tolist() == prompt
+        part = slice(len(prompt) - 1, ids.shape[1] - 1)
+        assert torch.equal(best[row, part], ids[row, len(prompt) :].long())
+    torch.testing.assert_close(features[:, :-1], expected[:, :-1], rtol=1e-4, atol=1e-4)
+
+
+def test_profile_measures_every_part(target: Target, shape: DrafterShape) -> None:
+    lines: list[str] = []
+    profile(target, SCRIPTS, shape, OPTIONS, lines.append)
+    assert any("optimiser" in line for line in lines)

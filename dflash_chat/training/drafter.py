@@ -227,7 +227,7 @@ def tables(shape: Shape, length: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def initialise(drafter: Drafter, target: Target | None, feature_rms: Tensor, seed: int) -> None:
-    """Fresh weights: seeded noise, or the target's last layers with the last tap passed through fc."""
+    """Fresh weights: seeded noise, or the target's last layers behind the last tap."""
     g = torch.Generator().manual_seed(seed)
     drafter.feature_rms.copy_(feature_rms)
     depth = drafter.shape.layers

@@ -5,7 +5,7 @@ Imported only where a GPU is used. Each kernel's plain form stands in `target.py
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
-# ruff: noqa: ANN001, ANN202, E741
+# ruff: noqa: E741
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """D-PACE-weighted cross-entropy through the frozen head, with its gradient made on the way.
 
 q̃ = (1 − α) q + α; prefix_j = Π_{i≤j} q̃_i; weight_j = Σ_{m≥j} prefix_m, detached: the derivative
-of the expected accepted length. The logits of a chunk are overwritten by their gradient, so that no row of
-the vocabulary is stored or computed twice.
+of the expected accepted length. The logits of a chunk are overwritten by their gradient, so that no
+row of the vocabulary is stored or computed twice.
 """
 
 from __future__ import annotations

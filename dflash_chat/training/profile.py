@@ -167,7 +167,8 @@ def time_play(trainer: Trainer, say: Say) -> None:
     shares = [float((kinds == kind).float().mean()) for kind in range(3)]
     say(
         f"play: {seconds:.2f} s a round, {rate / 1e3:.0f} k tok/s, "
-        f"{seconds * 1e3 / steps:.2f} ms a step; forced {shares[0]:.2f}, user {shares[1]:.2f}, assistant {shares[2]:.2f}; "
+        f"{seconds * 1e3 / steps:.2f} ms a step; "
+        f"forced {shares[0]:.2f}, user {shares[1]:.2f}, assistant {shares[2]:.2f}; "
         f"{trainer.fresh} fresh anchors, {trainer.steps_per_round} steps a round"
     )
 

@@ -231,8 +231,8 @@ class Decoder:
     """Lockstep decoding of `rows` sequences up to `length` positions.
 
     Owns the KV cache, the token and feature buffers, and the position. `step` reads the tokens at
-    the position, stores their K, V and features there, and returns logits; the caller writes the next
-    tokens and moves the position with `advance`.
+    the position, stores their K, V and features there, and returns logits; `put` writes the next
+    tokens and moves the position.
     """
 
     def __init__(self, target: Target, rows: int, length: int) -> None:

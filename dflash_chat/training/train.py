@@ -65,6 +65,7 @@ class Options:
     held_out: int = 32
     eval_minutes: float = 3.0
     checkpoint_seconds: float = 60.0
+    progress_seconds: float = 5.0
     style: Style = field(default_factory=Style)
 
 
@@ -468,7 +469,7 @@ def run(
             if trainer.elapsed >= budget:
                 break
             trainer.train_step(trainer.elapsed / budget)
-            if now - last_line >= 5:
+            if now - last_line >= options.progress_seconds:
                 report = trainer.report()
                 span = time.monotonic() - last_line
                 made, done = trainer.tokens_made - marks[0], trainer.steps - marks[1]

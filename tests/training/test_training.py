@@ -404,7 +404,7 @@ def test_a_whole_run_reports_evaluates_exports_and_resumes(
     target: Target, shape: DrafterShape, tmp_path: Path
 ) -> None:
     options = dataclasses.replace(
-        OPTIONS, minutes=0.1, eval_minutes=0.04, checkpoint_seconds=2, warmup=0.03
+        OPTIONS, minutes=0.1, eval_minutes=0.04, checkpoint_seconds=2, progress_seconds=0
     )
     lines: list[str] = []
     trainer = Trainer(target, SCRIPTS, shape, options)

@@ -1,7 +1,7 @@
 """`dflash-chat bench`: the same prompts with and without drafting, in one process.
 
-Reports pooled sums, never means of ratios: tau, histogram, tok/s of both ways and their ratio, and how
-many greedy outputs were identical. The order of the two ways alternates from prompt to prompt.
+Reports pooled sums, never means of ratios: tau, histogram, tok/s of both ways and their ratio, and
+how many greedy outputs were identical. The order of the two ways alternates from prompt to prompt.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def in_words(report: dict[str, Any]) -> str:
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """First turns of a JSONL file with `prompt` or `turns` per line; None reads the built-in ones."""
+    """First turns of a JSONL file with `prompt` or `turns` per line; None reads the built-in
+    ones.
+    """
     if path is None:
         source = files("dflash_chat").joinpath("prompts.jsonl").read_text(encoding="utf-8")
         return _parse(source.splitlines(), "prompts.jsonl")

@@ -1,7 +1,7 @@
 """The only exceptions a person ever reads: one sentence, one hint, one exit code.
 
-Raise `UserError` (or a subclass) for wrong input, broken files and missing access. Anything else that
-escapes is a bug and may show a traceback in the log.
+Raise `UserError` (or a subclass) for wrong input, broken files and missing access. Anything else
+that escapes is a bug and may show a traceback in the log.
 """
 
 from __future__ import annotations

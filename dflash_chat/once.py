@@ -17,7 +17,9 @@ from dflash_chat.settings import OnceArgs
 
 
 def run(args: OnceArgs) -> int:
-    """Load, answer, print. Returns the exit code; raises UserError for everything a person can fix."""
+    """Load, answer, print. Returns the exit code; raises UserError for everything a person can
+    fix.
+    """
     started = time.perf_counter()
     with Reporter() as reporter:
         installed = hub.ensure(pairs.find(args.pair), args.settings.source, reporter)
@@ -58,9 +60,7 @@ def run(args: OnceArgs) -> int:
 
 def as_json(text: str, finished: Finished, info: ModelInfo, load_s: float) -> dict[str, object]:
     """The one object of `--json`; field names are part of the interface."""
-    timing = Timing(
-        load_s, finished.timing.ttft_s, finished.timing.decode_s, finished.timing.tok_s
-    )
+    timing = Timing(load_s, finished.timing.ttft_s, finished.timing.decode_s, finished.timing.tok_s)
     return {
         "text": text,
         "finish_reason": finished.reason,

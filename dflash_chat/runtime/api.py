@@ -1,7 +1,7 @@
 """Everything that crosses the border of the engine process, and what each number means.
 
-Frozen dataclasses of builtins: they travel as one JSON line each, are logged as they are, and can be
-replayed. This module knows no tensors, no processes and no widgets.
+Frozen dataclasses of builtins: they travel as one JSON line each, are logged as they are, and can
+be replayed. This module knows no tensors, no processes and no widgets.
 
 Glossary (one definition per word, used on screen, in `--json` and in the code):
 
@@ -32,7 +32,8 @@ class SamplingParams:
     """How the target's tokens are chosen. `temperature` 0 is greedy.
 
     Order: penalties → temperature → top-k → top-p → min-p → renormalise. `top_k` 0, `top_p` 1 and
-    `min_p` 0 switch a filter off; penalties of 1, 0 and 0 do nothing. `seed` None draws a fresh one.
+    `min_p` 0 switch a filter off; penalties of 1, 0 and 0 do nothing. `seed` None draws a fresh
+    one.
     """
 
     temperature: float = 0.0
@@ -51,10 +52,10 @@ class SamplingParams:
 class EngineOptions:
     """What is fixed while a pair stays loaded.
 
-    `device`: "auto", "cpu" or "cuda". `dtype`: "auto", "fp32" or "bf16", the type of activations and
-    of unquantised weights. `context_tokens` 0 takes the target's own limit, at most 8192.
-    `draft_tokens` 0 takes the pair's default; otherwise how many drafted tokens are verified, at most
-    the trained block minus one. `threads` 0 leaves torch's choice.
+    `device`: "auto", "cpu" or "cuda". `dtype`: "auto", "fp32" or "bf16", the type of activations
+    and of unquantised weights. `context_tokens` 0 takes the target's own limit, at most 8192.
+    `draft_tokens` 0 takes the pair's default; otherwise how many drafted tokens are verified, at
+    most the trained block minus one. `threads` 0 leaves torch's choice.
     """
 
     device: str = "auto"
@@ -152,7 +153,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds. `decode_s` runs from the first committed token to the last; `tok_s` covers the same."""
+    """Seconds. `decode_s` runs from the first committed token to the last; `tok_s` covers the
+    same.
+    """
 
     load_s: float = 0.0
     ttft_s: float = 0.0

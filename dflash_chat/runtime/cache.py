@@ -1,8 +1,8 @@
 """Keys and values of committed tokens, and of the block that is not decided yet.
 
-The one contract: a block is provisional until `commit(n)`. `append` writes rows at [length, length+T);
-`commit(n)` keeps the first n of them by moving `length`, and rows beyond it are overwritten by the next
-block. There is no rollback. `truncate` serves prefix reuse across turns.
+The one contract: a block is provisional until `commit(n)`. `append` writes rows at [length,
+length+T); `commit(n)` keeps the first n of them by moving `length`, and rows beyond it are
+overwritten by the next block. There is no rollback. `truncate` serves prefix reuse across turns.
 
 Knows layouts and lengths; knows neither models nor sampling.
 """
@@ -41,10 +41,11 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a block's rows behind the committed ones and return everything visible to its last row.
+        """Put a block's rows behind the committed ones and return everything visible to its last
+        row.
 
-        k, v: [G, T, D]. Returns two [G, length+T, D] views. All layers of one forward must write the
-        same T.
+        k, v: [G, T, D]. Returns two [G, length+T, D] views. All layers of one forward must write
+        the same T.
         """
         rows = k.shape[1]
         end = self.length + rows

@@ -1,9 +1,10 @@
 """The DFlash drafter (arXiv 2602.06036; z-lab's checkpoint layout) and its context cache.
 
-One forward over [anchor, MASK × (block − 1)] proposes block − 1 tokens. Every layer attends to keys and
-values projected from the *target's* hidden states of all committed tokens, plus the block itself. Only
-that projected context is ever kept, so a rejected draft never dirties it. Embedding and head are the
-target's, lent by reference; drafted tokens are verified, so a cheaper copy of the head is lossless.
+One forward over [anchor, MASK × (block − 1)] proposes block − 1 tokens. Every layer attends to
+keys and values projected from the *target's* hidden states of all committed tokens, plus the block
+itself. Only that projected context is ever kept, so a rejected draft never dirties it. Embedding
+and head are the target's, lent by reference; drafted tokens are verified, so a cheaper copy of the
+head is lossless.
 
 The config is read as raw JSON: transformers' Qwen3Config would silently drop the sliding window.
 """
@@ -66,7 +67,9 @@ class Config:
 
     @classmethod
     def from_file(cls, path: Path) -> Config:
-        """Read config.json. Raises CheckpointError for unreadable JSON and for what `from_raw` refuses."""
+        """Read config.json. Raises CheckpointError for unreadable JSON and for what `from_raw`
+        refuses.
+        """
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -207,7 +210,8 @@ class Layer:
         qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [B, H+2G, D]
         qk = qkv[:, : self.heads + self.groups]
         qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_weight
-        q, k = rope(qk, cache.length).split((self.heads, self.groups), 1)
+        turned = rope(qk, cache.length)
+        q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = qkv[:, self.heads + self.groups :]
         keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
         mask = layers.block_mask(
@@ -227,7 +231,8 @@ class Layer:
 class Drafter:
     """Proposes blocks; follows the target's committed tokens through `observe`.
 
-    `embed` maps ids [T] to the target's (scaled) input embeddings, `head` maps normed states to logits.
+    `embed` maps ids [T] to the target's (scaled) input embeddings, `head` maps normed states to
+    logits.
     """
 
     def __init__(
@@ -284,7 +289,8 @@ class Drafter:
     def observe(self, features: Tensor) -> None:
         """The next committed tokens' tapped hidden states, [T, K·C], in order and without a hole.
 
-        Projection waits for the next `draft` or `flush`, so that plain decoding does not pay for it.
+        Projection waits for the next `draft` or `flush`, so that plain decoding does not pay for
+        it.
         """
         self._pending.append(features)
 

@@ -5,8 +5,8 @@ and one more token, the anchor, is chosen but in none of them.
 
     prompt ──prefill──▶ n tokens in both caches, first anchor from the last row
     anchor ──draft────▶ d1 … dk                         (drafter: one forward)
-    verify  [anchor, d1 … dk] ─▶ k+1 rows, each choosing the token that follows it   (target: one forward)
-    accept  the longest prefix d1 … da that the rows chose themselves
+    verify  [anchor, d1 … dk] ─▶ k+1 rows, each choosing the token that follows it   (target: one
+    forward) accept  the longest prefix d1 … da that the rows chose themselves
     commit(a + 1)     anchor and accepted drafts stay; row a's choice is the bonus, the next anchor
 
 Token ids only: the engine knows no text, no templates and no processes.
@@ -14,7 +14,7 @@ Token ids only: the engine knows no text, no templates and no processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +27,9 @@ from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.sampling import Sampler, accepted
 from dflash_chat.runtime.timing import StepTimer
 
-PREFILL_CHUNK = 512  # rows per prefill forward; bounds activations, and cancellation waits for one chunk
+PREFILL_CHUNK = (
+    512  # rows per prefill forward; bounds activations, and cancellation waits for one chunk
+)
 
 
 class Target(Protocol):
@@ -75,7 +77,9 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Step:
-    """Committed tokens of one verify pass, or the first token (`stats` None). `reason` ends the answer."""
+    """Committed tokens of one verify pass, or the first token (`stats` None). `reason` ends
+    the answer.
+    """
 
     tokens: tuple[int, ...]
     stats: StepStats | None
@@ -85,8 +89,9 @@ class Step:
 class Engine:
     """One target, its drafter and their caches; one sequence at a time.
 
-    `draft_tokens` is how many drafted tokens a verify pass carries. `taps` are the target layers the
-    drafter observes. Closing the generator between steps is safe: every yield is a consistent state.
+    `draft_tokens` is how many drafted tokens a verify pass carries. `taps` are the target layers
+    the drafter observes. Closing the generator between steps is safe: every yield is a consistent
+    state.
     """
 
     def __init__(
@@ -107,7 +112,7 @@ class Engine:
     @torch.inference_mode()
     def generate(
         self, prompt: Sequence[int], params: SamplingParams, draft: bool = True
-    ) -> Iterator[Prefilled | Step]:
+    ) -> Generator[Prefilled | Step, None, None]:
         """Answer `prompt`. Raises UsageError if it is empty or leaves no room in the context."""
         if not prompt or len(prompt) >= self.cache.capacity:
             raise UsageError(
@@ -124,7 +129,7 @@ class Engine:
             step = self._step(step.tokens[-1], sampler, timer, draft)
             yield step
 
-    def _prefill(self, prompt: Sequence[int]) -> Iterator[Prefilled]:
+    def _prefill(self, prompt: Sequence[int]) -> Generator[Prefilled, None, Tensor]:
         """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C]."""
         cached = self._reuse(prompt)
         hidden = torch.empty(0)
@@ -139,7 +144,9 @@ class Engine:
         return hidden[-1:]
 
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Cut both caches back to the common prefix; at least one prompt token is always read again."""
+        """Cut both caches back to the common prefix; at least one prompt token is always read
+        again.
+        """
         held = min(len(self.log), self.cache.length, len(prompt) - 1)
         if self.drafter is not None:
             held = min(held, self.drafter.length)
@@ -167,7 +174,9 @@ class Engine:
         hidden, features = self.target.forward(block, self.cache, self.taps)
         logits = self.target.logits(hidden)
         timer.mark("verify")
-        rows = torch.cat([drafted, sampler.choose(logits, drafted)]).tolist()  # the step's only sync
+        rows = torch.cat(
+            [drafted, sampler.choose(logits, drafted)]
+        ).tolist()  # the step's only sync
         timer.mark("sample")
         proposals, choices = rows[:width], rows[width:]
         n = accepted(proposals, choices)
@@ -193,7 +202,9 @@ class Engine:
         self.log += ids
 
     def _clip(self, tokens: list[int], stats: StepStats | None, sampler: Sampler) -> Step:
-        """End the answer at a stop id, the token budget or the end of the context, whichever is first."""
+        """End the answer at a stop id, the token budget or the end of the context, whichever
+        is first.
+        """
         budget = sampler.params.max_tokens - sampler.length
         reason = ""
         for i, token in enumerate(tokens[:budget]):

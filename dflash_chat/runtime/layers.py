@@ -34,8 +34,9 @@ class RMSNorm:
 class Rope:
     """Rotary positions, half-rotate over the whole head dimension (Su et al., arXiv 2104.09864).
 
-    The tables hold every position up to the capacity: cos and signed sin, [S, 1, D]. The sign of the
-    rotated half is folded into the sine, so that applying them is a roll and a fused multiply-add.
+    The tables hold every position up to the capacity: cos and signed sin, [S, 1, D]. The sign of
+    the rotated half is folded into the sine, so that applying them is a roll and a fused
+    multiply-add.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Rope:
 
 
 def check_geometry(heads: int, kv_heads: int, head_dim: int, **sizes: int) -> None:
-    """Raise ValueError naming what no model can have: sizes below 1, heads that do not form groups."""
+    """Raise ValueError naming what no model can have: sizes below 1, heads that do not form
+    groups.
+    """
     for name, value in (
         sizes | {"heads": heads, "kv heads": kv_heads, "head_dim": head_dim}
     ).items():
@@ -80,9 +83,9 @@ def block_mask(
 ) -> Tensor | None:
     """What the rows of a block may not see, added to their scores: 0 or −inf, [share·T, past+T].
 
-    None when every row sees everything. A row at position p sees positions ≥ p − (window − 1), all of
-    them if `window` is 0, and with `causal` none after p. `share` is the number of query heads per kv
-    head, which `attention` stacks as rows.
+    None when every row sees everything. A row at position p sees positions ≥ p − (window − 1), all
+    of them if `window` is 0, and with `causal` none after p. `share` is the number of query heads
+    per kv head, which `attention` stacks as rows.
     """  # fmt: skip
     if (rows == 1 or not causal) and (window == 0 or past + rows <= window):
         return None

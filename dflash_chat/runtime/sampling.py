@@ -1,12 +1,12 @@
 """How the target's next tokens are chosen, row by row, exactly as plain decoding would choose them.
 
-Verification is sample-and-match: every row draws its own token from the target's final distribution,
-and drafted tokens are accepted while they equal the draw. That is lossless for any draft, and for a
-deterministic draft it accepts exactly as often as rejection sampling does.
+Verification is sample-and-match: every row draws its own token from the target's final
+distribution, and drafted tokens are accepted while they equal the draw. That is lossless for any
+draft, and for a deterministic draft it accepts exactly as often as rejection sampling does.
 
-Each answer position owns one uniform number of the seed's stream, so that a given seed yields the same
-text with drafting on or off (up to the numerics of wider rows). Order of operations: penalties →
-temperature → top-k → top-p → min-p → renormalise.
+Each answer position owns one uniform number of the seed's stream, so that a given seed yields the
+same text with drafting on or off (up to the numerics of wider rows). Order of operations:
+penalties → temperature → top-k → top-p → min-p → renormalise.
 
 Knows logits and token ids; knows no caches and no text.
 """
@@ -42,8 +42,8 @@ class Sampler:
     def choose(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """The token each row chooses, int64 [n].
 
-        logits: [n, V]; drafted: [n-1], the tokens rows 1.. were fed with. Row k's penalties count the
-        answer so far and drafted[:k], which is its true history if row k is reached at all.
+        logits: [n, V]; drafted: [n-1], the tokens rows 1.. were fed with. Row k's penalties count
+        the answer so far and drafted[:k], which is its true history if row k is reached at all.
         """
         if self._penalises:
             logits = self._penalised(logits.float(), drafted)
@@ -69,7 +69,9 @@ class Sampler:
         return self._uniforms[begin : begin + n]
 
     def _penalised(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Repetition penalty (CTRL, arXiv 1909.05858) over prompt and answer; the others, answer only."""
+        """Repetition penalty (CTRL, arXiv 1909.05858) over prompt and answer; the others,
+        answer only.
+        """
         n, vocab = logits.shape
         device = logits.device
         output = torch.tensor(self._output, dtype=torch.int64, device=device)
@@ -103,7 +105,9 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _nucleus_floor(weights: Tensor, top_p: float) -> Tensor:
-    """Smallest probability inside the nucleus of each row, [n, 1] (Holtzman et al., arXiv 1904.09751)."""
+    """Smallest probability inside the nucleus of each row, [n, 1] (Holtzman et al., arXiv
+    1904.09751).
+    """
     top = weights.topk(min(_TOP_P_CANDIDATES, weights.shape[-1]), -1).values  # [n, ≤512]
     if not bool((top.sum(-1) >= top_p).all()):
         top = weights.sort(-1, descending=True).values  # [n, V]

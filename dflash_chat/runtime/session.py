@@ -41,7 +41,9 @@ ReportProgress = Callable[[Progress], None]
 
 
 class Session:
-    """One pair in memory. Not safe for two generations at once; `generate` reuses what is cached."""
+    """One pair in memory. Not safe for two generations at once; `generate` reuses what is
+    cached.
+    """
 
     def __init__(self, engine: Engine, tokenizer: text.Tokenizer, info: ModelInfo) -> None:
         self.engine, self.tokenizer, self.info = engine, tokenizer, info
@@ -52,8 +54,8 @@ class Session:
     ) -> Session:
         """Load an installed pair.
 
-        Raises CheckpointError for broken or mismatching files, UsageError for impossible options and
-        DoesNotFitError when the device runs out of memory.
+        Raises CheckpointError for broken or mismatching files, UsageError for impossible options
+        and DoesNotFitError when the device runs out of memory.
         """
         started = time.perf_counter()
         device, dtype = _placement(options)
@@ -182,9 +184,7 @@ def _build(
     _check_match(drafter_config, config)
     drafter_file = weights.open_checkpoint(installed.drafter)
     try:
-        packed = weights.load_packed(
-            drafter_file, drafter_config.tensor_shapes(config.hidden_size)
-        )
+        packed = weights.load_packed(drafter_file, drafter_config.tensor_shapes(config.hidden_size))
         head = quant.draft_head(target.lm_head, device, dtype)
         drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
     finally:
@@ -244,6 +244,15 @@ def _draft_tokens(
     return options.draft_tokens or min(default, most)
 
 
+def _kernels(target: Any, device: torch.device) -> str:
+    """Which path multiplies, in words for titles and reports."""
+    if device.type == "cuda":
+        return "torch, eager"
+    body, head = type(target.layers[0].qkv).__name__, type(target.lm_head).__name__
+    words = {"Int4Weight": "int4", "PrepackedWeight": "oneDNN", "DenseWeight": "torch"}
+    return f"{words.get(body, 'mixed')} body, {words.get(head, 'mixed')} head"
+
+
 def _info(
     installed: Installed,
     engine: Engine,
@@ -261,7 +270,7 @@ def _info(
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",
-        kernels=quant.kernels_in_words(device, dtype),
+        kernels=_kernels(target, device),
         context_tokens=engine.cache.capacity,
         block_size=config.block_size,
         draft_tokens=engine.draft_tokens,

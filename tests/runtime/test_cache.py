@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.runtime import tiny
 
 from dflash_chat.runtime.cache import KVCache
+from tests.runtime import tiny
 
 BLOCKS = st.lists(
     st.tuples(st.integers(1, 9), st.integers(0, 9)).map(lambda b: (b[0], min(b))), max_size=12

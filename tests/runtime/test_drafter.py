@@ -1,4 +1,6 @@
-"""The drafter against a plain fp64 rewrite of the published forward, and its strict config reader."""
+"""The drafter against a plain fp64 rewrite of the published forward, and its strict config
+reader.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.runtime import tiny
 from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import drafter as module
+from tests.runtime import tiny
 
 RAW: dict[str, Any] = {
     "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_size": 32,
@@ -42,7 +44,9 @@ def _rope(x: Tensor, positions: list[int], theta: float) -> Tensor:
 
 def _published_forward(c: module.Config, w: dict[str, Tensor], embed: Tensor, features: Tensor,
                        anchor: int) -> Tensor:  # fmt: skip
-    """Final hidden states of the block, [B, C] in fp64, written from the algorithm's description."""
+    """Final hidden states of the block, [B, C] in fp64, written from the algorithm's
+    description.
+    """
     n, block, dim = len(features), c.block_size, c.head_dim
     share = c.num_attention_heads // c.num_key_value_heads
     context = _norm(features.double() @ w["fc.weight"].T, w["hidden_norm.weight"], c.rms_norm_eps)
@@ -55,9 +59,17 @@ def _published_forward(c: module.Config, w: dict[str, Tensor], embed: Tensor, fe
             return (z @ w[f"{at}self_attn.{name}.weight"].T).view(len(z), -1, dim)
 
         q_norm, k_norm = w[at + "self_attn.q_norm.weight"], w[at + "self_attn.k_norm.weight"]
-        q = _rope(_norm(heads(y, "q_proj"), q_norm, c.rms_norm_eps), list(range(n, n + block)), c.rope_theta)
+        q = _rope(
+            _norm(heads(y, "q_proj"), q_norm, c.rms_norm_eps),
+            list(range(n, n + block)),
+            c.rope_theta,
+        )
         both = torch.cat([context, y])
-        k = _rope(_norm(heads(both, "k_proj"), k_norm, c.rms_norm_eps), list(range(n + block)), c.rope_theta)
+        k = _rope(
+            _norm(heads(both, "k_proj"), k_norm, c.rms_norm_eps),
+            list(range(n + block)),
+            c.rope_theta,
+        )
         v = heads(both, "v_proj")
         out = torch.zeros(block, c.num_attention_heads, dim, dtype=torch.float64)
         for row in range(block):
@@ -108,7 +120,11 @@ def test_fewer_tokens_are_a_prefix_of_the_whole_block() -> None:
     with torch.inference_mode():
         drafter.observe(torch.randn(6, 64, generator=torch.Generator().manual_seed(2)))
         whole = drafter.draft(4, 4).tolist()
-        assert [drafter.draft(4, n).tolist() for n in (1, 2, 3)] == [whole[:1], whole[:2], whole[:3]]
+        assert [drafter.draft(4, n).tolist() for n in (1, 2, 3)] == [
+            whole[:1],
+            whole[:2],
+            whole[:3],
+        ]
 
 
 def test_sliding_layers_are_causal_by_default_and_full_ones_are_not() -> None:
@@ -128,7 +144,10 @@ def test_block_size_may_live_in_dflash_config() -> None:
     ("change", "named"),
     [
         ({"surprise": 1}, "surprise"),
-        ({"dflash_config": {**RAW["dflash_config"], "sample_from_anchor": True}}, "sample_from_anchor"),
+        (
+            {"dflash_config": {**RAW["dflash_config"], "sample_from_anchor": True}},
+            "sample_from_anchor",
+        ),
         ({"dflash_config": {"mask_token_id": 3}}, "target_layer_ids"),
         ({"dflash_config": None}, "dflash_config"),
         ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 3]}}, "target_layer_ids"),

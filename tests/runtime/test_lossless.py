@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.runtime import tiny
 
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine
+from tests.runtime import tiny
 
 PROMPT = [5, 9, 2, 33, 17, 8]
 BLOCK = 7
@@ -56,9 +56,7 @@ def test_seeded_sampling_with_penalties_equals_plain(accept: int) -> None:
 def test_a_real_drafter_equals_plain_greedy() -> None:
     plain = _plain(100)
     target = tiny.target()
-    engine = Engine(
-        target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset()
-    )
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset())
     steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=100))
     assert tiny.tokens(steps) == plain
 
@@ -81,7 +79,9 @@ def test_a_stop_id_inside_a_block_ends_the_answer_there() -> None:
     stop = plain[17]
     end = plain.index(stop)
     drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [BLOCK])
-    steps = tiny.run(_engine(drafter, stop=frozenset({stop})), PROMPT, SamplingParams(max_tokens=80))
+    steps = tiny.run(
+        _engine(drafter, stop=frozenset({stop})), PROMPT, SamplingParams(max_tokens=80)
+    )
     assert tiny.tokens(steps) == plain[: end + 1]
     assert steps[-1].reason == "stop"
 
@@ -109,9 +109,7 @@ def test_the_end_of_the_context_ends_the_answer_without_a_wrong_token() -> None:
 
 def test_a_second_turn_reuses_both_caches_and_answers_the_same() -> None:
     target = tiny.target()
-    engine = Engine(
-        target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset()
-    )
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset())
     first = tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=20)))
     second = [*PROMPT, *first[:15], 7, 7, 3]
     reused = next(iter(engine.generate(second, SamplingParams(max_tokens=30))))
@@ -143,9 +141,7 @@ def test_plain_turns_leave_no_hole_in_the_drafters_context() -> None:
 def test_closing_the_generator_after_any_step_keeps_the_caches_usable() -> None:
     target = tiny.target()
     plain = _plain(40)
-    engine = Engine(
-        target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset()
-    )
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset())
     for stop_after in range(1, 8):
         steps = engine.generate(PROMPT, SamplingParams(max_tokens=40))
         for _ in range(stop_after):

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.runtime import tiny
 from torch import Tensor
 
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.sampling import Sampler, accepted, filtered, inverse_cdf
+from tests.runtime import tiny
 
 
 def _chi_square_ok(observed: dict[int, int], expected: Tensor, draws: int) -> bool:
@@ -73,8 +73,12 @@ def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -
         seen[a * vocab + b] += 1
         accepted_drafts += steps[1].stats.accepted > 0  # type: ignore[union-attr]
     assert (accepted_drafts > draws / 10) == right
-    observed_first = Counter({y: sum(seen[y * vocab + z] for z in range(vocab)) for y in range(vocab)})
-    observed_second = Counter({z: sum(seen[y * vocab + z] for y in range(vocab)) for z in range(vocab)})
+    observed_first = Counter(
+        {y: sum(seen[y * vocab + z] for z in range(vocab)) for y in range(vocab)}
+    )
+    observed_second = Counter(
+        {z: sum(seen[y * vocab + z] for y in range(vocab)) for z in range(vocab)}
+    )
     assert _chi_square_ok(observed_first, first / first.sum(), draws)
     second = joint.sum(0)
     assert _chi_square_ok(observed_second, second / second.sum(), draws)

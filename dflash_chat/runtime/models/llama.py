@@ -1,7 +1,8 @@
-"""Llama: pre-norm, grouped-query attention, gated SiLU (`model_type` "llama", as transformers ships it).
+"""Llama: pre-norm, grouped-query attention, gated SiLU (`model_type` "llama", as transformers
+ships it).
 
-Tensor names are the checkpoint's. Knows one forward; knows neither sampling nor drafting, except that
-`taps` names the layers whose outputs somebody wants to see.
+Tensor names are the checkpoint's. Knows one forward; knows neither sampling nor drafting, except
+that `taps` names the layers whose outputs somebody wants to see.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> Config:
-        """Read a raw config.json. Raises CheckpointError naming a missing key or unsupported value."""
+        """Read a raw config.json. Raises CheckpointError naming a missing key or unsupported
+        value.
+        """
         for key, supported in (
             ("hidden_act", "silu"),
             ("attention_bias", False),
@@ -110,7 +113,9 @@ class Config:
         return shapes
 
     def inverse_frequencies(self) -> Tensor:
-        """Rotary frequencies, fp64 [D/2], with Llama 3's long-context scaling where the config asks."""
+        """Rotary frequencies, fp64 [D/2], with Llama 3's long-context scaling where the config
+        asks.
+        """
         plain = layers.inverse_frequencies(self.head_dim, self.rope_theta)
         kind = self.rope.get("rope_type", self.rope.get("type", "default"))
         if kind == "default":
@@ -157,7 +162,7 @@ class Layer:
         rows = x.shape[0]
         qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [T, H+2G, D]
         turned = rope(qkv[:, : self.heads + self.groups], cache.length)  # [T, H+G, D]
-        q, k = turned.split((self.heads, self.groups), 1)
+        q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = qkv[:, self.heads + self.groups :]  # [T, G, D]
         keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
         x = x + self.o_proj.matmul(layers.attention(q, keys, values, mask))
@@ -221,8 +226,8 @@ class Target:
     ) -> tuple[Tensor, Tensor]:
         """Run a block behind the committed rows; the caller decides what to commit.
 
-        ids: [T]. Returns the final normed hidden states [T, C] and the tapped features [T, K·C]: the
-        residual stream after each whole layer of `taps`, in that order.
+        ids: [T]. Returns the final normed hidden states [T, C] and the tapped features [T, K·C]:
+        the residual stream after each whole layer of `taps`, in that order.
         """
         x = self.embed(ids)  # [T, C]
         share = self.config.num_attention_heads // self.config.num_key_value_heads

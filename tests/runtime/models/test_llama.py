@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.runtime import tiny
 
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime.models import llama
+from tests.runtime import tiny
 
 RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -28,7 +28,9 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied head", "own head"])
 @pytest.mark.parametrize("scaling", [None, LLAMA3], ids=["plain rope", "llama3 rope"])
-def test_logits_and_every_layer_equal_transformers(tied: bool, scaling: dict[str, Any] | None) -> None:
+def test_logits_and_every_layer_equal_transformers(
+    tied: bool, scaling: dict[str, Any] | None
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     raw = RAW | {"tie_word_embeddings": tied, "rope_scaling": scaling}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dflash_chat import hub, pairs
 from dflash_chat.errors import EXIT_OK, UsageError
@@ -21,12 +21,16 @@ from dflash_chat.runtime.api import (
     Finished,
     Generate,
     Message,
+    ModelInfo,
     Progress,
     SamplingParams,
     Spec,
     Tokens,
 )
 from dflash_chat.settings import BenchArgs
+
+if TYPE_CHECKING:
+    from dflash_chat.runtime.session import Session
 
 _SEED = 0  # sampled runs are repeatable unless -o seed says otherwise
 
@@ -35,7 +39,7 @@ _SEED = 0  # sampled runs are repeatable unless -o seed says otherwise
 class Way:
     """Pooled figures of one way of decoding. `decode_s` covers `decoded` tokens."""
 
-    spec: Spec = Spec()
+    spec: Spec = field(default_factory=Spec)
     decoded: int = 0
     decode_s: float = 0.0
 
@@ -59,12 +63,12 @@ def run(args: BenchArgs) -> int:
     prompts = read_prompts(args.prompts)[: args.limit or None]
     with Reporter() as reporter:
         installed = hub.ensure(pairs.find(args.pair), args.settings.source, reporter)
-        from dflash_chat.runtime.session import Session  # torch comes in here, not before
+        from dflash_chat.runtime import session as runtime  # torch comes in here, not before
 
         def loading(progress: Progress) -> None:
             reporter(progress.stage, progress.done, progress.total)
 
-        session = Session.load(installed, args.settings.engine, loading)
+        session = runtime.Session.load(installed, args.settings.engine, loading)
     sampling = args.settings.sampling
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = replace(sampling, seed=_SEED)
@@ -87,7 +91,7 @@ def run(args: BenchArgs) -> int:
 
 
 def _answer(
-    session: Any, prompt: str, sampling: SamplingParams, draft: bool
+    session: Session, prompt: str, sampling: SamplingParams, draft: bool
 ) -> tuple[str, Finished]:
     request = Generate(0, (Message("user", prompt),), sampling, draft)
     pieces: list[str] = []
@@ -100,7 +104,12 @@ def _answer(
 
 
 def as_json(
-    info: Any, prompts: int, sampling: SamplingParams, drafted: Way, plain: Way, identical: int
+    info: ModelInfo,
+    prompts: int,
+    sampling: SamplingParams,
+    drafted: Way,
+    plain: Way,
+    identical: int,
 ) -> dict[str, Any]:
     """The object of `bench --json`; field names are part of the interface."""
     return {

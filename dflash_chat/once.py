@@ -76,10 +76,12 @@ def in_words(finished: Finished, load_s: float) -> str:
     """Two lines for `--stats`."""
     usage, spec, timing = finished.usage, finished.spec, finished.timing
     return (
-        f"{usage.completion} tokens · {timing.tok_s:.1f} tok/s · ttft {timing.ttft_s * 1000:.0f} ms · "
-        f"load {load_s:.1f} s · prompt {usage.prompt} ({usage.cached} cached) · {finished.reason}\n"
-        f"tau {spec.tau:.2f} = {max(0.0, spec.tau - 1):.2f} drafted + 1 · {spec.steps} verify passes · "
-        f"accepted {spec.accepted} of {spec.drafted} · histogram {list(spec.histogram)}"
+        f"{usage.completion} tokens · {timing.tok_s:.1f} tok/s · "
+        f"ttft {timing.ttft_s * 1000:.0f} ms · load {load_s:.1f} s · "
+        f"prompt {usage.prompt} ({usage.cached} cached) · {finished.reason}\n"
+        f"tau {spec.tau:.2f} = {max(0.0, spec.tau - 1):.2f} drafted + 1 · "
+        f"{spec.steps} verify passes · accepted {spec.accepted} of {spec.drafted} · "
+        f"histogram {list(spec.histogram)}"
     )
 
 

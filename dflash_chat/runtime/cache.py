@@ -31,6 +31,7 @@ class KVCache:
         shape = (layers, kv_heads, capacity, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         self.capacity = capacity
         self.length = 0  # committed rows
         self.provisional = 0  # rows written after `length`
@@ -50,10 +51,11 @@ class KVCache:
         rows = k.shape[1]
         end = self.length + rows
         assert end <= self.capacity, f"cache of {self.capacity} rows cannot take row {end}"
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
+        keys, values = self._layers[layer]  # [G, S, D] each
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
         self.provisional = rows
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        return keys[:, :end], values[:, :end]
 
     def commit(self, n: int) -> None:
         """Keep the first n rows of the provisional block and forget the others."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
@@ -26,18 +25,18 @@ from dflash_chat.runtime import layers, quant
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.quant import Packed
 
-_IGNORED_KEYS = frozenset(
-    "architectures auto_map attention_dropout bos_token_id dtype eos_token_id initializer_range "
-    "max_window_layers model_type pad_token_id tie_word_embeddings torch_dtype transformers_version "
-    "use_cache use_sliding_window".split()
-)
-_KNOWN_KEYS = _IGNORED_KEYS | frozenset(
-    "attention_bias block_size dflash_config head_dim hidden_act hidden_size intermediate_size "
-    "is_causal layer_types max_position_embeddings num_attention_heads num_hidden_layers "
-    "num_key_value_heads num_target_layers rms_norm_eps rope_parameters rope_scaling rope_theta "
-    "sliding_window vocab_size".split()
-)
-_KNOWN_DFLASH_KEYS = frozenset("block_size causal mask_token_id target_layer_ids".split())
+_IGNORED_KEYS = {
+    "architectures", "auto_map", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
+    "initializer_range", "max_window_layers", "model_type", "pad_token_id", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache", "use_sliding_window",
+}  # fmt: skip
+_KNOWN_KEYS = _IGNORED_KEYS | {
+    "attention_bias", "block_size", "dflash_config", "head_dim", "hidden_act", "hidden_size",
+    "intermediate_size", "is_causal", "layer_types", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "num_target_layers",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "vocab_size",
+}  # fmt: skip
+_KNOWN_DFLASH_KEYS = {"block_size", "causal", "mask_token_id", "target_layer_ids"}
 
 
 @dataclass(frozen=True)
@@ -198,31 +197,20 @@ class Layer:
         self.input_layernorm = norm("input_layernorm")
         self.post_attention_layernorm = norm("post_attention_layernorm")
         q_norm, k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
-        self.qk_weight = torch.cat(  # [H+G, D], one row per head
-            [q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.groups, -1)]
-        ).contiguous()
+        per_head = [q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.groups, -1)]
+        self.qk_norm = layers.RMSNorm(torch.cat(per_head).contiguous(), config.rms_norm_eps)
         self.k_norm_weight = k_norm.weight
-        self.eps = config.rms_norm_eps
 
-    def __call__(self, x: Tensor, rope: layers.Rope, cache: KVCache, index: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, turn: layers.Turn, cache: KVCache, index: int, mask: Tensor | None
+    ) -> Tensor:
         """x: [B, C] → [B, C]; the block's keys and values stay provisional for good."""
         rows = x.shape[0]
         qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [B, H+2G, D]
-        qk = qkv[:, : self.heads + self.groups]
-        qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_weight
-        turned = rope(qk, cache.length)
+        turned = turn(self.qk_norm(qkv[:, : self.heads + self.groups]))  # [B, H+G, D]
         q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = qkv[:, self.heads + self.groups :]
         keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
-        mask = layers.block_mask(
-            rows,
-            cache.length,
-            self.window,
-            self.causal,
-            self.heads // self.groups,
-            x.dtype,
-            x.device,
-        )
         x = x + self.o_proj.matmul(layers.attention(q, keys, values, mask))
         gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))
         return x + self.down_proj.matmul(layers.gated_silu(gate_up))
@@ -264,12 +252,19 @@ class Drafter:
                 for i in range(config.num_hidden_layers)
             ]
         ).to(device, dtype)
-        self.context_k_norm = torch.stack([layer.k_norm_weight for layer in self.layers])[:, None]
+        k_norms = torch.stack([layer.k_norm_weight for layer in self.layers])  # [L, D]
+        per_head = k_norms.repeat_interleave(config.num_key_value_heads, 0)  # [L·G, D]
+        self.context_k_norm = layers.RMSNorm(per_head, config.rms_norm_eps)
         frequencies = layers.inverse_frequencies(config.head_dim, config.rope_theta)
         self.rope = layers.Rope(frequencies, capacity, dtype, device)
         self.cache = KVCache(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, capacity, dtype, device
-        )  # fmt: skip
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            capacity,
+            dtype,
+            device,
+        )
         self._pending: list[Tensor] = []  # observed features that are not projected yet
         self._block = torch.full((config.block_size,), config.mask_token_id, device=device)
 
@@ -315,18 +310,25 @@ class Drafter:
         self.flush()
         self._block[0] = anchor
         x = self.embed(self._block)  # [B, C]
+        turn = self.rope.at(self.cache.length, len(x))
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.rope, self.cache, i)
+            x = layer(x, turn, self.cache, i, self._mask(layer, x))
         return self.head.matmul(self.norm(x[1 : n + 1])).argmax(-1)
+
+    def _mask(self, layer: Layer, x: Tensor) -> Tensor | None:
+        share = layer.heads // layer.groups
+        return layers.block_mask(
+            len(x), self.cache.length, layer.window, layer.causal, share, x.dtype, x.device
+        )
 
     def _project(self, features: Tensor) -> None:
         """Context keys and values of all layers from features [T, K·C], committed at once."""
         c, rows = self.config, len(features)
-        shape = (rows, 2 * c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
+        shape = (rows, c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
         context = self.hidden_norm(self.fc.matmul(features))  # [T, C]
-        k, v = self.context_kv.matmul(context).view(shape).chunk(2, 1)  # [T, L, G, D] each
-        k = F.rms_norm(k, (c.head_dim,), None, c.rms_norm_eps) * self.context_k_norm
-        k = self.rope(k.flatten(1, 2), self.cache.length).view(k.shape)
+        k, v = self.context_kv.matmul(context).view(rows, -1, c.head_dim).chunk(2, 1)  # [T, L·G, D]
+        k = self.rope.at(self.cache.length, rows)(self.context_k_norm(k)).view(shape)
+        v = v.reshape(shape)
         for i in range(c.num_hidden_layers):
             self.cache.write(i, k[:, i].transpose(0, 1), v[:, i].transpose(0, 1))
         self.cache.commit(rows)

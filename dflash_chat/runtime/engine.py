@@ -5,8 +5,8 @@ and one more token, the anchor, is chosen but in none of them.
 
     prompt ──prefill──▶ n tokens in both caches, first anchor from the last row
     anchor ──draft────▶ d1 … dk                         (drafter: one forward)
-    verify  [anchor, d1 … dk] ─▶ k+1 rows, each choosing the token that follows it   (target: one
-    forward) accept  the longest prefix d1 … da that the rows chose themselves
+    verify  [anchor, d1 … dk] ─▶ k+1 rows, each choosing its next token   (target: one forward)
+    accept  the longest prefix d1 … da that the rows chose themselves
     commit(a + 1)     anchor and accepted drafts stay; row a's choice is the bonus, the next anchor
 
 Token ids only: the engine knows no text, no templates and no processes.
@@ -27,15 +27,21 @@ from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.sampling import Sampler, accepted
 from dflash_chat.runtime.timing import StepTimer
 
-PREFILL_CHUNK = (
-    512  # rows per prefill forward; bounds activations, and cancellation waits for one chunk
-)
+PREFILL_CHUNK = 512  # rows per prefill forward: bounds activations and the wait for a cancel
 
 
 class Target(Protocol):
     """What the engine needs of an architecture (see `models/llama.py`)."""
 
     device: torch.device
+
+    @property
+    def kernels(self) -> str:
+        """What multiplies, in words."""
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the weights."""
 
     def forward(
         self, ids: Tensor, cache: KVCache, taps: Sequence[int] = ()
@@ -128,6 +134,19 @@ class Engine:
         while not step.reason:
             step = self._step(step.tokens[-1], sampler, timer, draft)
             yield step
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run every kind of pass once, so that no first answer pays for packing and allocation."""
+        assert self.cache.length == 0, "only an empty engine is warmed up"
+        block = self._tensor([0] * (self.draft_tokens + 1))
+        hidden, features = self.target.forward(block, self.cache, self.taps)
+        self.target.logits(hidden)
+        self.cache.commit(0)
+        if self.drafter is not None:
+            self.drafter.observe(features)
+            self.drafter.draft(0, self.draft_tokens)
+            self.drafter.truncate(0)
 
     def _prefill(self, prompt: Sequence[int]) -> Generator[Prefilled, None, Tensor]:
         """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C]."""

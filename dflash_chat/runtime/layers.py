@@ -6,6 +6,8 @@ Knows arithmetic only; caches and weights come in as arguments.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,16 +21,20 @@ class RMSNorm:
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
+        self.weight = weight  # [C], or [heads, C] for one weight per head
         self.eps = eps
-        self._twice = torch.cat([weight, weight])
+        self._shared = weight if weight.dim() == 1 else None
+        self._twice = torch.cat([weight, weight]) if weight.dim() == 1 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
+        size = x.shape[-1]
         if x.is_cuda:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        both = F.layer_norm(torch.cat([x, -x], -1), self._twice.shape, self._twice, None, self.eps)
-        return both[..., : x.shape[-1]]
+            out = F.rms_norm(x, (size,), self._shared, self.eps)
+        else:
+            both = torch.cat([x, -x], -1)
+            out = F.layer_norm(both, (2 * size,), self._twice, None, self.eps)[..., :size]
+        return out if self._shared is not None else out * self.weight
 
 
 class Rope:
@@ -47,11 +53,22 @@ class Rope:
         self.cos = angles.cos().repeat(1, 2)[:, None].to(device, dtype)  # [S, 1, D]
         self.sin = (angles.sin().repeat(1, 2) * sign)[:, None].to(device, dtype)  # [S, 1, D]
 
-    def __call__(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x [T, heads, D] whose first row stands at position `start`."""
-        rows, half = x.shape[0], x.shape[-1] // 2
-        cos, sin = self.cos[start : start + rows], self.sin[start : start + rows]
-        return torch.addcmul(x * cos, x.roll(half, -1), sin)
+    def at(self, start: int, rows: int) -> Turn:
+        """The rotation of a block whose first row stands at position `start`."""
+        end = start + rows
+        return Turn(self.cos[start:end], self.sin[start:end], self.cos.shape[-1] // 2)
+
+
+class Turn(NamedTuple):
+    """One block's rotation: cos and signed sin [T, 1, D]."""
+
+    cos: Tensor
+    sin: Tensor
+    half: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate x [T, heads, D]."""
+        return torch.addcmul(x * self.cos, x.roll(self.half, -1), self.sin)
 
 
 def check_geometry(heads: int, kv_heads: int, head_dim: int, **sizes: int) -> None:
@@ -107,6 +124,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     rows, heads, dim = q.shape
     groups = k.shape[0]
     share = heads // groups
+    if rows == 1:  # the same without a transpose
+        one = F.scaled_dot_product_attention(q.view(1, groups, share, dim), k[None], v[None], mask)
+        return one.view(1, heads * dim)
     packed = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
     out = F.scaled_dot_product_attention(
         packed.reshape(1, groups, share * rows, dim), k[None], v[None], attn_mask=mask

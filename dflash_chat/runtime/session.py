@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
 from dflash_chat import __version__
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import quant, text, weights
+from dflash_chat.runtime import text, weights
 from dflash_chat.runtime.api import (
     EngineOptions,
     Event,
@@ -145,6 +146,17 @@ class _Answer:
         return Finished(self.id, self.reason, self._usage, self._spec, timing)
 
 
+class _Geometry(Protocol):
+    """What every architecture's Config tells."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
 def _placement(options: EngineOptions) -> tuple[torch.device, torch.dtype]:
     """Device and activation dtype; never guessed silently beyond what "auto" promises."""
     name = options.device
@@ -185,8 +197,9 @@ def _build(
     drafter_file = weights.open_checkpoint(installed.drafter)
     try:
         packed = weights.load_packed(drafter_file, drafter_config.tensor_shapes(config.hidden_size))
-        head = quant.draft_head(target.lm_head, device, dtype)
-        drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
+        drafter = Drafter(
+            drafter_config, packed, target.embed, target.lm_head, capacity, dtype, device
+        )
     finally:
         drafter_file.close()
     engine = Engine(
@@ -197,10 +210,12 @@ def _build(
         _draft_tokens(installed, options, drafter_config, device),
         frozenset(tokenizer.stop_ids),
     )
+    progress(Progress("warming up", 0, 0))
+    engine.warm_up()
     return engine, tokenizer, drafter_config
 
 
-def _architecture(model_type: str) -> Any:
+def _architecture(model_type: str) -> ModuleType:
     """The module `models/<model_type>.py`; CheckpointError if there is none."""
     name = f"dflash_chat.runtime.models.{model_type}"
     if not model_type.isidentifier() or find_spec(name) is None:
@@ -216,7 +231,7 @@ def _capacity(options: EngineOptions, limit: int) -> int:
     return options.context_tokens or min(limit, CONTEXT_LIMIT)
 
 
-def _check_match(drafter: DrafterConfig, target: Any) -> None:
+def _check_match(drafter: DrafterConfig, target: _Geometry) -> None:
     """A drafter serves one target only; refuse what cannot be its own."""
     for what, wants, has in (
         ("hidden_size", drafter.hidden_size, target.hidden_size),
@@ -244,15 +259,6 @@ def _draft_tokens(
     return options.draft_tokens or min(default, most)
 
 
-def _kernels(target: Any, device: torch.device) -> str:
-    """Which path multiplies, in words for titles and reports."""
-    if device.type == "cuda":
-        return "torch, eager"
-    body, head = type(target.layers[0].qkv).__name__, type(target.lm_head).__name__
-    words = {"Int4Weight": "int4", "PrepackedWeight": "oneDNN", "DenseWeight": "torch"}
-    return f"{words.get(body, 'mixed')} body, {words.get(head, 'mixed')} head"
-
-
 def _info(
     installed: Installed,
     engine: Engine,
@@ -261,7 +267,7 @@ def _info(
     dtype: torch.dtype,
     load_s: float,
 ) -> ModelInfo:
-    drafter, target = engine.drafter, engine.target
+    drafter = engine.drafter
     assert isinstance(drafter, Drafter)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return ModelInfo(
@@ -270,11 +276,11 @@ def _info(
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",
-        kernels=_kernels(target, device),
+        kernels=engine.target.kernels,
         context_tokens=engine.cache.capacity,
         block_size=config.block_size,
         draft_tokens=engine.draft_tokens,
-        target_bytes=int(getattr(target, "nbytes", 0)),
+        target_bytes=engine.target.nbytes,
         drafter_bytes=drafter.nbytes,
         cache_bytes=engine.cache.nbytes + drafter.cache.nbytes,
         load_s=load_s,

@@ -28,7 +28,7 @@ class StepTimer:
     def mark(self, part: str) -> None:
         """The part of this name ends here."""
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._marks.append((part, event))
         else:

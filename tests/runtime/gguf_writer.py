@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dflash_chat.runtime.quant import q4_1
+from dflash_chat.runtime.quant.blocks import GROUP
 from dflash_chat.runtime.text import byte_alphabet
 
 TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
@@ -136,7 +136,7 @@ def raw_f32(weight: Tensor) -> bytes:
 
 
 def raw_q4_1(weight: Tensor) -> bytes:
-    return q4_1.quantize(weight).numpy().tobytes()
+    return quantize_q4_1(weight).numpy().tobytes()
 
 
 def raw_q8_0(weight: Tensor) -> bytes:
@@ -261,3 +261,15 @@ def write_tiny_llama(path: Path, seed: int = 0, sizes: TinyLlama = TinyLlama()) 
     """A complete tiny llama with byte-level tokenizer and ChatML template, as a file at `path`."""
     tensors = llama_tensors(hf_weights(seed, sizes), sizes)
     return write_gguf(path, llama_metadata(sizes), tensors)
+
+
+def quantize_q4_1(weight: Tensor) -> Tensor:
+    """fp32 [N, K] -> uint8 [N, K/32·20], rounding to nearest between each group's extremes."""
+    groups = weight.float().view(weight.shape[0], -1, GROUP)  # [N, K/32, 32]
+    low, high = groups.amin(-1), groups.amax(-1)  # [N, K/32]
+    halves = torch.stack(((high - low) / 15, low), dim=-1).half()  # [N, K/32, 2]
+    scale, minimum = halves.float()[..., None].unbind(-2)
+    steps = torch.where(scale > 0, (groups - minimum) / scale, 0.0)
+    q = steps.round().clamp(0, 15).to(torch.uint8)
+    packed = q[..., :16] | q[..., 16:] << 4  # [N, K/32, 16]
+    return torch.cat((halves.view(torch.uint8), packed), dim=-1).flatten(1)

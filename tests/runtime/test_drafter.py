@@ -75,7 +75,8 @@ def _published_forward(c: module.Config, w: dict[str, Tensor], embed: Tensor, fe
         for row in range(block):
             visible = [
                 j for j in range(n + block)
-                if (not c.causal[i] or j <= n + row) and (not c.windows[i] or j > n + row - c.windows[i])
+                if (not c.causal[i] or j <= n + row)
+                and (not c.windows[i] or j > n + row - c.windows[i])
             ]  # fmt: skip
             for head in range(c.num_attention_heads):
                 scores = k[visible, head // share] @ q[row, head] / dim**0.5

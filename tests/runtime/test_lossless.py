@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from dflash_chat.runtime.api import SamplingParams
-from dflash_chat.runtime.engine import Engine
+from dflash_chat.runtime.engine import BlockDrafter, Engine, Prefilled
 from tests.runtime import tiny
 
 PROMPT = [5, 9, 2, 33, 17, 8]
 BLOCK = 7
 
 
-def _engine(drafter: object = None, k: int = BLOCK, stop: frozenset[int] = frozenset()) -> Engine:
+def _engine(
+    drafter: BlockDrafter | None = None, k: int = BLOCK, stop: frozenset[int] = frozenset()
+) -> Engine:
     target = tiny.target()
-    return Engine(target, target.new_cache(256), drafter, tiny.TAPS, k, stop)  # type: ignore[arg-type]
+    return Engine(target, target.new_cache(256), drafter, tiny.TAPS, k, stop)
 
 
-def _plain(n: int, **params: float) -> list[int]:
-    return tiny.tokens(tiny.run(_engine(), PROMPT, SamplingParams(max_tokens=n, **params)))  # type: ignore[arg-type]
+def _plain(n: int, params: SamplingParams = SamplingParams()) -> list[int]:
+    return tiny.tokens(tiny.run(_engine(), PROMPT, replace(params, max_tokens=n)))
 
 
 @pytest.mark.parametrize("accept", range(BLOCK + 1))
@@ -44,12 +47,14 @@ def test_greedy_with_changing_acceptance_lengths_equals_plain() -> None:
 
 @pytest.mark.parametrize("accept", [0, 3, 7])
 def test_seeded_sampling_with_penalties_equals_plain(accept: int) -> None:
-    settings = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 7,
-                "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3}  # fmt: skip
-    plain = _plain(100, **settings)
+    settings = SamplingParams(
+        temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=7, repetition_penalty=1.2,
+        presence_penalty=0.4, frequency_penalty=0.3,
+    )  # fmt: skip
+    plain = _plain(100, settings)
     assert len(set(plain)) > 10, "a degenerate answer would prove nothing"
     drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [accept])
-    steps = tiny.run(_engine(drafter), PROMPT, SamplingParams(max_tokens=100, **settings))  # type: ignore[arg-type]
+    steps = tiny.run(_engine(drafter), PROMPT, replace(settings, max_tokens=100))
     assert tiny.tokens(steps) == plain
 
 
@@ -113,7 +118,8 @@ def test_a_second_turn_reuses_both_caches_and_answers_the_same() -> None:
     first = tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=20)))
     second = [*PROMPT, *first[:15], 7, 7, 3]
     reused = next(iter(engine.generate(second, SamplingParams(max_tokens=30))))
-    assert reused.cached == len(PROMPT) + 15  # type: ignore[union-attr]
+    assert isinstance(reused, Prefilled)
+    assert reused.cached == len(PROMPT) + 15
     again = tiny.tokens(tiny.run(engine, second, SamplingParams(max_tokens=30)))
     fresh = tiny.run(_engine(), second, SamplingParams(max_tokens=30))
     assert again == tiny.tokens(fresh)
@@ -147,6 +153,7 @@ def test_closing_the_generator_after_any_step_keeps_the_caches_usable() -> None:
         for _ in range(stop_after):
             next(steps)
         steps.close()
-        lengths = [len(engine.log), engine.cache.length, engine.drafter.length]  # type: ignore[union-attr]
+        assert engine.drafter is not None
+        lengths = [len(engine.log), engine.cache.length, engine.drafter.length]
         assert all(a == b for a, b in pairwise(lengths))
     assert tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=40))) == plain

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dflash_chat.runtime import drafter as drafter_module
+from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
 from dflash_chat.runtime.models import llama
 from dflash_chat.runtime.quant import Packed
@@ -57,8 +58,14 @@ def drafter(of: llama.Target, seed: int = 1, capacity: int = 256, window: int = 
             causal: bool = False) -> drafter_module.Drafter:  # fmt: skip
     c = drafter_config(window, causal)
     return drafter_module.Drafter(
-        c, weights(c.tensor_shapes(32), seed, 0.2), of.embed, of.lm_head, capacity, torch.float32, CPU
-    )  # fmt: skip
+        c,
+        weights(c.tensor_shapes(32), seed, 0.2),
+        of.embed,
+        of.lm_head,
+        capacity,
+        torch.float32,
+        CPU,
+    )
 
 
 class ScriptedDrafter:
@@ -89,9 +96,11 @@ class ScriptedDrafter:
         )
 
 
-def run(engine: Engine, prompt: Sequence[int], params: object, draft: bool = True) -> list[Step]:
+def run(
+    engine: Engine, prompt: Sequence[int], params: SamplingParams, draft: bool = True
+) -> list[Step]:
     """All steps of one answer."""
-    steps = engine.generate(prompt, params, draft)  # type: ignore[arg-type]
+    steps = engine.generate(prompt, params, draft)
     return [step for step in steps if not isinstance(step, Prefilled)]
 
 

@@ -156,12 +156,12 @@ class Layer:
         self.post_attention_layernorm = norm("post_attention_layernorm")
 
     def __call__(
-        self, x: Tensor, rope: layers.Rope, cache: KVCache, index: int, mask: Tensor | None
+        self, x: Tensor, turn: layers.Turn, cache: KVCache, index: int, mask: Tensor | None
     ) -> Tensor:
         """x: [T, C] → [T, C]; writes the block's keys and values into the cache."""
         rows = x.shape[0]
         qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [T, H+2G, D]
-        turned = rope(qkv[:, : self.heads + self.groups], cache.length)  # [T, H+G, D]
+        turned = turn(qkv[:, : self.heads + self.groups])  # [T, H+G, D]
         q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = qkv[:, self.heads + self.groups :]  # [T, G, D]
         keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
@@ -194,6 +194,11 @@ class Target:
         norm = packed["model.norm.weight"].dequantize(dtype).flatten().to(device)
         self.norm = layers.RMSNorm(norm, config.rms_norm_eps)
         self.rope = layers.Rope(config.inverse_frequencies(), capacity, dtype, device)
+
+    @property
+    def kernels(self) -> str:
+        """What multiplies, in words."""
+        return f"{self.layers[0].qkv.kernel} body, {self.lm_head.kernel} head"
 
     @property
     def nbytes(self) -> int:
@@ -232,9 +237,10 @@ class Target:
         x = self.embed(ids)  # [T, C]
         share = self.config.num_attention_heads // self.config.num_key_value_heads
         mask = layers.block_mask(len(ids), cache.length, 0, True, share, self.dtype, self.device)
+        turn = self.rope.at(cache.length, len(ids))
         tapped: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.rope, cache, i, mask)
+            x = layer(x, turn, cache, i, mask)
             if i in taps:
                 tapped[i] = x
         features = torch.cat([tapped[i] for i in taps], -1) if taps else x[:, :0]

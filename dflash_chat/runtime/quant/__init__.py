@@ -24,6 +24,10 @@ class Packed(Protocol):
         """(N, K) or (N,)."""
 
     @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now, copies made for matmul included."""
 
@@ -65,15 +69,3 @@ def cat(weights: Sequence[Packed]) -> Packed:
 
     first, *others = weights
     return (first.joined(others) if others else first) or StackedWeight(tuple(weights))
-
-
-def draft_head(head: Packed, device: torch.device, dtype: torch.dtype) -> Packed:
-    """A head for drafting: a 4-bit copy where that is faster for a few rows, else `head` itself.
-
-    Drafted tokens are verified with the true head, so the copy costs acceptance, never correctness.
-    """
-    from dflash_chat.runtime.quant import cpu, q4_1
-
-    if device.type != "cpu" or not cpu.int4_serves(head.shape, dtype):
-        return head
-    return q4_1.pack({"blocks": q4_1.quantize(head.dequantize())}).to(device, dtype)

@@ -46,6 +46,11 @@ class BlockWeight:
     codec: Codec
 
     @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+        return "dequantising"
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now; of the mapped file, if the blocks are a view of it."""
         return self.blocks.nbytes

@@ -66,6 +66,11 @@ class Int4Weight:
         return self.source.shape
 
     @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+        return "int4"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the kernel's copy and of the source, which may be a view of the mapped file."""
         return self.source.nbytes + self.nibbles.nbytes + self.scales_and_zeros.nbytes
@@ -112,6 +117,11 @@ class PrepackedWeight:
     def shape(self) -> tuple[int, ...]:
         """(N, K)."""
         return self.source.shape
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+        return "oneDNN"
 
     @property
     def nbytes(self) -> int:

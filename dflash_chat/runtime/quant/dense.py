@@ -24,6 +24,11 @@ class DenseWeight:
         return tuple(self.weight.shape)
 
     @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+        return "torch"
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now; of the mapped file, if the weight is a view of it."""
         return self.weight.nbytes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dflash_chat.runtime.quant import Packed, Parts
-from dflash_chat.runtime.quant.blocks import GROUP, Codec, Int4Parts
+from dflash_chat.runtime.quant.blocks import Codec, Int4Parts
 
 BLOCK_BYTES = 20
 
@@ -44,18 +44,6 @@ def nibbles(packed: Tensor) -> Tensor:
     """uint8 [N, K/32, 16] -> uint8 [N, K/32, 32]: low nibbles first, then high ones."""
     packed = packed.contiguous()  # strided bytes are not vectorised
     return torch.stack((packed & 15, packed >> 4), dim=-2).flatten(-2)
-
-
-def quantize(weight: Tensor) -> Tensor:
-    """fp32 [N, K] -> uint8 [N, K/32·20], rounding to nearest between each group's extremes."""
-    groups = weight.float().view(weight.shape[0], -1, GROUP)  # [N, K/32, 32]
-    low, high = groups.amin(-1), groups.amax(-1)  # [N, K/32]
-    halves = torch.stack(((high - low) / 15, low), dim=-1).half()  # [N, K/32, 2]
-    scale, minimum = halves.float()[..., None].unbind(-2)
-    steps = torch.where(scale > 0, (groups - minimum) / scale, 0.0)
-    q = steps.round().clamp(0, 15).to(torch.uint8)
-    packed = q[..., :16] | q[..., 16:] << 4  # [N, K/32, 16]
-    return torch.cat((halves.view(torch.uint8), packed), dim=-1).flatten(1)
 
 
 CODEC = Codec("q4_1", BLOCK_BYTES, dequantize, int4)

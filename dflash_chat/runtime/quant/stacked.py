@@ -26,6 +26,11 @@ class StackedWeight:
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+        return " + ".join(sorted({part.kernel for part in self.parts}))
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(part.nbytes for part in self.parts)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dflash_chat.runtime import quant
-from dflash_chat.runtime.quant import cpu, q4_1
+from dflash_chat.runtime.quant import cpu
+from tests.runtime.gguf_writer import quantize_q4_1
 from tests.runtime.quant.test_formats import random_weight
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator)
     format_ = quant.load_format(name)
-    parts = {"weight": weight} if name == "dense" else {"blocks": q4_1.quantize(weight)}
+    parts = {"weight": weight} if name == "dense" else {"blocks": quantize_q4_1(weight)}
     ready = format_.pack(parts).to(CPU, dtype)
     x = torch.randn(17, shape[1], generator=generator).to(dtype)
     alone = torch.cat([ready.matmul(x[i : i + 1]) for i in range(17)])
@@ -94,13 +95,6 @@ def test_the_first_matmul_packs_and_counts_its_bytes() -> None:
     assert ready.nbytes == packed.nbytes
     ready.matmul(torch.zeros(1, 64))
     assert ready.nbytes == packed.nbytes + 16 * 64 * 4
-
-
-def test_a_draft_head_is_close_to_the_head() -> None:
-    head, truth = random_weight("q8_0", 64, 64)
-    draft = quant.draft_head(head, CPU, torch.bfloat16)
-    assert rms(draft.dequantize() - truth) < 0.1 * rms(truth)
-    assert quant.draft_head(head, CPU, torch.float32) is head
 
 
 @pytest.mark.gpu

@@ -41,6 +41,7 @@ class ChatApp(App[None]):
         await asyncio.to_thread(_import_what_answers_need)
         gc.collect()
         gc.freeze()  # start-up's objects live on; scanning them again would only stall frames
+        gc.enable()
 
     async def on_unmount(self) -> None:
         """Take the engine along."""
@@ -78,6 +79,7 @@ def run(
     draft: bool,
 ) -> int:
     """Chat until the person quits; the exit code."""
+    gc.disable()  # until the first paint
     client = EngineClient()
     chat = ChatScreen(client, Load(pair, source, options), params, system, draft)
     app = ChatApp(client, chat)

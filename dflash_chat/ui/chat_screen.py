@@ -1,7 +1,7 @@
 """One conversation: prompt → engine → events → widgets; stopping, errors, crashes and retries.
 
 The only file that talks to the engine client. It owns what is going on (loading, answering, down);
-widgets only draw. Text is drawn at 18 Hz and numbers at 5 Hz from what has arrived meanwhile.
+widgets only draw. Text is drawn at 18 Hz and numbers at 5 Hz, from what has arrived meanwhile.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class ChatScreen(Screen[None]):
         self._client.send(self._load)
         self.query_one(Prompt).focus()
         self.set_interval(FRAME_S, self._frame)
-        self.set_interval(NUMBERS_S, self._show_numbers)
-        self._show_numbers()
+        self.set_interval(NUMBERS_S, self.show_numbers)
+        self.show_numbers()
 
     # ── clocks ──────────────────────────────────────────────────────────────────────────────────
 
@@ -142,10 +142,12 @@ class ChatScreen(Screen[None]):
     def _is_open(self, answer: AnswerTurn) -> bool:
         return answer is self._answer
 
-    def _show_numbers(self) -> None:
+    def show_numbers(self) -> None:
+        """Bring everything but the transcript up to date."""
         now = time.monotonic()
-        self.query_one(SidePanel).show_numbers(self._meter, self._info, self._draft, now)
-        self.query_one(StatusLine).show_numbers(self._meter, self._info, self._draft, now)
+        for panel in (self.query_one(SidePanel), self.query_one(StatusLine)):
+            if panel.display:
+                panel.show_numbers(self._meter, self._info, self._draft, now)
         self.query_one("#title", Words).show(self._title_words())
         self.query_one("#state", Words).show(self._state_words())
         self.query_one("#hint", Words).show(self._hint_words())

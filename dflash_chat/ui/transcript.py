@@ -70,7 +70,9 @@ class Tail(Block):
             return
         self._flow = plain(chunk.text) if chunk.kind == "table" else render(chunk, False)
         self.set_class(chunk.continued, "-continued")
-        self.refresh(layout=True)
+        width, height = self.content_size
+        grows = len(self._flow.rows(width)) != height if width else True
+        self.refresh(layout=grows)  # a layout costs more than all else in a frame
 
 
 class AnswerTurn(Vertical):

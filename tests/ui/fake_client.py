@@ -70,6 +70,11 @@ class FakeClient(EngineClient):
         self.emit(Ready(info))
 
     @property
+    def waiting(self) -> bool:
+        """Whether the screen has not taken all events yet."""
+        return bool(self._events)
+
+    @property
     def asked(self) -> list[Generate]:
         return [request for request in self.sent if isinstance(request, Generate)]
 

@@ -1,8 +1,8 @@
-"""The screen under load, measured in a real pty: `python -m tests.ui.pty_bench [KIND …]`.
+"""The screen under load, measured in a real pty: `python -m tests.ui.pty_bench [KIND[:RATE] …]`.
 
-Streams 6 000 tokens at 600 tok/s, four characters each, as one long list, table, code fence or as
-prose, into the real app with a scripted engine, and prints one line of figures per kind. `start`
-measures the first paint of `dflash-chat` instead.
+Streams ten seconds of tokens, four characters each and 600 a second unless RATE says otherwise, as
+one long list, table, code fence or as prose, into the real app with a scripted engine, and prints
+one line of figures per kind. `start` measures the first paint of `dflash-chat` instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-RATE, TOKENS, STEP_TOKENS = 600, 6000, 3
+RATE, SECONDS, STEP_TOKENS = 600, 10, 3
 ROWS, COLUMNS = 40, 120
 
 # ── inside the pty ──────────────────────────────────────────────────────────────────────────────
@@ -47,7 +47,7 @@ def text_of(kind: str, length: int) -> str:
     return text[:length]
 
 
-def inside(kind: str, report: str) -> None:
+def inside(kind: str, rate: int, report: str) -> None:
     """Run the app and write the figures to the file `report`."""
     from dflash_chat.runtime.api import Load, Prefill, SamplingParams, Spec, StepStats, Tokens
     from dflash_chat.ui.app import ChatApp
@@ -82,11 +82,11 @@ def inside(kind: str, report: str) -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
         client.emit(Prefill(1, 0, 9, 9))
         sent = 0
-        for piece in pieces(text_of(kind, 4 * TOKENS)):
+        for piece in pieces(text_of(kind, 4 * rate * SECONDS)):
             stats = StepStats(7, STEP_TOKENS - 1, STEP_TOKENS, 1.0, 3.4, 0.3, 0.3, sent)
             client.emit(Tokens(1, piece, STEP_TOKENS, stats))
             sent += STEP_TOKENS
-            while (spare := started + sent / RATE - time.perf_counter()) > 0:
+            while (spare := started + sent / rate - time.perf_counter()) > 0:
                 await asyncio.sleep(spare)
         client.finish(Spec(2000, 14000, 4000, (0, 0, 2000)))
         answer = screen.query_one(AnswerTurn)
@@ -95,7 +95,7 @@ def inside(kind: str, report: str) -> None:
         took = time.perf_counter() - started
         stalls.sort()
         figures = {
-            "should_s": TOKENS / RATE,
+            "should_s": SECONDS,
             "took_s": took,
             "cpu": (time.process_time() - cpu_started) / took,
             "stall_p99_ms": 1000 * stalls[int(len(stalls) * 0.99)],
@@ -124,10 +124,11 @@ def in_pty(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     return process, master
 
 
-def bench(kind: str) -> dict[str, Any]:
+def bench(kind: str, rate: int) -> dict[str, Any]:
     """The figures of one kind."""
     report = f"/tmp/pty_bench.{os.getpid()}.json"
-    process, master = in_pty([sys.executable, "-m", "tests.ui.pty_bench", "--inside", kind, report])
+    arguments = ["tests.ui.pty_bench", "--inside", kind, str(rate), report]
+    process, master = in_pty([sys.executable, "-m", *arguments])
     updates = size = 0
     while process.poll() is None:
         if select.select([master], [], [], 0.2)[0]:
@@ -169,15 +170,16 @@ def first_paint(command: list[str], mark: bytes = b"Enter") -> float:
 def main() -> None:
     """Print the figures of the kinds named, or of all."""
     if sys.argv[1:2] == ["--inside"]:
-        inside(sys.argv[2], sys.argv[3])
+        inside(sys.argv[2], int(sys.argv[3]), sys.argv[4])
         return
     for kind in sys.argv[1:] or ["prose", "mixed", "code", "list", "table"]:
         if kind == "start":
             command = [sys.executable, "-m", "dflash_chat"]
             figures = {"first_paint_s": [round(first_paint(command), 3) for _ in range(5)]}
         else:
-            figures = {key: round(value, 2) for key, value in bench(kind).items()}
-        sys.stdout.write(f"{kind:6} {json.dumps(figures)}\n")
+            name, _, rate = kind.partition(":")
+            figures = {k: round(v, 2) for k, v in bench(name, int(rate or RATE)).items()}
+        sys.stdout.write(f"{kind:8} {json.dumps(figures)}\n")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ async def take(name: str, folder: Path) -> None:
     async with open_chat(size) as chat:
         chat.screen.query_one(Prompt).cursor_blink = False
         await scene(chat)
-        await chat.pilot.pause(0.5)
+        await chat.settle()
         svg = chat.app.export_screenshot(title=f"dflash-chat {size[0]}×{size[1]}")
     (folder / f"{name}.svg").write_text(svg)
     try:

@@ -45,8 +45,12 @@ class Chat:
         return screen
 
     async def settle(self) -> None:
-        """Let several frames pass."""
-        await self.pilot.pause(0.15)
+        """Wait until all that has arrived is drawn, numbers included."""
+        for _ in range(200):
+            await self.pilot.pause(0.06)
+            if not self.client.waiting and not any(a.behind for a in self.screen.query(AnswerTurn)):
+                break
+        self.screen.show_numbers()
         await self.pilot.pause()
 
     async def type(self, text: str) -> None:
@@ -180,7 +184,7 @@ async def test_messages_sent_while_answering_wait_their_turn(loaded: Chat) -> No
 
 async def test_progress_of_loading_is_shown(chat: Chat) -> None:
     chat.client.emit(Progress("fetching weights", 41_000_000, 98_000_000))
-    await chat.pilot.pause(0.4)
+    await chat.settle()
 
     assert "fetching weights" in chat.shown("#hint")
     assert "42% · 41 of 98 MB" in chat.shown("#hint")
@@ -289,7 +293,7 @@ async def test_a_crash_between_answers_needs_no_retry(loaded: Chat) -> None:
 
 async def test_a_crash_while_loading_does_not_loop(chat: Chat) -> None:
     chat.client.die("it ended with exit code 1", ["ImportError: no torch"])
-    await chat.pilot.pause(0.4)
+    await chat.settle()
 
     assert chat.client.starts == 1
     assert "ImportError: no torch" in chat.text
@@ -432,7 +436,6 @@ async def test_page_keys_scroll_the_chat_and_end_follows_again(loaded: Chat) -> 
     await loaded.type("One?")
     loaded.client.answer("\n\n".join(f"Paragraph {n}" for n in range(100)))
     await loaded.settle()
-    await loaded.settle()
     transcript = loaded.screen.query_one(Transcript)
     assert transcript.following
 
@@ -449,13 +452,12 @@ async def test_new_text_does_not_move_a_view_that_was_scrolled_up(loaded: Chat) 
     await loaded.type("One?")
     loaded.client.stream("\n\n".join(f"Paragraph {n}" for n in range(100)))
     await loaded.settle()
-    await loaded.settle()
     await loaded.pilot.press("pageup")
     await loaded.settle()
     transcript = loaded.screen.query_one(Transcript)
     before = transcript.scroll_y
     loaded.client.emit(Tokens(1, "\n\nmore\n\n" * 20, 40))
-    await loaded.pilot.pause(0.4)
+    await loaded.settle()
 
     assert transcript.scroll_y == before
     assert "more below" in loaded.shown("#hint")
@@ -496,7 +498,7 @@ async def test_system_command_changes_the_system_prompt(loaded: Chat) -> None:
 async def test_draft_command_switches_drafting(loaded: Chat) -> None:
     await loaded.type("/draft off")
     await loaded.type("Hi")
-    await loaded.pilot.pause(0.4)
+    await loaded.settle()
 
     assert not loaded.client.asked[-1].draft
     assert "draft OFF: switched off" in loaded.shown("#engine")
@@ -549,7 +551,7 @@ async def test_the_panel_folds_to_one_line_on_narrow_terminals(
         await chat.load()
         await chat.type("One?")
         chat.client.answer("Words and more words.")
-        await chat.pilot.pause(0.5)
+        await chat.settle()
 
         assert bool(chat.screen.query_one(SidePanel).region.width) is panel
         assert bool(chat.screen.query_one(StatusLine).region.width) is not panel
@@ -559,7 +561,7 @@ async def test_the_panel_folds_to_one_line_on_narrow_terminals(
 async def test_the_panel_shows_every_number(loaded: Chat) -> None:
     await loaded.type("One?")
     loaded.client.answer("Words and more words. " * 20, prompt=4096)
-    await loaded.pilot.pause(0.5)
+    await loaded.settle()
 
     assert "tok/s  answer" in loaded.shown("#speed")
     assert "tau 2.5 = 1.5 drafted + 1" in loaded.shown("#acceptance")
@@ -573,13 +575,13 @@ async def test_a_pair_without_a_drafter_says_so() -> None:
 
     async with open_chat() as chat:
         await chat.load(replace(INFO, drafter=""))
-        await chat.pilot.pause(0.4)
+        await chat.settle()
 
         assert "draft OFF: no drafter" in chat.shown("#engine")
 
 
 async def test_the_title_names_pair_dtype_and_device(loaded: Chat) -> None:
-    await loaded.pilot.pause(0.4)
+    await loaded.settle()
 
     assert "smollm2-135m · fp32 · cpu" in loaded.shown("#title")
 
@@ -599,10 +601,7 @@ async def test_long_answers_need_few_widgets(loaded: Chat, kind: str) -> None:
     await loaded.type("Long, please")
     loaded.client.answer(LONG[kind])
     answer = loaded.screen.query_one(AnswerTurn)
-    for _ in range(200):
-        await loaded.pilot.pause(0.05)
-        if not answer.behind:
-            break
+    await loaded.settle()
 
     assert not answer.behind
     assert len(answer.query("*")) < len(LONG[kind]) / 200
@@ -632,6 +631,19 @@ async def test_a_wrapped_line_is_copied_as_one_line(loaded: Chat) -> None:
     part = block.get_selection(Selection(Offset(2, 0), Offset(7, 1)))
     assert part is not None
     assert part[0] in words
+
+
+async def test_text_is_selected_with_the_mouse_and_copied(loaded: Chat) -> None:
+    await loaded.type("One?")
+    loaded.client.answer("Select these words, please.\n\n- and these")
+    await loaded.settle()
+    block = next(iter(loaded.screen.query(Block)))
+    await loaded.pilot.mouse_down(block, offset=(7, 0))
+    await loaded.pilot.hover(block, offset=(4, 2))
+    await loaded.pilot.mouse_up(block, offset=(4, 2))
+    await loaded.pilot.press("ctrl+c")
+
+    assert loaded.app.clipboard == "these words, please.\n\n• and"
 
 
 async def test_finished_reports_of_an_older_answer_change_nothing(loaded: Chat) -> None:

@@ -1,0 +1,182 @@
+"""The default pair with its real weights, end to end below the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dflash_chat import hub, pairs
+from dflash_chat.bench import read_prompts
+from dflash_chat.runtime import weights
+from dflash_chat.runtime.api import (
+    EngineOptions,
+    Finished,
+    Generate,
+    Message,
+    Prefill,
+    SamplingParams,
+    Spec,
+    Tokens,
+)
+from dflash_chat.runtime.models import llama
+from dflash_chat.runtime.session import Session
+
+pytestmark = [pytest.mark.weights, pytest.mark.slow]
+
+TAPS = (1, 8, 14, 20, 27)
+
+
+def _load(gguf: Path, dtype: str) -> Session:
+    pair = pairs.find("smollm2-135m")
+    installed = hub.Installed(
+        pair, pair.sources[0], gguf, pair.drafter.path, bytes=gguf.stat().st_size
+    )
+    options = EngineOptions(device="cpu", dtype=dtype, context_tokens=2048)
+    return Session.load(installed, options, lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def exact(smollm2_gguf: Path) -> Session:
+    return _load(smollm2_gguf, "fp32")
+
+
+@pytest.fixture(scope="module")
+def quick(smollm2_gguf: Path) -> Session:
+    return _load(smollm2_gguf, "auto")
+
+
+def _answer(
+    session: Session, *messages: Message, draft: bool = True, params: SamplingParams
+) -> tuple[str, Finished, Prefill]:
+    pieces: list[str] = []
+    prefill = None
+    for event in session.generate(Generate(1, messages, params, draft), lambda: False):
+        if isinstance(event, Prefill):
+            prefill = prefill or event
+        elif isinstance(event, Tokens):
+            pieces.append(event.text)
+        elif isinstance(event, Finished):
+            assert prefill is not None
+            return "".join(pieces), event, prefill
+    raise AssertionError("no Finished event")
+
+
+def _ask(prompt: str) -> Message:
+    return Message("user", prompt)
+
+
+def test_logits_and_tapped_features_equal_transformers(smollm2_gguf: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    raw, tensors = weights.load_dequantized(smollm2_gguf, torch.float32)
+    reference = LlamaForCausalLM(LlamaConfig(**raw)).eval()
+    loaded = reference.load_state_dict(tensors, strict=False)
+    assert not loaded.unexpected_keys
+    checkpoint = weights.open_checkpoint(smollm2_gguf)
+    config = llama.Config.from_hf(checkpoint.config)
+    packed = weights.load_packed(checkpoint, config.tensor_shapes())
+    target = llama.Target(config, packed, 256, torch.float32, torch.device("cpu"))
+    ids = torch.randint(20, 49000, (96,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        truth = reference(ids[None], output_hidden_states=True)
+        hidden, features = target.forward(ids, target.new_cache(256), TAPS)
+        ours = [target.logits(hidden), *features.chunk(len(TAPS), -1)]
+    theirs = [truth.logits[0], *(truth.hidden_states[tap + 1][0] for tap in TAPS)]
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-3
+
+
+def test_paris(quick: Session) -> None:
+    text, finished, _ = _answer(
+        quick, _ask("What is the capital of France?"), params=SamplingParams(max_tokens=64)
+    )
+    assert "Paris" in text
+    assert finished.reason == "stop"
+
+
+@pytest.mark.parametrize("prompt", read_prompts(None)[1:5])
+def test_greedy_answers_in_fp32_are_identical_with_and_without_drafting(
+    exact: Session, prompt: str
+) -> None:
+    params = SamplingParams(max_tokens=48)
+    drafted, with_draft, _ = _answer(exact, _ask(prompt), params=params)
+    plain, without, _ = _answer(exact, _ask(prompt), draft=False, params=params)
+    assert drafted == plain
+    assert with_draft.usage.completion == without.usage.completion
+    assert with_draft.spec.steps < without.spec.steps
+
+
+def test_every_emitted_token_is_the_argmax_of_its_verify_row(
+    quick: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a faster dtype near-ties may flip; nothing but the target's own choice is ever emitted."""
+    target = quick.engine.target
+    rows: list[Tensor] = []
+    original = target.logits
+
+    def recorded(hidden: Tensor) -> Tensor:
+        rows.append(original(hidden))
+        return rows[-1]
+
+    monkeypatch.setattr(target, "logits", recorded)
+    prompt = quick.tokenizer.render((_ask("List the planets of the solar system."),))
+    emitted = 0
+    for step in quick.engine.generate(prompt, SamplingParams(max_tokens=96)):
+        tokens = getattr(step, "tokens", ())
+        if tokens:
+            assert list(tokens) == rows[-1].argmax(-1)[: len(tokens)].tolist()
+            emitted += len(tokens)
+    assert emitted == 96
+
+
+def test_the_drafter_earns_its_keep(quick: Session) -> None:
+    spec = Spec()
+    for prompt in read_prompts(None)[1:7]:
+        _, finished, _ = _answer(quick, _ask(prompt), params=SamplingParams(max_tokens=64))
+        spec = spec.merge(finished.spec)
+    assert spec.tau > 2.0
+
+
+def test_a_second_turn_reads_only_what_is_new(quick: Session) -> None:
+    params = SamplingParams(max_tokens=40)
+    question = _ask("Name three colours.")
+    text, first, _ = _answer(quick, question, params=params)
+    follow = (question, Message("assistant", text), _ask("And three more?"))
+    _, second, prefill = _answer(quick, *follow, params=params)
+    assert prefill.cached == second.usage.cached >= first.usage.prompt
+    assert second.usage.prompt - second.usage.cached < 40
+
+
+def test_a_seed_fixes_the_answer(quick: Session) -> None:
+    params = SamplingParams(temperature=0.7, seed=5, max_tokens=40)
+    one, _, _ = _answer(quick, _ask("Tell me a joke."), params=params)
+    two, _, _ = _answer(quick, _ask("Tell me a joke."), params=params)
+    assert one == two
+
+
+def test_a_stop_string_ends_the_answer_before_itself(quick: Session) -> None:
+    whole, _, _ = _answer(quick, _ask("Count to ten."), params=SamplingParams(max_tokens=60))
+    stop = whole[20:24]
+    cut, finished, _ = _answer(
+        quick, _ask("Count to ten."), params=SamplingParams(max_tokens=60, stop=(stop,))
+    )
+    assert cut == whole[: whole.index(stop)]
+    assert finished.reason == "stop"
+
+
+def test_cancel_keeps_what_was_committed_and_the_caches(quick: Session) -> None:
+    request = Generate(3, (_ask("Write a long story."),), SamplingParams(max_tokens=400))
+    seen: list[Tokens] = []
+    finished = None
+    for event in quick.generate(request, lambda: len(seen) >= 4):
+        if isinstance(event, Tokens):
+            seen.append(event)
+        elif isinstance(event, Finished):
+            finished = event
+    assert finished is not None
+    assert finished.reason == "cancelled"
+    assert finished.usage.completion == sum(event.tokens for event in seen)
+    assert len(quick.engine.log) == quick.engine.cache.length

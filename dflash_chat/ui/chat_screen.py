@@ -1,7 +1,8 @@
 """One conversation: prompt → engine → events → widgets; stopping, errors, crashes and retries.
 
 The only file that talks to the engine client. It owns what is going on (loading, answering, down);
-widgets only draw. Text is drawn at 18 Hz and numbers at 5 Hz, from what has arrived meanwhile.
+widgets only draw. Text is drawn a few times a second and numbers at 5 Hz at most, from what has
+arrived meanwhile.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.settings import parse_options
-from dflash_chat.ui import commands
+from dflash_chat.ui import commands, pace
 from dflash_chat.ui.help_screen import HelpScreen
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.meter import Meter
@@ -44,7 +45,6 @@ from dflash_chat.ui.side_panel import SidePanel, StatusLine, bar
 from dflash_chat.ui.transcript import AnswerTurn, Card, Transcript, UserTurn
 from dflash_chat.ui.words import Words
 
-FRAME_S = 1 / 18
 NUMBERS_S = 1 / 5
 WIDTHS = [(0, "-tiny"), (60, "-narrow"), (96, "-wide")]
 
@@ -100,6 +100,7 @@ class ChatScreen(Screen[None]):
         self._answer: AnswerTurn | None = None  # the one being written
         self._drawing: list[AnswerTurn] = []  # those with text left to draw
         self._stopping = False  # it was asked to end
+        self._numbers_due = 0.0
         self._text: list[str] = []  # of the answer being written
         self._waiting: deque[UserTurn] = deque()
         self._retry_after: UserTurn | None = None  # the question whose answer failed
@@ -124,8 +125,7 @@ class ChatScreen(Screen[None]):
         """Start the clocks and load the pair."""
         self._client.send(self._load)
         self.query_one(Prompt).focus()
-        self.set_interval(FRAME_S, self._frame)
-        self.set_interval(NUMBERS_S, self.show_numbers)
+        self.set_interval(pace.FRAME_S, self._frame)
         self.show_numbers()
 
     # ── clocks ──────────────────────────────────────────────────────────────────────────────────
@@ -135,6 +135,8 @@ class ChatScreen(Screen[None]):
             await self._take(event)
         for answer in self._drawing:
             answer.draw()
+        if time.monotonic() >= self._numbers_due:
+            self.show_numbers()
         self._drawing = [
             answer for answer in self._drawing if answer.behind or self._is_open(answer)
         ]
@@ -145,6 +147,7 @@ class ChatScreen(Screen[None]):
     def show_numbers(self) -> None:
         """Bring everything but the transcript up to date."""
         now = time.monotonic()
+        self._numbers_due = now + NUMBERS_S
         for panel in (self.query_one(SidePanel), self.query_one(StatusLine)):
             if panel.display:
                 panel.show_numbers(self._meter, self._info, self._draft, now)

@@ -118,13 +118,14 @@ Piece = Line | Rule | Table
 
 
 class Flow(Visual):
-    """Pieces below one another, laid out for the width they get."""
+    """Pieces below one another, laid out for the width they get. Grows by `step` rows at a time."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self._pieces = list(pieces)
         self._rows: list[Row] = []
         self._laid_out = 0  # of the pieces, at
         self._width = -1
+        self.step = 1
 
     def extend(self, other: Flow, gap: bool) -> None:
         """Add what `other` shows, below a blank line if `gap`."""
@@ -139,13 +140,17 @@ class Flow(Visual):
         self._laid_out = len(self._pieces)
         return self._rows
 
+    def height(self, width: int) -> int:
+        """Number of rows at `width` cells, rounded up to a multiple of `step`."""
+        return -(-len(self.rows(width)) // self.step) * self.step
+
     def get_optimal_width(self, rules: RulesMap, container_width: int) -> int:
         """Whatever there is."""
         return container_width
 
     def get_height(self, rules: RulesMap, width: int) -> int:
-        """Number of rows."""
-        return len(self.rows(width))
+        """The same for all rules."""
+        return self.height(width)
 
     def render_strips(
         self, width: int, height: int | None, style: Style, options: RenderOptions

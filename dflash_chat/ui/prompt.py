@@ -23,6 +23,7 @@ class Prompt(TextArea):
             placeholder="Ask something · Enter sends · Ctrl+J newline · /help",
             highlight_cursor_line=False,
         )
+        self.cursor_blink = False
 
     async def _on_key(self, event: events.Key) -> None:
         if event.key == "enter":

@@ -17,6 +17,7 @@ from textual.visual import Visual
 from textual.widget import Widget
 from textual.widgets import Static
 
+from dflash_chat.ui import pace
 from dflash_chat.ui.markdown import Flow, plain, render
 from dflash_chat.ui.splitter import Chunk, Splitter
 
@@ -70,9 +71,9 @@ class Tail(Block):
             return
         self._flow = plain(chunk.text) if chunk.kind == "table" else render(chunk, False)
         self.set_class(chunk.continued, "-continued")
+        self._flow.step = pace.SCROLL_ROWS
         width, height = self.content_size
-        grows = len(self._flow.rows(width)) != height if width else True
-        self.refresh(layout=grows)  # a layout costs more than all else in a frame
+        self.refresh(layout=not width or self._flow.height(width) != height)
 
 
 class AnswerTurn(Vertical):

@@ -96,7 +96,6 @@ async def take(name: str, folder: Path) -> None:
     """Write one picture."""
     size, scene = PICTURES[name]
     async with open_chat(size) as chat:
-        chat.screen.query_one(Prompt).cursor_blink = False
         await scene(chat)
         await chat.settle()
         svg = chat.app.export_screenshot(title=f"dflash-chat {size[0]}×{size[1]}")

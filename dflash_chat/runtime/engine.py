@@ -83,8 +83,9 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Step:
-    """Committed tokens of one verify pass, or the first token (`stats` None). `reason` ends
-    the answer.
+    """Committed tokens of one verify pass, or the first token (`stats` None).
+
+    A `reason` ends the answer: "stop", "length" or "context".
     """
 
     tokens: tuple[int, ...]
@@ -193,10 +194,9 @@ class Engine:
         hidden, features = self.target.forward(block, self.cache, self.taps)
         logits = self.target.logits(hidden)
         timer.mark("verify")
-        rows = torch.cat(
-            [drafted, sampler.choose(logits, drafted)]
-        ).tolist()  # the step's only sync
+        outcome = torch.cat([drafted, sampler.choose(logits, drafted)])
         timer.mark("sample")
+        rows = outcome.tolist()  # the step's only sync; every mark has completed behind it
         proposals, choices = rows[:width], rows[width:]
         n = accepted(proposals, choices)
         self._commit([anchor, *proposals[:n]], features[: n + 1])
@@ -221,9 +221,7 @@ class Engine:
         self.log += ids
 
     def _clip(self, tokens: list[int], stats: StepStats | None, sampler: Sampler) -> Step:
-        """End the answer at a stop id, the token budget or the end of the context, whichever
-        is first.
-        """
+        """End the answer at a stop id, the token budget or the context's end, what comes first."""
         budget = sampler.params.max_tokens - sampler.length
         reason = ""
         for i, token in enumerate(tokens[:budget]):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.api import SamplingParams
 
+UNREAD = -1  # choice of a row behind the first mismatch, where that row was not computed
 _TOP_P_CANDIDATES = 512  # a full sort of the vocabulary is only needed for flatter distributions
 
 
@@ -40,7 +41,7 @@ class Sampler:
         )
 
     def choose(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """The token each row chooses, int64 [n].
+        """The token each row chooses, int64 [n]; UNREAD where no caller may look.
 
         logits: [n, V]; drafted: [n-1], the tokens rows 1.. were fed with. Row k's penalties count
         the answer so far and drafted[:k], which is its true history if row k is reached at all.
@@ -49,9 +50,23 @@ class Sampler:
             logits = self._penalised(logits.float(), drafted)
         if self.params.temperature <= 0:
             return logits.argmax(-1)
-        weights = filtered(logits.float(), self.params)
         uniforms = torch.tensor(self._draws(logits.shape[0]), dtype=torch.float64)
-        return inverse_cdf(weights, uniforms.to(logits.device))
+        if logits.is_cuda:
+            return inverse_cdf(filtered(logits.float(), self.params), uniforms.to(logits.device))
+        return self._one_by_one(logits, uniforms, drafted.tolist())
+
+    def _one_by_one(self, logits: Tensor, uniforms: Tensor, drafted: list[int]) -> Tensor:
+        """The choices up to the first that contradicts its draft, then UNREAD: nobody looks there.
+
+        On a CPU a row costs its arithmetic, not a launch, and most rows are never reached.
+        """
+        chosen = torch.full((len(logits),), UNREAD)
+        for i in range(len(logits)):
+            weights = filtered(logits[i : i + 1].float(), self.params)
+            chosen[i] = inverse_cdf(weights, uniforms[i : i + 1])[0]
+            if i < len(drafted) and int(chosen[i]) != drafted[i]:
+                break
+        return chosen
 
     @property
     def length(self) -> int:

@@ -64,8 +64,8 @@ def inside(kind: str, rate: int, report: str) -> None:
     async def watch() -> None:
         while True:
             before = time.perf_counter()
-            await asyncio.sleep(0.005)
-            stalls.append(time.perf_counter() - before - 0.005)
+            await asyncio.sleep(0.02)
+            stalls.append(time.perf_counter() - before - 0.02)
 
     def pieces(text: str) -> Iterator[str]:
         width = 4 * STEP_TOKENS

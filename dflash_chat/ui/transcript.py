@@ -12,6 +12,8 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
+from textual.geometry import Size
+from textual.reactive import Reactive
 from textual.selection import Selection
 from textual.visual import Visual
 from textual.widget import Widget
@@ -33,6 +35,9 @@ _CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
 
 class Block(Widget):
     """Closed chunks of an answer, until they are `BLOCK_CHARS` together."""
+
+    # The default asks for a second layout after each that changed a size; nothing here needs it.
+    virtual_size = Reactive(Size(0, 0))
 
     def __init__(self, chunk: Chunk | None = None) -> None:
         super().__init__()
@@ -79,6 +84,7 @@ class Tail(Block):
 class AnswerTurn(Vertical):
     """One answer and the line of numbers under it."""
 
+    virtual_size = Reactive(Size(0, 0))  # see Block
     COMPONENT_CLASSES: ClassVar = {
         "strong", "em", "strike", "code", "fence", "link", "target", "rule", "bullet", "quote-bar",
         "h1", "h2", "h3", "h4", "h5", "h6",
@@ -167,12 +173,20 @@ Type a message and press Enter; it goes out as soon as the engine is ready.
 Esc stops an answer and keeps what came. F1 lists keys and commands."""
 
 
+class Turns(Vertical):
+    """What the transcript scrolls."""
+
+    virtual_size = Reactive(Size(0, 0))  # see Block
+
+
 class Transcript(VerticalScroll, can_focus=False):
     """All turns; follows the newest text unless the person has scrolled up."""
 
+    virtual_size = Reactive(Size(0, 0))  # see Block
+
     def compose(self) -> ComposeResult:
         """The turns fill the view at least: an anchored view would push fewer to its bottom."""
-        with Vertical(id="turns"):
+        with Turns():
             yield self._welcome()
 
     def on_mount(self) -> None:
@@ -182,7 +196,7 @@ class Transcript(VerticalScroll, can_focus=False):
     def append(self, turn: Widget, before: Widget | None = None) -> None:
         """Add a turn at the end, or above `before`."""
         self.query("#welcome").remove()
-        self.query_one("#turns").mount(turn, before=before)
+        self.query_one(Turns).mount(turn, before=before)
 
     def _welcome(self) -> Static:
         return Static(Content(WELCOME), id="welcome")
@@ -198,7 +212,7 @@ class Transcript(VerticalScroll, can_focus=False):
 
     async def clear(self) -> None:
         """Remove all turns."""
-        turns = self.query_one("#turns")
+        turns = self.query_one(Turns)
         await turns.remove_children()
         await turns.mount(self._welcome())
         self.anchor()

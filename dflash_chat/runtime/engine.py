@@ -15,7 +15,7 @@ Token ids only: the engine knows no text, no templates and no processes.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -235,19 +235,12 @@ class Engine:
                 reason = "context"
         sampler.accept(tokens)
         if stats is not None and len(tokens) < stats.committed:
-            stats = _clipped(stats, len(tokens))
+            kept = len(tokens)
+            stats = replace(stats, accepted=min(stats.accepted, kept), committed=kept)
         return Step(tuple(tokens), stats, reason)
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.target.device)
-
-
-def _clipped(stats: StepStats, committed: int) -> StepStats:
-    """The stats of a pass of which only the first tokens belong to the answer."""
-    return StepStats(
-        stats.drafted, min(stats.accepted, committed), committed, stats.draft_ms, stats.verify_ms,
-        stats.sample_ms, stats.host_ms, stats.context_tokens,
-    )  # fmt: skip
 
 
 def _no_tokens(device: torch.device) -> Tensor:

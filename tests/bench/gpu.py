@@ -1,0 +1,49 @@
+"""What every kernel benchmark shares: the copy bandwidth, graph timing, the machine's name."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+
+def machine() -> str:
+    """GPU and versions, for a note's first line."""
+    name = torch.cuda.get_device_name()
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def copy_bandwidth(gigabytes: float = 4.0) -> float:
+    """Bytes per second of a large device copy, read and written bytes counted."""
+    source = torch.empty(int(gigabytes * 1e9), dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    seconds = graph_seconds([lambda: target.copy_(source)], repeats=10)
+    return 2 * source.numel() / seconds
+
+
+def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
+    """Median seconds of one call: `calls` in a row as one CUDA graph, replayed.
+
+    Give every call its own weights, more than 400 MB in all, or the L2 cache is measured.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(calls)

@@ -302,7 +302,7 @@ class Drafter:
             self.cache.truncate(n)
 
     def draft(self, anchor: int | Tensor, n: int) -> Tensor:
-        """The n ≤ block − 1 tokens proposed to follow `anchor`, int64 [n].
+        """Logits [n, V] of the n ≤ block − 1 tokens that follow `anchor`.
 
         The whole trained block is always run, since a shorter one shifts the distribution; only the
         first n rows go through the head.
@@ -313,7 +313,7 @@ class Drafter:
         turn = self.rope.at(self.cache.length, len(x))
         for i, layer in enumerate(self.layers):
             x = layer(x, turn, self.cache, i, self._mask(layer, x))
-        return self.head.matmul(self.norm(x[1 : n + 1])).argmax(-1)
+        return self.head.matmul(self.norm(x[1 : n + 1]))
 
     def _mask(self, layer: Layer, x: Tensor) -> Tensor | None:
         share = layer.heads // layer.groups

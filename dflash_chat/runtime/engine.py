@@ -14,8 +14,9 @@ Token ids only: the engine knows no text, no templates and no processes.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,7 +26,8 @@ from dflash_chat.errors import UsageError
 from dflash_chat.runtime.api import SamplingParams, StepStats
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.sampling import Sampler, accepted
-from dflash_chat.runtime.timing import StepTimer
+from dflash_chat.runtime.timing import StepTimer, quickest_ms
+from dflash_chat.runtime.width import WidthChooser
 
 PREFILL_CHUNK = 512  # rows per prefill forward: bounds activations and the wait for a cancel
 
@@ -69,7 +71,7 @@ class BlockDrafter(Protocol):
         """Forget every token from n on."""
 
     def draft(self, anchor: int, n: int) -> Tensor:
-        """n proposed tokens, int64 [n]."""
+        """Logits [n, V] of the n tokens behind `anchor`."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ class Step:
 class Engine:
     """One target, its drafter and their caches; one sequence at a time.
 
-    `draft_tokens` is how many drafted tokens a verify pass carries. `taps` are the target layers
-    the drafter observes. Closing the generator between steps is safe: every yield is a consistent
-    state.
+    `draft_tokens` is how many tokens are drafted. A verify pass carries all of them, or, once
+    `measure` has timed every width, the prefix that pays. `taps` are the target layers the drafter
+    observes. Closing the generator between steps is safe: every yield is a consistent state.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Engine:
         self.taps = tuple(taps) if drafter is not None else ()
         self.draft_tokens = draft_tokens
         self.stop_ids = stop_ids
+        self.chooser: WidthChooser | None = None
         self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
 
     @torch.inference_mode()
@@ -140,14 +143,30 @@ class Engine:
     def warm_up(self) -> None:
         """Run every kind of pass once, so that no first answer pays for packing and allocation."""
         assert self.cache.length == 0, "only an empty engine is warmed up"
-        block = self._tensor([0] * (self.draft_tokens + 1))
-        hidden, features = self.target.forward(block, self.cache, self.taps)
-        self.target.logits(hidden)
-        self.cache.commit(0)
+        features = self._dry_verify(self.draft_tokens + 1)
         if self.drafter is not None:
             self.drafter.observe(features)
             self.drafter.draft(0, self.draft_tokens)
             self.drafter.truncate(0)
+
+    @torch.inference_mode()
+    def measure(self) -> None:
+        """Time the draft and every verify width; from then on verify only the prefix that pays."""
+        if self.drafter is None:
+            return
+        passes: list[Callable[[], object]] = [
+            partial(self._dry_verify, n) for n in range(1, self.draft_tokens + 2)
+        ]
+        passes.append(partial(self.drafter.draft, 0, self.draft_tokens))
+        *verify_ms, draft_ms = quickest_ms(passes, self.target.device)
+        self.chooser = WidthChooser(verify_ms, draft_ms)
+
+    def _dry_verify(self, n: int) -> Tensor:
+        """A verify pass of n rows that commits nothing; its features [n, K·C]."""
+        hidden, features = self.target.forward(self._tensor([0] * n), self.cache, self.taps)
+        self.target.logits(hidden)
+        self.cache.commit(0)
+        return features
 
     def _prefill(self, prompt: Sequence[int]) -> Generator[Prefilled, None, Tensor]:
         """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C]."""
@@ -182,14 +201,9 @@ class Engine:
     def _step(self, anchor: int, sampler: Sampler, timer: StepTimer, draft: bool) -> Step:
         """One draft–verify cycle; without drafting (or room for it) a plain decoding step."""
         timer.start()
-        room = self.cache.capacity - self.cache.length
-        width = min(self.draft_tokens, room - 1) if draft and self.drafter is not None else 0
-        block = self._tensor([anchor])
-        drafted = block[:0]
-        if width > 0:
-            assert self.drafter is not None
-            drafted = self.drafter.draft(anchor, width)
-            block = torch.cat([block, drafted])
+        drafted = self._propose(anchor, sampler) if draft else self._tensor([])
+        width = len(drafted)
+        block = torch.cat([self._tensor([anchor]), drafted])
         timer.mark("draft")
         hidden, features = self.target.forward(block, self.cache, self.taps)
         logits = self.target.logits(hidden)
@@ -212,6 +226,18 @@ class Engine:
             context_tokens=self.cache.length,
         )
         return self._clip(choices[: n + 1], stats, sampler)
+
+    def _propose(self, anchor: int, sampler: Sampler) -> Tensor:
+        """The drafted tokens worth verifying, int64 [≤ draft_tokens]; none without room for
+        them.
+        """
+        n = min(self.draft_tokens, self.cache.capacity - self.cache.length - 1)
+        if self.drafter is None or n < 1:
+            return self._tensor([])
+        tokens, chances = sampler.guess(self.drafter.draft(anchor, n))
+        if self.chooser is not None:
+            n = self.chooser.choose(chances.tolist()) - 1
+        return tokens[:n]
 
     def _commit(self, ids: list[int], features: Tensor) -> None:
         """The first len(ids) rows of the block become context of target, drafter and log."""

@@ -212,6 +212,8 @@ def _build(
     )
     progress(Progress("warming up", 0, 0))
     engine.warm_up()
+    if not options.draft_tokens:
+        engine.measure()
     return engine, tokenizer, drafter_config
 
 

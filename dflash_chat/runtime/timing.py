@@ -7,6 +7,7 @@ anyway; on the CPU they are clock readings. The only file that makes events.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -51,3 +52,20 @@ class StepTimer:
             parts[part] = parts.get(part, 0.0) + ms
         parts["host"] = max(0.0, wall_ms - sum(parts.values()))
         return parts
+
+
+def quickest_ms(
+    passes: Sequence[Callable[[], object]], device: torch.device, rounds: int = 3
+) -> list[float]:
+    """The least wall time of each pass in milliseconds, all taking turns so that a disturbance of
+    the machine does not single one out.
+    """
+    best = [float("inf")] * len(passes)
+    for _ in range(rounds):
+        for i, run in enumerate(passes):
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[i] = min(best[i], (time.perf_counter() - started) * 1000)
+    return best

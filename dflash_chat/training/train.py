@@ -222,7 +222,7 @@ class Trainer:
         if options.compiled:
             self.forward = torch.compile(self.drafter, dynamic=False)
         self.held_out: AnswerSet | None = None
-        self.rounds = self.steps = self.tokens_made = self.fresh = 0
+        self.rounds = self.steps = self.tokens_made = self.fresh = self.reported = 0
         self.elapsed = 0.0
         drafts = shape.block - 1
         self.loss_sum = torch.zeros((), device=device)
@@ -341,14 +341,14 @@ class Trainer:
     def report(self) -> dict[str, float | list[float]]:
         """Means since the last report; the one place that waits for the device."""
         seen = max(1.0, float(self.seen))
-        steps = max(1, self.steps - getattr(self, "_reported", 0))
+        steps = max(1, self.steps - self.reported)
         survival = [float(x) / seen for x in self.survived.tolist()]
         out: dict[str, float | list[float]] = {
             "loss": float(self.loss_sum) / steps,
             "tau": 1 + sum(survival),
             "survival": survival,
         }
-        self._reported = self.steps
+        self.reported = self.steps
         self.loss_sum.zero_()
         self.survived.zero_()
         self.seen.zero_()
@@ -363,7 +363,7 @@ class Trainer:
         for name, flat in (("raw", weights.master), ("average", weights.ema)):
             weights.publish(flat)
             results = [evaluate(self.drafter, self.target, part) for part in every]
-            judged = results[: len(sets)] or results
+            judged = results[len(sets) :] or results  # held-out text decides, not the benchmark
             score = sum(result.tau for result in judged) / max(1, len(judged))
             if best is None or score > best[0]:
                 best = score, results, flat, name
@@ -421,7 +421,7 @@ class Trainer:
             features = features_of(self.target, ids)
             self.held_out = AnswerSet("held-out", ids, features, starts, ends)
         self.rounds, self.steps, self.tokens_made, self.fresh, self.elapsed = state["counters"]
-        self._reported = self.steps
+        self.reported = self.steps
 
 
 def rate_factor(fraction: float, warmup: float, floor: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,6 +12,7 @@ import torch
 
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import BlockDrafter, Engine, Prefilled
+from dflash_chat.runtime.width import WidthChooser
 from tests.runtime import tiny
 
 PROMPT = [5, 9, 2, 33, 17, 8]
@@ -56,6 +59,37 @@ def test_seeded_sampling_with_penalties_equals_plain(accept: int) -> None:
     drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [accept])
     steps = tiny.run(_engine(drafter), PROMPT, replace(settings, max_tokens=100))
     assert tiny.tokens(steps) == plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_widths_that_change_at_random_do_not_change_the_answer(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=5)
+    plain = _plain(150, params)
+
+    class AnyWidth(WidthChooser):
+        draws = random.Random(3)
+
+        def choose(self, chances: Sequence[float]) -> int:
+            return self.draws.randint(1, len(chances) + 1)
+
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [0, 7, 3, 1, 6, 2, 5, 4])
+    engine = _engine(drafter)
+    engine.chooser = AnyWidth([1.0] * (BLOCK + 1), 1.0)
+    steps = tiny.run(engine, PROMPT, replace(params, max_tokens=150))
+    assert tiny.tokens(steps) == plain
+    assert len({step.stats.drafted for step in steps if step.stats is not None}) == BLOCK + 1
+
+
+def test_measuring_leaves_the_engine_as_it_was() -> None:
+    target = tiny.target()
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset())
+    engine.warm_up()
+    engine.measure()
+    assert engine.chooser is not None
+    assert len(engine.chooser.verify_ms) == 5
+    assert min(*engine.chooser.verify_ms, engine.chooser.draft_ms) > 0
+    steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=60))
+    assert tiny.tokens(steps) == _plain(60)
 
 
 def test_a_real_drafter_equals_plain_greedy() -> None:

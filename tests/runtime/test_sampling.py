@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine
-from dflash_chat.runtime.sampling import Sampler, accepted, filtered, inverse_cdf
+from dflash_chat.runtime.sampling import (
+    Sampler,
+    accepted,
+    draw,
+    filtered,
+    inverse_cdf,
+    mix,
+    uniform,
+)
 from tests.runtime import tiny
 
 
@@ -61,7 +69,7 @@ def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -
 
         def draft(self, anchor: int, n: int) -> Tensor:
             best = favourite[anchor] if right else joint[anchor].argmin()
-            return torch.tensor([int(best)] * n)
+            return tiny.certain([int(best)] * n, vocab)
 
     engine = Engine(target, target.new_cache(16), Guess(), tiny.TAPS, 2, frozenset())
     seen: Counter[int] = Counter()
@@ -133,15 +141,61 @@ def test_penalties_of_row_k_count_the_answer_and_the_first_k_drafts() -> None:
             assert float(batched[row, token]) == pytest.approx(value, abs=1e-6)
 
 
-def test_the_same_seed_gives_the_same_numbers_whatever_the_block_widths() -> None:
+def test_the_same_seed_gives_the_same_noise_whatever_the_block_widths() -> None:
     params = SamplingParams(temperature=1.0, seed=11)
+    cpu = torch.device("cpu")
     one, many = Sampler(params, []), Sampler(params, [])
-    wide = many._draws(4)
     narrow = []
     for _ in range(4):
-        narrow += one._draws(1)
+        narrow += one._keys(0, 1, cpu).tolist()
         one.accept([0])
-    assert narrow == wide
+    assert narrow == many._keys(0, 4, cpu).tolist()
+    assert narrow != Sampler(SamplingParams(temperature=1.0, seed=12), [])._keys(0, 4, cpu).tolist()
+
+
+def test_noise_is_uniform_over_tokens_and_over_positions() -> None:
+    tokens = uniform(torch.tensor([99]), torch.arange(40000))
+    positions = uniform(mix(torch.arange(40000) * 0x9E3779B1), torch.tensor([7]))
+    for numbers in (tokens, positions):
+        counts = Counter((numbers * 50).long().tolist())
+        assert _chi_square_ok(counts, torch.full((50,), 1 / 50), 40000)
+        neighbours = torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1]
+        assert abs(float(neighbours)) < 4 / 40000**0.5
+
+
+@pytest.mark.parametrize("vocab", [6, 300], ids=["all have noise", "most compete as one"])
+def test_draw_follows_the_weights(vocab: int) -> None:
+    weights = torch.arange(vocab)[None].float() % 7
+    draws = 30000
+    ids = draw(weights.expand(draws, -1), mix(torch.arange(draws) * 0x9E3779B1)).tolist()
+    assert _chi_square_ok(Counter(ids), weights[0] / weights.sum(), draws)
+
+
+def test_a_drafter_that_knows_the_target_is_always_right() -> None:
+    logits = torch.randn(4, 500, generator=torch.Generator().manual_seed(1)) * 3
+    for params in (
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.8, seed=3),
+        SamplingParams(temperature=1.0, top_k=9, top_p=0.8, min_p=0.05, seed=4),
+    ):
+        sampler = Sampler(params, [])
+        tokens, chances = sampler.guess(logits[:3])
+        assert sampler.choose(logits, tokens)[:3].tolist() == tokens.tolist()
+        assert bool(((chances > 0) & (chances <= 1)).all())
+
+
+def test_shared_noise_matches_more_often_than_the_likeliest_token() -> None:
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(1500, 40, generator=generator) * 1.5
+    drafter = target + torch.randn(1500, 40, generator=generator) * 0.3
+    coupled = greedy = 0
+    for seed in range(1500):
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [])
+        row = target[seed : seed + 1]
+        chosen = int(sampler.choose(row, torch.empty(0, dtype=torch.int64))[0])
+        coupled += chosen == int(sampler.guess(drafter[seed : seed + 1])[0])
+        greedy += chosen == int(row.argmax())
+    assert coupled > 1.5 * greedy
 
 
 def test_accepted_counts_the_confirmed_prefix() -> None:

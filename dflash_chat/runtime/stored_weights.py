@@ -37,7 +37,7 @@ SUPPORTED = (
 
 _PARTS = "_(packed|scale_inv|scale|zero_point|shape|g_idx)"
 _PART = re.compile(rf"(.+\.weight|.+\.experts\.(?:gate_up|down)_proj){_PARTS}")
-_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,6})\.(gate|up|down)_proj\.weight")
+_EXPERT = re.compile(r"(.+\.experts)\.(0|[1-9]\d{0,5})\.(gate|up|down)_proj\.weight")
 _FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 _READ = ("shape", "g_idx")  # parts whose values say what a weight is
 
@@ -213,10 +213,9 @@ def _stacked(path: Path, rows: list[list[StoredWeight]], infos: Infos) -> Stored
     pieces = tuple(tuple(weight.pieces[0][0] for weight in experts) for experts in rows)
     for names in (names for experts in pieces for names in experts):
         if len(first.shape) != 2 or _kind(names, infos) != _kind(first.pieces[0][0], infos):
-            one, other = (next(iter(n.values())) for n in (names, first.pieces[0][0]))
+            one, other = (n.get("packed") or n["weight"] for n in (names, first.pieces[0][0]))
             raise CheckpointError(
-                f"{path.name}: {one} and {other} are not matrices of one kind.",
-                SUPPORTED,
+                f"{path.name}: {one} and {other} are not matrices of one kind.", SUPPORTED
             )
     n, k = first.shape
     return replace(first, shape=(len(rows[0]), len(rows) * n, k), pieces=pieces, stacked=True)

@@ -52,7 +52,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a `.gguf` file of architecture llama, or a folder with config.json and safetensors.
 
-    Nothing but headers is read. Raises CheckpointError if the path is neither or is damaged.
+    Only headers are read, and the tensors that hold shapes. Raises CheckpointError if the path is
+    neither, is damaged, or holds a format that is not supported.
     """
     if path.is_dir():
         return _open_folder(path)

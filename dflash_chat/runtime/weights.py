@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dflash_chat.errors import CheckpointError, WeightsMismatchError
-from dflash_chat.runtime import gguf, llama_gguf, quant, safetensors_file
+from dflash_chat.runtime import gguf, llama_gguf, quant, safetensors_file, stored_weights
 from dflash_chat.runtime.gguf import GGUF
-from dflash_chat.runtime.quant import Packed, Parts
+from dflash_chat.runtime.quant import Packed, dense
 from dflash_chat.runtime.safetensors_file import SafetensorsFolder
+from dflash_chat.runtime.stored_weights import StoredWeight
 
 Shape = tuple[int, ...]
 
@@ -41,11 +42,8 @@ class Checkpoint(Protocol):
     def shapes(self) -> dict[str, Shape]:
         """The shape of every tensor by name."""
 
-    def format(self, name: str) -> str:
-        """The `quant/` module that packs tensor `name`."""
-
-    def parts(self, name: str) -> Parts:
-        """What that module's `pack` takes: views of the mapped file where rows keep their order."""
+    def pack(self, name: str) -> Packed:
+        """Tensor `name` in its own format: views of the mapped file where rows keep their order."""
 
     def close(self) -> None:
         """Let go of the file. Weights that view it keep the mapping alive."""
@@ -54,7 +52,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a `.gguf` file of architecture llama, or a folder with config.json and safetensors.
 
-    Nothing but headers is read. Raises CheckpointError if the path is neither or is damaged.
+    Only headers are read, and the tensors that hold shapes. Raises CheckpointError if the path is
+    neither, is damaged, or holds a format that is not supported.
     """
     if path.is_dir():
         return _open_folder(path)
@@ -71,7 +70,7 @@ def load_packed(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> dict[s
     optional = {HEAD} if tied else set()
     found = {n: s for n, s in checkpoint.shapes.items() if n in expected or n not in optional}
     _check_names(checkpoint.path, found, expected, optional)
-    return {name: _pack(checkpoint, name) for name in found}
+    return {name: checkpoint.pack(name) for name in found}
 
 
 def load_dequantized(
@@ -83,14 +82,9 @@ def load_dequantized(
     """
     checkpoint = open_checkpoint(path)
     tensors = {
-        name: _pack(checkpoint, name).dequantize().to(dtype, copy=True)
-        for name in checkpoint.shapes
+        name: checkpoint.pack(name).dequantize().to(dtype, copy=True) for name in checkpoint.shapes
     }
     return checkpoint.config, tensors
-
-
-def _pack(checkpoint: Checkpoint, name: str) -> Packed:
-    return quant.load_format(checkpoint.format(name)).pack(checkpoint.parts(name))
 
 
 def _check_names(
@@ -124,18 +118,15 @@ class _GGUFCheckpoint:
     file: GGUF
     stored: dict[str, str]  # Hugging Face's name -> the file's
 
-    def format(self, name: str) -> str:
-        type_name = self.file.tensors[self.stored[name]].type
-        return "dense" if type_name in _GGUF_DENSE else type_name.lower()
-
-    def parts(self, name: str) -> Parts:
+    def pack(self, name: str) -> Packed:
         info = self.file.tensors[self.stored[name]]
         raw = self.file.raw(info.name)
         if info.type in _GGUF_DENSE:
             rows = raw.view(_GGUF_DENSE[info.type]).view(info.shape)
-            return {"weight": llama_gguf.unpermute(name, rows, self.config)}
+            return dense.pack({"weight": llama_gguf.unpermute(name, rows, self.config)})
         rows = raw.view(info.shape[0], -1)  # [N, K / weights per block · bytes per block]
-        return {"blocks": llama_gguf.unpermute(name, rows, self.config)}
+        blocks = llama_gguf.unpermute(name, rows, self.config)
+        return quant.load_format(info.type.lower()).pack({"blocks": blocks})
 
     def close(self) -> None:
         del self.file
@@ -169,14 +160,15 @@ def _open_gguf(path: Path) -> Checkpoint:
 class _FolderCheckpoint:
     path: Path
     config: dict[str, Any]
-    shapes: dict[str, Shape]
+    stored: dict[str, StoredWeight]
     files: SafetensorsFolder
 
-    def format(self, name: str) -> str:
-        return "dense"
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: weight.shape for name, weight in self.stored.items()}
 
-    def parts(self, name: str) -> Parts:
-        return {"weight": self.files.tensor(name)}
+    def pack(self, name: str) -> Packed:
+        return self.stored[name].pack(self.files)
 
     def close(self) -> None:
         del self.files
@@ -184,18 +176,5 @@ class _FolderCheckpoint:
 
 def _open_folder(path: Path) -> Checkpoint:
     config = safetensors_file.read_json(path / "config.json")
-    if "quantization_config" in config:
-        method = str(config["quantization_config"])[:80]
-        raise CheckpointError(
-            f"{path.name} is quantised in a way that is not supported: {method}.",
-            "Use the unquantised checkpoint or a GGUF file.",
-        )
     files = safetensors_file.read_folder(path)
-    for name, info in files.tensors.items():
-        if info.dtype not in _GGUF_DENSE.values():
-            raise CheckpointError(
-                f"{path.name}: tensor {name!r} has dtype {info.dtype}.",
-                "Weights may be float32, float16 or bfloat16.",
-            )
-    shapes = {name: info.shape for name, info in files.tensors.items()}
-    return _FolderCheckpoint(path, config, shapes, files)
+    return _FolderCheckpoint(path, config, stored_weights.read(files, config), files)

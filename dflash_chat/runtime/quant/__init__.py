@@ -1,14 +1,15 @@
 """Weight formats: what a packed weight can do, and how a format is found by its name.
 
-Each format is one file here with `pack(parts) -> Packed`: `dense`, `q4_0`, `q4_1`, `q8_0`. Knows
-the contract; does not know any format, nor where the parts come from.
+Each format is one file here with `pack(parts) -> Packed`: `dense`, `q4_0`, `q4_1`, `q8_0`,
+`pack_quantized`, `float_quantized`. Knows the contract; does not know any format, nor where the
+parts come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +46,14 @@ class Packed(Protocol):
 
     def joined(self, others: Sequence[Packed]) -> Packed | None:
         """One weight with the rows of all, or None if they are not of one kind."""
+
+
+@runtime_checkable
+class Experts(Packed, Protocol):
+    """Stacked experts: `shape` is (E, N, K), `dequantize` [E, N, K]; only experts multiply."""
+
+    def expert(self, e: int) -> Packed:
+        """The (N, K) weight of expert `e`, a view."""
 
 
 class Format(Protocol):

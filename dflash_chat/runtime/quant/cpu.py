@@ -21,15 +21,20 @@ from torch import Tensor
 
 from dflash_chat.runtime.quant import Packed
 
-GROUP = 32
+INT4_GROUPS = (256, 128, 64, 32)
 INT4_MAX_ROWS = 96  # beyond, dequantising once per call and one bf16 matmul are faster
 
 
 def int4_serves(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether the int4 kernel takes this weight; it is vectorised for AVX2 and AVX-512 only."""
     vectorised = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    fits = len(shape) == 2 and shape[0] % 16 == 0 and shape[1] % GROUP == 0
+    fits = len(shape) == 2 and shape[0] % 16 == 0 and shape[1] % INT4_GROUPS[-1] == 0
     return vectorised and fits and dtype == torch.bfloat16
+
+
+def int4_group(group: int) -> int | None:
+    """The largest group of the int4 kernel that divides `group`, if any does."""
+    return next((served for served in INT4_GROUPS if group % served == 0), None)
 
 
 def prepacking_serves(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -43,7 +48,7 @@ def prepacking_serves(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 @dataclass
 class Int4Weight:
-    """4-bit groups of 32 for bf16 activations: w = (q - 8)·scale + zero.
+    """4-bit groups of `INT4_GROUPS` for bf16 activations: w = (q - 8)·scale + zero.
 
     scale and zero are bf16, each weight is formed in fp32 and never rounded. `source` is the exact
     weight, which serves long prompts and embeddings.
@@ -51,13 +56,13 @@ class Int4Weight:
 
     source: Packed
     nibbles: Tensor  # uint8 [N, K/2], in the kernel's own order
-    scales_and_zeros: Tensor  # bf16 [K/32, N, 2]
+    scales_and_zeros: Tensor  # bf16 [G, N, 2]
 
     @classmethod
     def of(cls, source: Packed, q: Tensor, scale: Tensor, zero: Tensor) -> Int4Weight:
-        """q: uint8 [N, K] in 0..15; scale, zero: fp32 [N, K/32]."""
+        """q: uint8 [N, K] in 0..15; scale, zero: fp32 [N, G]."""
         nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
-        pairs = torch.stack((scale, zero), dim=-1).transpose(0, 1)  # [K/32, N, 2]
+        pairs = torch.stack((scale, zero), dim=-1).transpose(0, 1)  # [G, N, 2]
         return cls(source, nibbles, pairs.bfloat16().contiguous())
 
     @property
@@ -92,8 +97,9 @@ class Int4Weight:
         assert x.dtype == torch.bfloat16, f"x {x.dtype}"
         if x.shape[0] > INT4_MAX_ROWS:
             return F.linear(x, self.source.dequantize(torch.bfloat16))
+        group = self.shape[1] // self.scales_and_zeros.shape[0]
         result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), self.nibbles, GROUP, self.scales_and_zeros
+            x.contiguous(), self.nibbles, group, self.scales_and_zeros
         )
         return result
 

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from dflash_chat.runtime.quant import Packed, Parts, cpu
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass
 class DenseWeight:
-    """weight: [N, K] or [N] of a float dtype."""
+    """weight: [N, K], [N], or [E, N, K] of stacked experts, of a float dtype."""
 
     weight: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, K) or (N,)."""
+        """(N, K), (N,) or (E, N, K)."""
         return tuple(self.weight.shape)
 
     @property
@@ -41,6 +43,10 @@ class DenseWeight:
         """ids [T] -> [T, K] in the weight's dtype."""
         return self.weight[ids]
 
+    def expert(self, e: int) -> DenseWeight:
+        """The matrix of expert `e`, a view."""
+        return DenseWeight(self.weight[e])
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
         """In `dtype` on `device`; on a CPU for oneDNN if that serves."""
         if device.type == "cpu" and cpu.prepacking_serves(self.shape, dtype):
@@ -58,9 +64,9 @@ class DenseWeight:
             if not isinstance(other, DenseWeight) or other.weight.dtype != self.weight.dtype:
                 return None
             tensors.append(other.weight)
-        return DenseWeight(torch.cat(tensors))
+        return DenseWeight(torch.cat(tensors, -2))
 
 
 def pack(parts: Parts) -> Packed:
-    """parts["weight"]: [N, K] or [N]."""
+    """parts["weight"]: [N, K], [N] or [E, N, K]."""
     return DenseWeight(parts["weight"])

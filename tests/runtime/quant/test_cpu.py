@@ -13,7 +13,7 @@ from tests.runtime.gguf_writer import quantize_q4_1
 from tests.runtime.quant.test_formats import random_weight
 
 CPU = torch.device("cpu")
-FORMATS = ("dense", "q4_0", "q4_1", "q8_0")
+FORMATS = ("dense", "q4_0", "q4_1", "q8_0", "pack_quantized", "float_quantized")
 DTYPES = (torch.float32, torch.bfloat16)
 FLOOR = 1e-6
 

@@ -13,7 +13,7 @@ from dflash_chat.runtime.quant import Packed, q4_1
 from dflash_chat.runtime.quant.stacked import StackedWeight
 from tests.runtime.gguf_writer import quantize_q4_1
 
-FORMATS = ("q4_0", "q4_1", "q8_0")
+FORMATS = ("q4_0", "q4_1", "q8_0", "pack_quantized", "float_quantized")
 
 
 def half(generator: torch.Generator) -> tuple[bytes, float]:
@@ -42,11 +42,35 @@ def random_weight(name: str, n: int, k: int, seed: int = 0) -> tuple[Packed, Ten
     if name == "dense":
         weight = torch.randn(n, k, generator=generator) * 0.05
         return quant.load_format(name).pack({"weight": weight}), weight.double()
+    if name == "pack_quantized":
+        return random_int4(n, k, generator)
+    if name == "float_quantized":
+        q = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+        scale = (torch.rand(n, 1, generator=generator) * 0.05).bfloat16()
+        packed = quant.load_format(name).pack({"weight": q, "scale": scale})
+        return packed, q.double() * scale.double()
     made = [[block(name, generator) for _ in range(k // 32)] for _ in range(n)]
     raw = bytearray(b"".join(raw for row in made for raw, _ in row))
     truth = [[w for _, ws in row for w in ws] for row in made]
     blocks = torch.frombuffer(raw, dtype=torch.uint8).view(n, -1)
     return quant.load_format(name).pack({"blocks": blocks}), torch.tensor(truth).double()
+
+
+def random_int4(n: int, k: int, generator: torch.Generator) -> tuple[Packed, Tensor]:
+    """Asymmetric groups of 32: element i in word i // 8 at bit 4·(i mod 8)."""
+    q = torch.randint(0, 16, (n, k), generator=generator)
+    zero = torch.randint(0, 16, (n, k // 32), generator=generator)
+    scale = (torch.rand(n, k // 32, generator=generator) * 0.05).bfloat16()
+    parts = {"packed": words(q), "zero_point": words(zero.T).T.contiguous(), "scale": scale}
+    truth = (q.view(n, -1, 32) - zero[..., None]) * scale[..., None].double()
+    return quant.load_format("pack_quantized").pack(parts), truth.flatten(1)
+
+
+def words(values: Tensor) -> Tensor:
+    """[.., K] in 0..15 -> int32 [.., ⌈K/8⌉]."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % 8))
+    shifted = padded.view(*values.shape[:-1], -1, 8) << torch.arange(0, 32, 4)
+    return shifted.sum(-1).to(torch.int32)
 
 
 @pytest.mark.parametrize("name", FORMATS)

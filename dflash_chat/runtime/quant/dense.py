@@ -14,13 +14,13 @@ from dflash_chat.runtime.quant import Packed, Parts, cpu
 
 @dataclass
 class DenseWeight:
-    """weight: [N, K] or [N] of a float dtype."""
+    """weight: [N, K], [N] or stacked experts [E, N, K] of a float dtype."""
 
     weight: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, K) or (N,)."""
+        """(N, K), (N,) or (E, N, K)."""
         return tuple(self.weight.shape)
 
     @property
@@ -47,6 +47,10 @@ class DenseWeight:
             return cpu.PrepackedWeight(self, dtype)
         return DenseWeight(self.weight.to(device, dtype))
 
+    def expert(self, e: int) -> Packed:
+        """Expert e's [N, K], a view."""
+        return DenseWeight(self.weight[e])
+
     def matmul(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N]."""
         return F.linear(x, self.weight.to(x.dtype))
@@ -62,5 +66,5 @@ class DenseWeight:
 
 
 def pack(parts: Parts) -> Packed:
-    """parts["weight"]: [N, K] or [N]."""
+    """parts["weight"]: [N, K], [N] or [E, N, K]."""
     return DenseWeight(parts["weight"])

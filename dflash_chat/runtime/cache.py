@@ -1,61 +1,122 @@
 """Keys and values of committed tokens, and of the block that is not decided yet.
 
-The one contract: a block is provisional until `commit(n)`. `append` writes rows at [length,
-length+T); `commit(n)` keeps the first n of them by moving `length`, and rows beyond it are
-overwritten by the next block. There is no rollback. `truncate` serves prefix reuse across turns.
+The one contract: a block is provisional until `commit(n)`. `write` puts rows at [length, length+T);
+`commit(n)` keeps the first n of them by moving `length`, and rows beyond it are overwritten by the
+next block. There is no rollback. `truncate` serves prefix reuse across turns.
+
+The row of position p lies in slot p % slots of its layer. A full-attention layer has a slot for
+every position of the capacity. A sliding-window layer is a ring of window + largest block: what a
+block overwrites has left the window of every row that is still to come, however few of the
+block's rows are committed.
 
 Knows layouts and lengths; knows neither models nor sampling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+PREFILL_CHUNK = 512  # rows per prefill forward: bounds activations and the wait for a cancel
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One layer's keys and values. A row sees `window` positions, its own included; 0: all."""
+
+    kv_heads: int
+    head_dim: int
+    window: int = 0
+
 
 class KVCache:
-    """Contiguous keys and values of all layers of one sequence.
+    """Keys and values of all layers of one sequence, allocated once.
 
-    `keys` and `values` are [L, G, S, D]: layers, kv heads, capacity, head dim. Allocated once.
+    `keys[i]` and `values[i]` are layer i's [G, slots, D]. `largest_block` is the most rows that one
+    `write` may bring.
     """
 
     def __init__(
         self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
+        geometries: Sequence[Geometry],
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        largest_block: int = PREFILL_CHUNK,
     ) -> None:
-        shape = (layers, kv_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-        self.capacity = capacity
+        self.geometries = tuple(geometries)
+        self.capacity, self.largest_block = capacity, largest_block
+        self.dtype, self.device = dtype, device
+        shapes = [(g.kv_heads, self.slots(g.window), g.head_dim) for g in geometries]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.length = 0  # committed rows
         self.provisional = 0  # rows written after `length`
+        self._reached = 0  # positions below it have been written since the cache was empty
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        """Bytes of all keys and values."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a block's rows behind the committed ones and return everything visible to its last
-        row.
+    def slots(self, window: int) -> int:
+        """Rows kept by every layer of this window."""
+        return min(self.capacity, window + self.largest_block) if window else self.capacity
 
-        k, v: [G, T, D]. Returns two [G, length+T, D] views. All layers of one forward must write
-        the same T.
-        """
-        rows = k.shape[1]
+    def reserve(self, rows: int) -> int:
+        """Announce a block of `rows` behind the committed rows; returns the position of its end."""
         end = self.length + rows
         assert end <= self.capacity, f"cache of {self.capacity} rows cannot take row {end}"
-        keys, values = self._layers[layer]  # [G, S, D] each
-        keys[:, self.length : end] = k
-        values[:, self.length : end] = v
+        assert rows <= self.largest_block, f"block of {rows} rows, at most {self.largest_block}"
         self.provisional = rows
-        return keys[:, :end], values[:, :end]
+        self._reached = max(self._reached, end)
+        return end
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a block's rows behind the committed ones and return what its rows may see.
+
+        k, v: [G, T, D]. Returns two [G, min(length+T, slots), D] views in slot order, which is the
+        order of positions until a ring wraps; `mask` says what each row may see of them. All layers
+        of one forward must write the same T.
+        """
+        rows = k.shape[1]
+        end = self.reserve(rows)
+        keys, values = self.keys[layer], self.values[layer]  # [G, slots, D] each
+        slots = keys.shape[1]
+        begin = self.length % slots
+        before = min(rows, slots - begin)  # rows before the ring's end; a full layer takes all
+        keys[:, begin : begin + before] = k[:, :before]
+        values[:, begin : begin + before] = v[:, :before]
+        if before < rows:
+            keys[:, : rows - before] = k[:, before:]
+            values[:, : rows - before] = v[:, before:]
+        seen = min(end, slots)
+        return keys[:, :seen], values[:, :seen]
+
+    def mask(self, rows: int, window: int, causal: bool, share: int) -> Tensor | None:
+        """What the rows of a block may not see of what `write` returns: 0 or −inf, to be added.
+
+        [share·T, min(length+T, slots)], or None when every row sees everything. A row at position p
+        sees positions above p − window, all of them if `window` is 0, and with `causal` none after
+        p. `share` is the number of query heads per kv head, which `layers.attention` stacks as
+        rows.
+        """
+        end = self.length + rows
+        if (rows == 1 or not causal) and (window == 0 or end <= window):
+            return None
+        slots = self.slots(window)
+        key = torch.arange(min(end, slots), device=self.device)[None]
+        if end > slots:
+            key = end - 1 - (end - 1 - key) % slots  # the last position written to each slot
+        query = torch.arange(self.length, end, device=self.device)[:, None]
+        hidden = key > query if causal else torch.zeros_like(key > query)
+        if window:
+            hidden = hidden | (key <= query - window)
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(hidden, float("-inf")).repeat(share, 1)
 
     def commit(self, n: int) -> None:
         """Keep the first n rows of the provisional block and forget the others."""
@@ -63,8 +124,23 @@ class KVCache:
         self.length += n
         self.provisional = 0
 
+    def rewindable(self, n: int) -> int:
+        """The longest prefix of at most n rows that `truncate` can cut back to: n or nothing.
+
+        A ring holds the last `slots` positions it was given; the row after a cut at n sees back to
+        n − window + 1.
+        """
+        for window in {g.window for g in self.geometries if g.window}:
+            lost = self._reached - self.slots(window)  # positions below it are overwritten
+            if lost > 0 and n - window + 1 < lost:
+                return 0
+        return n
+
     def truncate(self, n: int) -> None:
-        """Forget everything from row n on."""
+        """Forget everything from row n on; n must be `rewindable`."""
         assert 0 <= n <= self.length, f"truncate {self.length} rows to {n}"
+        assert self.rewindable(n) == n, f"row {n}'s window is overwritten"
         self.length = n
         self.provisional = 0
+        if n == 0:
+            self._reached = 0

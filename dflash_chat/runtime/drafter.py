@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
-from dflash_chat.runtime import layers, quant
-from dflash_chat.runtime.cache import KVCache
-from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime import layers
+from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
+from dflash_chat.runtime.quant import Packed, Ready
 
 _IGNORED_KEYS = {
     "architectures", "auto_map", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
@@ -178,28 +178,22 @@ class Config:
 class Layer:
     """One drafter layer's block half; its context half lives in `Drafter._project`."""
 
-    def __init__(self, config: Config, at: str, packed: Mapping[str, Packed], device: torch.device,
-                 dtype: torch.dtype, window: int, causal: bool) -> None:  # fmt: skip
-        def linear(*names: str) -> Packed:
-            parts = [packed[f"{at}{name}.weight"] for name in names]
-            return quant.cat(parts).to(device, dtype)
-
-        def norm(name: str) -> layers.RMSNorm:
-            weight = packed[f"{at}{name}.weight"].dequantize(dtype).flatten()
-            return layers.RMSNorm(weight.to(device), config.rms_norm_eps)
-
+    def __init__(self, config: Config, weights: Ready, window: int, causal: bool) -> None:
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.window, self.causal = config.head_dim, window, causal
-        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.o_proj = linear("self_attn.o_proj")
-        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
-        self.down_proj = linear("mlp.down_proj")
-        self.input_layernorm = norm("input_layernorm")
-        self.post_attention_layernorm = norm("post_attention_layernorm")
-        q_norm, k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
-        per_head = [q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.groups, -1)]
-        self.qk_norm = layers.RMSNorm(torch.cat(per_head).contiguous(), config.rms_norm_eps)
-        self.k_norm_weight = k_norm.weight
+        self.qkv = weights.linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o_proj = weights.linear("self_attn.o_proj")
+        self.gate_up = weights.linear("mlp.gate_proj", "mlp.up_proj")
+        self.down_proj = weights.linear("mlp.down_proj")
+        eps = config.rms_norm_eps
+        self.input_layernorm = layers.RMSNorm(weights.vector("input_layernorm.weight"), eps)
+        self.post_attention_layernorm = layers.RMSNorm(
+            weights.vector("post_attention_layernorm.weight"), eps
+        )
+        q_norm, self.k_norm = (weights.vector(f"self_attn.{n}_norm.weight") for n in "qk")  # [D]
+        self.qk_norm = layers.RMSNorm.of_heads(
+            [(q_norm, self.heads), (self.k_norm, self.groups)], eps
+        )
 
     def __call__(
         self, x: Tensor, turn: layers.Turn, cache: KVCache, index: int, mask: Tensor | None
@@ -234,36 +228,36 @@ class Drafter:
         device: torch.device,
     ) -> None:
         self.config, self.embed, self.head = config, embed, head
+        weights = Ready(packed, device, dtype)
         self.layers = [
-            Layer(config, f"layers.{i}.", packed, device, dtype, window, causal)
+            Layer(config, weights.below(f"layers.{i}"), window, causal)
             for i, (window, causal) in enumerate(zip(config.windows, config.causal, strict=True))
         ]
-
-        def vector(name: str) -> Tensor:
-            return packed[name].dequantize(dtype).flatten().to(device)
-
-        self.fc = packed["fc.weight"].to(device, dtype)
-        self.hidden_norm = layers.RMSNorm(vector("hidden_norm.weight"), config.rms_norm_eps)
-        self.norm = layers.RMSNorm(vector("norm.weight"), config.rms_norm_eps)
-        self.context_kv = quant.cat(  # keys and values of every layer in one projection
-            [
-                packed[f"layers.{i}.self_attn.{name}.weight"]
+        self.fc = weights.linear("fc")
+        self.hidden_norm = layers.RMSNorm(weights.vector("hidden_norm.weight"), config.rms_norm_eps)
+        self.norm = layers.RMSNorm(weights.vector("norm.weight"), config.rms_norm_eps)
+        self.context_kv = weights.linear(  # keys and values of every layer in one projection
+            *(
+                f"layers.{i}.self_attn.{name}"
                 for name in ("k_proj", "v_proj")
                 for i in range(config.num_hidden_layers)
-            ]
-        ).to(device, dtype)
-        k_norms = torch.stack([layer.k_norm_weight for layer in self.layers])  # [L, D]
-        per_head = k_norms.repeat_interleave(config.num_key_value_heads, 0)  # [L·G, D]
-        self.context_k_norm = layers.RMSNorm(per_head, config.rms_norm_eps)
+            )
+        )
+        self.context_k_norm = layers.RMSNorm.of_heads(
+            [(layer.k_norm, layer.groups) for layer in self.layers], config.rms_norm_eps
+        )
         frequencies = layers.inverse_frequencies(config.head_dim, config.rope_theta)
-        self.rope = layers.Rope(frequencies, capacity, dtype, device)
+        room = capacity + config.block_size  # a whole block stands behind the last context row
+        self.rope = layers.Rope(frequencies, room, dtype, device)
         self.cache = KVCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            capacity,
+            [
+                Geometry(config.num_key_value_heads, config.head_dim, window)
+                for window in config.windows
+            ],
+            room,
             dtype,
             device,
+            max(PREFILL_CHUNK, config.block_size),
         )
         self._pending: list[Tensor] = []  # observed features that are not projected yet
         self._block = torch.full((config.block_size,), config.mask_token_id, device=device)
@@ -293,13 +287,18 @@ class Drafter:
         """Project everything observed into the context cache."""
         if self._pending:
             pending, self._pending = torch.cat(self._pending), []
-            self._project(pending)
+            for features in torch.split(pending, self.cache.largest_block):
+                self._project(features)
+
+    def rewindable(self, n: int) -> int:
+        """The longest prefix of at most n tokens that `truncate` can cut back to: n or nothing."""
+        return n if n >= self.cache.length else self.cache.rewindable(n)
 
     def truncate(self, n: int) -> None:
-        """Forget every token from n on."""
-        if n < self.length:
-            self.flush()
-            self.cache.truncate(n)
+        """Forget every token from n on; n must be `rewindable`."""
+        waiting = max(0, n - self.cache.length)
+        self._pending = [torch.cat(self._pending)[:waiting]] if self._pending else []
+        self.cache.truncate(min(n, self.cache.length))
 
     def draft(self, anchor: int | Tensor, n: int) -> Tensor:
         """Logits [n, V] of the n ≤ block − 1 tokens that follow `anchor`.
@@ -307,19 +306,18 @@ class Drafter:
         The whole trained block is always run, since a shorter one shifts the distribution; only the
         first n rows go through the head.
         """
+        c = self.config
         self.flush()
         self._block[0] = anchor
         x = self.embed(self._block)  # [B, C]
         turn = self.rope.at(self.cache.length, len(x))
+        masks = {
+            kind: self.cache.mask(len(x), *kind, c.num_attention_heads // c.num_key_value_heads)
+            for kind in set(zip(c.windows, c.causal, strict=True))
+        }
         for i, layer in enumerate(self.layers):
-            x = layer(x, turn, self.cache, i, self._mask(layer, x))
+            x = layer(x, turn, self.cache, i, masks[layer.window, layer.causal])
         return self.head.matmul(self.norm(x[1 : n + 1]))
-
-    def _mask(self, layer: Layer, x: Tensor) -> Tensor | None:
-        share = layer.heads // layer.groups
-        return layers.block_mask(
-            len(x), self.cache.length, layer.window, layer.causal, share, x.dtype, x.device
-        )
 
     def _project(self, features: Tensor) -> None:
         """Context keys and values of all layers from features [T, K·C], committed at once."""

@@ -29,8 +29,6 @@ from dflash_chat.runtime.sampling import Sampler, accepted
 from dflash_chat.runtime.timing import StepTimer, quickest_ms
 from dflash_chat.runtime.width import WidthChooser
 
-PREFILL_CHUNK = 512  # rows per prefill forward: bounds activations and the wait for a cancel
-
 
 class Target(Protocol):
     """What the engine needs of an architecture (see `models/llama.py`)."""
@@ -66,6 +64,9 @@ class BlockDrafter(Protocol):
 
     def flush(self) -> None:
         """Project what was observed."""
+
+    def rewindable(self, n: int) -> int:
+        """n if `truncate` can cut back to it, else 0."""
 
     def truncate(self, n: int) -> None:
         """Forget every token from n on."""
@@ -173,8 +174,9 @@ class Engine:
         cached = self._reuse(prompt)
         hidden = torch.empty(0)
         yield Prefilled(cached, cached, len(prompt))
-        for begin in range(cached, len(prompt), PREFILL_CHUNK):
-            ids = list(prompt[begin : begin + PREFILL_CHUNK])
+        chunk = self.cache.largest_block
+        for begin in range(cached, len(prompt), chunk):
+            ids = list(prompt[begin : begin + chunk])
             hidden, features = self.target.forward(self._tensor(ids), self.cache, self.taps)
             self._commit(ids, features)
             if self.drafter is not None:
@@ -183,8 +185,8 @@ class Engine:
         return hidden[-1:]
 
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Cut both caches back to the common prefix; at least one prompt token is always read
-        again.
+        """Cut both caches back to the common prefix, or to nothing where a ring has lost what
+        stands before its end; at least one prompt token is always read again.
         """
         held = min(len(self.log), self.cache.length, len(prompt) - 1)
         if self.drafter is not None:
@@ -192,6 +194,9 @@ class Engine:
         n = 0
         while n < held and self.log[n] == prompt[n]:
             n += 1
+        n = self.cache.rewindable(n)
+        if self.drafter is not None:
+            n = self.drafter.rewindable(n)
         self.cache.truncate(n)
         del self.log[n:]
         if self.drafter is not None:

@@ -6,25 +6,36 @@ Knows arithmetic only; caches and weights come in as arguments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dflash_chat.runtime.quant import Experts
+
 
 class RMSNorm:
-    """x · w / rms(x) over the last dimension, accumulated in fp32.
+    """x · w / rms(x) over the last dimension, accumulated in fp32; without a weight, x / rms(x).
 
     On the CPU it is written as the layer norm of [x, −x], whose mean is zero and whose variance is
     x's mean square: one fused kernel instead of the ten that `rms_norm` decomposes into there.
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor | None, eps: float) -> None:
         self.weight = weight  # [C], or [heads, C] for one weight per head
         self.eps = eps
-        self._shared = weight if weight.dim() == 1 else None
-        self._twice = torch.cat([weight, weight]) if weight.dim() == 1 else None
+        self._per_head = weight if weight is not None and weight.dim() == 2 else None
+        self._shared = weight if self._per_head is None else None
+        self._twice = None if self._shared is None else torch.cat([self._shared, self._shared])
+
+    @classmethod
+    def of_heads(cls, weights: Sequence[tuple[Tensor, int]], eps: float) -> RMSNorm:
+        """One norm over the heads of several projections, from each one's weight [D] and number
+        of heads.
+        """
+        return cls(torch.cat([weight.expand(heads, -1) for weight, heads in weights]), eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
@@ -34,7 +45,7 @@ class RMSNorm:
         else:
             both = torch.cat([x, -x], -1)
             out = F.layer_norm(both, (2 * size,), self._twice, None, self.eps)[..., :size]
-        return out if self._shared is not None else out * self.weight
+        return out if self._per_head is None else out * self._per_head
 
 
 class Rope:
@@ -84,52 +95,32 @@ def check_geometry(heads: int, kv_heads: int, head_dim: int, **sizes: int) -> No
         raise ValueError(f"{heads} heads on {kv_heads} kv heads of {head_dim} do not fit together")
 
 
-def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """Plain rotary frequencies, fp64 [D/2]."""
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+def inverse_frequencies(head_dim: int, theta: float, rotated: float = 1.0) -> Tensor:
+    """Plain rotary frequencies, fp64 [D/2]; of which only the share `rotated` is not zero."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies[int(rotated * head_dim // 2) :] = 0
+    return frequencies
 
 
-def block_mask(
-    rows: int,
-    past: int,
-    window: int,
-    causal: bool,
-    share: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    """What the rows of a block may not see, added to their scores: 0 or −inf, [share·T, past+T].
-
-    None when every row sees everything. A row at position p sees positions ≥ p − (window − 1), all
-    of them if `window` is 0, and with `causal` none after p. `share` is the number of query heads
-    per kv head, which `attention` stacks as rows.
-    """  # fmt: skip
-    if (rows == 1 or not causal) and (window == 0 or past + rows <= window):
-        return None
-    query = torch.arange(past, past + rows, device=device)[:, None]
-    key = torch.arange(past + rows, device=device)[None]
-    hidden = key > query if causal else torch.zeros_like(key > query)
-    if window:
-        hidden = hidden | (key <= query - window)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-    return mask.repeat(share, 1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """Grouped-query attention of one block. q: [T, H, D]; k, v: [G, S, D]; returns [T, H·D].
 
     The query heads of a group are stacked as rows of that group's kv head, so that keys and values
-    are read once and never repeated. `mask` is `block_mask`'s.
+    are read once and never repeated. `mask` is `KVCache.mask`'s; `scale` None is 1/√D.
     """
     rows, heads, dim = q.shape
     groups = k.shape[0]
     share = heads // groups
     if rows == 1:  # the same without a transpose
-        one = F.scaled_dot_product_attention(q.view(1, groups, share, dim), k[None], v[None], mask)
+        one = F.scaled_dot_product_attention(
+            q.view(1, groups, share, dim), k[None], v[None], mask, scale=scale
+        )
         return one.view(1, heads * dim)
     packed = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
     out = F.scaled_dot_product_attention(
-        packed.reshape(1, groups, share * rows, dim), k[None], v[None], attn_mask=mask
+        packed.reshape(1, groups, share * rows, dim), k[None], v[None], mask, scale=scale
     )
     out = out.view(groups, share, rows, dim).permute(2, 0, 1, 3)  # [T, G, H/G, D]
     return out.reshape(rows, heads * dim)
@@ -139,3 +130,30 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of a fused projection: [T, 2I] → [T, I]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def gated_gelu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up of a fused projection, gelu by its tanh formula: [T, 2I] → [T, I]."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def gated_gelu_experts(
+    x: Tensor, chosen: Tensor, shares: Tensor, gate_up_proj: Experts, down_proj: Experts
+) -> Tensor:
+    """Each row through its chosen experts, summed by their shares in fp32.
+
+    x: [T, C]; chosen: int64 [T, k]; shares: fp32 [T, k]. A row's sum runs over its experts in
+    ascending order, whatever the other rows choose.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in torch.unique(chosen).tolist():
+        row, place = (chosen == e).nonzero(as_tuple=True)
+        inner = gated_gelu(gate_up_proj.expert(e).matmul(x[row]))  # [rows of e, I]
+        out[row] += down_proj.expert(e).matmul(inner) * shares[row, place, None]
+    return out.to(x.dtype)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap): logits that cannot leave ±cap."""
+    return torch.tanh(x / cap) * cap

@@ -18,7 +18,7 @@ import torch
 from dflash_chat import __version__
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import text, weights
+from dflash_chat.runtime import models, text, weights
 from dflash_chat.runtime.api import (
     EngineOptions,
     Event,
@@ -186,7 +186,7 @@ def _build(
         architecture = _architecture(str(checkpoint.config.get("model_type", "")))
         config = architecture.Config.from_hf(checkpoint.config)
         capacity = _capacity(options, config.max_position_embeddings)
-        packed = weights.load_packed(checkpoint, config.tensor_shapes())
+        packed = weights.load_packed(checkpoint, config.tensor_shapes(), architecture.IGNORED)
         target = architecture.Target(config, packed, capacity, dtype, device)
         tokenizer = text.Tokenizer.from_checkpoint(installed.target)
     finally:
@@ -219,7 +219,7 @@ def _build(
 
 def _architecture(model_type: str) -> ModuleType:
     """The module `models/<model_type>.py`; CheckpointError if there is none."""
-    name = f"dflash_chat.runtime.models.{model_type}"
+    name = f"{models.__name__}.{models.SAME_AS.get(model_type, model_type)}"
     if not model_type.isidentifier() or find_spec(name) is None:
         raise CheckpointError(f"targets of type {model_type!r} are not supported yet")
     return import_module(name)

@@ -60,15 +60,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _open_gguf(path)
 
 
-def load_packed(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> dict[str, Packed]:
+def load_packed(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], ignored: tuple[str, ...] = ()
+) -> dict[str, Packed]:
     """Every expected tensor, packed in its own format.
 
-    A tied checkpoint may lack `lm_head.weight`; then the result lacks it too. Raises
-    WeightsMismatchError with all missing, unexpected and wrongly shaped names.
+    A tied checkpoint may lack `lm_head.weight`; then the result lacks it too. Names that begin with
+    one of `ignored` may be there for another purpose. Raises WeightsMismatchError with all missing,
+    unexpected and wrongly shaped names.
     """
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     optional = {HEAD} if tied else set()
-    found = {n: s for n, s in checkpoint.shapes.items() if n in expected or n not in optional}
+    found = {
+        name: shape
+        for name, shape in checkpoint.shapes.items()
+        if name in expected or not (name in optional or name.startswith(ignored))
+    }
     _check_names(checkpoint.path, found, expected, optional)
     return {name: checkpoint.pack(name) for name in found}
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.cache import Geometry, KVCache
 from tests.runtime import tiny
 
 BLOCKS = st.lists(
@@ -58,7 +58,7 @@ def test_drafts_never_dirty_the_drafters_context(
 
 
 def test_truncate_and_commit_refuse_what_is_not_there() -> None:
-    cache = KVCache(1, 1, 2, 8, torch.float32, tiny.CPU)
+    cache = KVCache([Geometry(1, 2)], 8, torch.float32, tiny.CPU)
     cache.write(0, torch.ones(1, 3, 2), torch.ones(1, 3, 2))
     for wrong in (lambda: cache.commit(4), lambda: cache.truncate(1)):
         try:

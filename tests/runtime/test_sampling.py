@@ -64,6 +64,9 @@ def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -
 
         def flush(self) -> None: ...
 
+        def rewindable(self, n: int) -> int:
+            return n
+
         def truncate(self, n: int) -> None:
             self.length = n
 

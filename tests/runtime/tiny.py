@@ -82,6 +82,9 @@ class ScriptedDrafter:
     def flush(self) -> None:
         pass
 
+    def rewindable(self, n: int) -> int:
+        return n
+
     def truncate(self, n: int) -> None:
         self.length = min(self.length, n)
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
-from dflash_chat.runtime import layers, quant
-from dflash_chat.runtime.cache import KVCache
-from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime import layers
+from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
+from dflash_chat.runtime.quant import Packed, Ready
+
+IGNORED: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,18 @@ class Config:
     rope: Mapping[str, Any]
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> Config:
+    def from_hf(cls, raw: Mapping[str, Any]) -> Self:
         """Read a raw config.json. Raises CheckpointError naming a missing key or unsupported
         value.
         """
+        family = raw.get("model_type", "llama")
         for key, supported in (
             ("hidden_act", "silu"),
             ("attention_bias", False),
             ("mlp_bias", False),
         ):
             if raw.get(key, supported) != supported:
-                raise CheckpointError(f"llama config: {key} = {raw[key]!r} is not supported")
+                raise CheckpointError(f"{family} config: {key} = {raw[key]!r} is not supported")
         try:
             heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
             dim = int(raw.get("head_dim") or hidden // max(1, heads))
@@ -82,9 +85,9 @@ class Config:
                 rope=dict(rope),
             )
         except KeyError as missing:
-            raise CheckpointError(f"llama config: key {missing} is missing") from missing
+            raise CheckpointError(f"{family} config: key {missing} is missing") from missing
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"llama config: {error}") from error
+            raise CheckpointError(f"{family} config: {error}") from error
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must hold."""
@@ -121,7 +124,7 @@ class Config:
         if kind == "default":
             return plain
         if kind != "llama3":
-            raise CheckpointError(f"llama config: rope scaling {kind!r} is not supported")
+            raise CheckpointError(f"rope scaling {kind!r} is not supported")
         factor, low, high, original = (
             float(self.rope[key])
             for key in (
@@ -136,24 +139,19 @@ class Config:
 class Layer:
     """One decoder layer with fused q/k/v and gate/up projections."""
 
-    def __init__(self, config: Config, at: str, packed: Mapping[str, Packed], device: torch.device,
-                 dtype: torch.dtype) -> None:  # fmt: skip
-        def linear(*names: str) -> Packed:
-            parts = [packed[f"{at}{name}.weight"] for name in names]
-            return quant.cat(parts).to(device, dtype)
-
-        def norm(name: str) -> layers.RMSNorm:
-            weight = packed[f"{at}{name}.weight"].dequantize(dtype).flatten()
-            return layers.RMSNorm(weight.to(device), config.rms_norm_eps)
-
+    def __init__(self, config: Config, weights: Ready) -> None:
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.o_proj = linear("self_attn.o_proj")
-        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
-        self.down_proj = linear("mlp.down_proj")
-        self.input_layernorm = norm("input_layernorm")
-        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.qkv = weights.linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o_proj = weights.linear("self_attn.o_proj")
+        self.gate_up = weights.linear("mlp.gate_proj", "mlp.up_proj")
+        self.down_proj = weights.linear("mlp.down_proj")
+        self.input_layernorm = layers.RMSNorm(
+            weights.vector("input_layernorm.weight"), config.rms_norm_eps
+        )
+        self.post_attention_layernorm = layers.RMSNorm(
+            weights.vector("post_attention_layernorm.weight"), config.rms_norm_eps
+        )
 
     def __call__(
         self, x: Tensor, turn: layers.Turn, cache: KVCache, index: int, mask: Tensor | None
@@ -161,7 +159,7 @@ class Layer:
         """x: [T, C] → [T, C]; writes the block's keys and values into the cache."""
         rows = x.shape[0]
         qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [T, H+2G, D]
-        turned = turn(qkv[:, : self.heads + self.groups])  # [T, H+G, D]
+        turned = turn(self.normed(qkv[:, : self.heads + self.groups]))  # [T, H+G, D]
         q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = qkv[:, self.heads + self.groups :]  # [T, G, D]
         keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
@@ -169,9 +167,15 @@ class Layer:
         gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))  # [T, 2I]
         return x + self.down_proj.matmul(layers.gated_silu(gate_up))
 
+    def normed(self, heads: Tensor) -> Tensor:
+        """Queries and keys [T, H+G, D] before they are rotated: what Qwen3 norms."""
+        return heads
+
 
 class Target:
     """A loaded Llama."""
+
+    layer_class: type[Layer] = Layer
 
     def __init__(
         self,
@@ -182,17 +186,16 @@ class Target:
         device: torch.device,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        self.embed_tokens = packed["model.embed_tokens.weight"].to(device, dtype)
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        weights = Ready(packed, device, dtype)
+        self.embed_tokens = weights.linear("model.embed_tokens")
         self.lm_head = (
-            self.embed_tokens if config.tie_word_embeddings else packed[head].to(device, dtype)
+            self.embed_tokens if config.tie_word_embeddings else weights.linear("lm_head")
         )
         self.layers = [
-            Layer(config, f"model.layers.{i}.", packed, device, dtype)
+            self.layer_class(config, weights.below(f"model.layers.{i}"))
             for i in range(config.num_hidden_layers)
         ]
-        norm = packed["model.norm.weight"].dequantize(dtype).flatten().to(device)
-        self.norm = layers.RMSNorm(norm, config.rms_norm_eps)
+        self.norm = layers.RMSNorm(weights.vector("model.norm.weight"), config.rms_norm_eps)
         self.rope = layers.Rope(config.inverse_frequencies(), capacity, dtype, device)
 
     @property
@@ -210,16 +213,12 @@ class Target:
             parts += [layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj]
         return sum(part.nbytes for part in parts)
 
-    def new_cache(self, capacity: int) -> KVCache:
+    def new_cache(self, capacity: int, largest_block: int = PREFILL_CHUNK) -> KVCache:
         """An empty cache for this geometry."""
         c = self.config
+        geometry = Geometry(c.num_key_value_heads, c.head_dim)
         return KVCache(
-            c.num_hidden_layers,
-            c.num_key_value_heads,
-            c.head_dim,
-            capacity,
-            self.dtype,
-            self.device,
+            [geometry] * c.num_hidden_layers, capacity, self.dtype, self.device, largest_block
         )
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -236,7 +235,7 @@ class Target:
         """
         x = self.embed(ids)  # [T, C]
         share = self.config.num_attention_heads // self.config.num_key_value_heads
-        mask = layers.block_mask(len(ids), cache.length, 0, True, share, self.dtype, self.device)
+        mask = cache.mask(len(ids), 0, True, share)
         turn = self.rope.at(cache.length, len(ids))
         tapped: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):

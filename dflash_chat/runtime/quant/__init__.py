@@ -7,22 +7,28 @@ parts come from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from dflash_chat.errors import CheckpointError
+
 Parts = dict[str, Tensor]
 
 
 class Packed(Protocol):
-    """A weight in memory. `shape` is (N, K) for a matmul, (N,) for a norm's scale."""
+    """A weight in memory. `shape` is (N, K) for a matmul, (N,) for a norm's scale.
+
+    Stacked experts have (E, N, K) and are not multiplied by as a whole: see `Experts`.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, K) or (N,)."""
+        """(N, K), (N,) or (E, N, K)."""
 
     @property
     def kernel(self) -> str:
@@ -49,11 +55,23 @@ class Packed(Protocol):
 
 
 @runtime_checkable
-class Experts(Packed, Protocol):
-    """Stacked experts: `shape` is (E, N, K), `dequantize` [E, N, K]; only experts multiply."""
+class Experts(Protocol):
+    """E weights in one tensor. `shape` is (E, N, K)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(E, N, K)."""
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
 
     def expert(self, e: int) -> Packed:
-        """The (N, K) weight of expert `e`, a view."""
+        """Expert e's weight [N, K], a view."""
 
 
 class Format(Protocol):
@@ -66,6 +84,37 @@ class Format(Protocol):
 def load_format(name: str) -> Format:
     """The module `quant/<name>.py`. ModuleNotFoundError if there is none."""
     return cast(Format, import_module(f"{__name__}.{name}"))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The packed weights whose names begin with `at`, handed out ready for a device and a dtype."""
+
+    packed: Mapping[str, Packed]
+    device: torch.device
+    dtype: torch.dtype
+    at: str = ""
+
+    def below(self, name: str) -> Ready:
+        """The weights of one module."""
+        return replace(self, at=f"{self.at}{name}.")
+
+    def linear(self, *names: str) -> Packed:
+        """The projection `name`.weight; of several names, one with the rows of all."""
+        return cat([self.packed[f"{self.at}{name}.weight"] for name in names]).to(
+            self.device, self.dtype
+        )
+
+    def vector(self, name: str) -> Tensor:
+        """A plain tensor of one dimension, by its whole name."""
+        return self.packed[self.at + name].dequantize(self.dtype).flatten().to(self.device)
+
+    def experts(self, name: str) -> Experts:
+        """Stacked expert weights, by their whole name."""
+        ready = self.packed[self.at + name].to(self.device, self.dtype)
+        if not isinstance(ready, Experts):
+            raise CheckpointError(f"{self.at}{name}: experts of this format are not supported")
+        return ready
 
 
 def cat(weights: Sequence[Packed]) -> Packed:

@@ -1,0 +1,574 @@
+"""Linear layers of a verify block: y = x wᵀ for T ≤ 32 rows, bound by reading w once.
+
+x: [T, K] bf16, rows contiguous.  w: [N, K] in one of three forms, accumulated in fp32:
+  Tensor  bf16, as it is.
+  Fp8     e4m3 with one scale per output row [N], or per 128×128 block [⌈N/128⌉, ⌈K/128⌉].
+  Int4    w = (q − zero)·scale in groups of g ∈ {32, 64, 128} along K. Every 32 bytes hold 64
+          columns: the low nibbles columns 0 … 31, the high ones 32 … 63, so that both are plain
+          tiles. The four bytes of a word hold columns 0, 2, 1, 3 of its four: bits 0 … 3 and
+          16 … 19 of the shifted word are then neighbours, and one instruction unpacks them both.
+
+A program owns a tile of BN rows of w and a share of K. The shares of a tile meet in one of two
+ways: `partials` writes them side by side, [S, T, N] fp32, and whoever reads them adds them up;
+`matmul` and `gated` let the last program of a tile to arrive add them, always in the same order.
+The rows of x are padded to 8, 16 or 32 in the kernel. A row's result depends neither on T nor on
+the other rows, because how K is cut does not.
+"""
+
+# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dflash_chat.runtime.kernels import tuned
+from dflash_chat.runtime.kernels.tuned import Config
+
+MAX_ROWS = 32
+MAX_TILES = 4096  # of `matmul` and `gated`
+CHUNK = 64  # columns per 32 bytes of int4
+
+
+class Fp8(NamedTuple):
+    """weight: e4m3 [N, K]; scale: [N], or [⌈N/128⌉, ⌈K/128⌉].
+
+    Each half of a fused gate_up [2I, K] starts a block of its own: scale [2⌈I/128⌉, ⌈K/128⌉].
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+
+class Int4(NamedTuple):
+    """packed: uint8 [N, K/2]; scale: [K/g, N]; zero: [K/g, N] of scale's dtype, or None for 8."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+Weight = Tensor | Fp8 | Int4
+
+DENSE, CHANNEL, BLOCK, INT4 = (tl.constexpr(i) for i in range(4))  # forms of w
+PARTIALS, PLAIN, SILU, GELU = (tl.constexpr(i) for i in range(4))  # what becomes of a tile
+
+
+def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
+    """q: uint8 [N, K] of 0 … 15; scale, zero: [N, K/g] → the kernel's layout."""
+    n, k = q.shape
+    assert k % CHUNK == 0, f"int4 takes columns in multiples of {CHUNK}, not {k}"
+    assert k // scale.shape[1] in (32, 64, 128), f"groups of {k / scale.shape[1]:g}"
+    halves = q.view(n, k // CHUNK, 2, 8, 4)[..., [0, 2, 1, 3]]
+    packed = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    zero = None if zero is None else zero.to(scale.dtype).T.contiguous()
+    return Int4(packed.reshape(n, k // 2), scale.T.contiguous(), zero)
+
+
+def shape(w: Weight) -> tuple[int, int]:
+    """(N, K)."""
+    if isinstance(w, Int4):
+        return w.packed.shape[0], 2 * w.packed.shape[1]
+    weight = w.weight if isinstance(w, Fp8) else w
+    return weight.shape[0], weight.shape[1]
+
+
+def dequantize(w: Weight, halves: int = 1) -> Tensor:
+    """[N, K] in fp32. `halves` is 2 for a fused gate_up, whose halves start blocks of their own."""
+    n, k = shape(w)
+    if isinstance(w, Tensor):
+        return w.float()
+    if isinstance(w, Fp8):
+        scale = w.scale.float()
+        if scale.dim() == 1:
+            return w.weight.float() * scale[:, None]
+        rows = torch.arange(n // halves, device=scale.device) // 128
+        rows = torch.cat([rows + half * (scale.shape[0] // halves) for half in range(halves)])
+        return w.weight.float() * scale[rows].repeat_interleave(128, 1)[:, :k]
+    words = w.packed.view(n, k // CHUNK, 8, 4)[..., [0, 2, 1, 3]]
+    q = torch.stack([words & 15, words >> 4], 2).view(n, k).float()
+    group = k // w.scale.shape[0]
+    zero = torch.full_like(w.scale, 8) if w.zero is None else w.zero
+    spread = [part.T.float().repeat_interleave(group, 1) for part in (zero, w.scale)]
+    return (q - spread[0]) * spread[1]
+
+
+def reference(x: Tensor, w: Weight) -> Tensor:
+    """[T, K] → [T, N] in x's dtype, over the dequantised weight."""
+    return F.linear(x, dequantize(w).to(x.dtype))
+
+
+def gated_reference(x: Tensor, w: Weight, activation: str) -> Tensor:
+    """act(gate)·up of a fused [2I, K] weight: [T, K] → [T, I]."""
+    gate, up = F.linear(x, dequantize(w, 2).to(x.dtype)).chunk(2, -1)
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+_UNPACK = """{{
+    .reg .b32 s4, s8, s12, bias;
+    mov.b32 bias, {bias};
+    shr.u32 s4, $4, 4;
+    shr.u32 s8, $4, 8;
+    shr.u32 s12, $4, 12;
+    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $1, s8, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $2, s4, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $3, s12, 0x000F000F, 0x43004300, 0xEA;
+    sub.rn.bf16x2 $0, $0, bias;
+    sub.rn.bf16x2 $1, $1, bias;
+    sub.rn.bf16x2 $2, $2, bias;
+    sub.rn.bf16x2 $3, $3, bias;
+}}"""  # a nibble becomes the end of the mantissa of 128 + q, in bf16 0x430q
+_UNPACK_SIGNED = tl.constexpr(_UNPACK.format(bias="0x43084308"))  # − (128 + 8)
+_UNPACK_PLAIN = tl.constexpr(_UNPACK.format(bias="0x43004300"))  # − 128
+_UNPACK_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
+
+
+_E4M3 = tl.constexpr("""{
+    .reg .b32 low, high, scale;
+    mov.b32 scale, 0x7B807B80;
+    prmt.b32 low, $2, 0, 0x1404;
+    prmt.b32 high, $2, 0, 0x3424;
+    shr.u32 $0, low, 4;
+    shr.u32 $1, high, 4;
+    and.b32 $0, $0, 0x07F007F0;
+    and.b32 $1, $1, 0x07F007F0;
+    lop3.b32 $0, low, 0x80008000, $0, 0xEA;
+    lop3.b32 $1, high, 0x80008000, $1, 0xEA;
+    mul.rn.bf16x2 $0, $0, scale;
+    mul.rn.bf16x2 $1, $1, scale;
+}""")  # the seven bits below the sign go below bf16's; the exponents' biases differ by 120
+
+
+@triton.jit
+def _widen(w, DTYPE: tl.constexpr):
+    """e4m3 → DTYPE, exactly. Hopper's own conversion to bf16 runs at an eighth of the rate."""
+    if w.dtype == tl.float8e4nv and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _E4M3, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return w.to(DTYPE)
+
+
+@triton.jit
+def _nibbles(packed, SIGNED: tl.constexpr, DTYPE: tl.constexpr):
+    """uint8 → (low, high) nibbles in DTYPE, less 8 if SIGNED."""
+    if DTYPE == tl.bfloat16:
+        if SIGNED:
+            return tl.inline_asm_elementwise(
+                _UNPACK_SIGNED, _UNPACK_REGISTERS, [packed],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                _UNPACK_PLAIN, _UNPACK_REGISTERS, [packed],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            )  # fmt: skip
+    else:
+        low = (packed & 15).to(DTYPE)
+        high = (packed >> 4).to(DTYPE)
+        if SIGNED:
+            low -= 8
+            high -= 8
+        return low, high
+
+
+@triton.jit
+def _spread(groups, BN: tl.constexpr, HALF: tl.constexpr):
+    """One value per 32 weights → one per weight: [BN, HALF/32] → [BN, HALF]."""
+    wide = tl.broadcast_to(groups[:, :, None], (BN, HALF // 32, 32))
+    return tl.reshape(wide, (BN, HALF))
+
+
+@triton.jit
+def _accumulate(
+    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, N, K, first, last,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """w[row] · xᵀ over the chunks first … last of BK columns: [BN, ROWS] fp32.
+
+    row: [BN] rows of w, block_row: [BN] their rows of block scales, N: all rows of w.
+    """
+    t = tl.arange(0, ROWS)[None, :]
+    x_row = x_ptr + t * stride_x
+    live = t < T
+    acc = tl.zeros([BN, ROWS], tl.float32)
+    if FORMAT == INT4:
+        HALF: tl.constexpr = BK // 2
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        byte = tl.arange(0, HALF)
+        col = (byte // 32 * 64 + byte % 32)[:, None]
+        w_row = w_ptr + row[:, None].to(tl.int64) * (K // 64 * 32)
+        if dtype == tl.bfloat16:
+            w_row += byte[None, :]
+        else:  # without `_UNPACK` the bytes of a word are put in order here
+            w_row += (byte // 4 * 4 + byte % 2 * 2 + byte // 2 % 2)[None, :]
+        chunk = tl.arange(0, HALF // 32)[None, :] * 64
+        s_row = scale_ptr + row[:, None]
+        at = tl.minimum(first * BK + chunk, K - 64)
+        s_low = tl.load(s_row + at // GROUP * N)
+        s_high = tl.load(s_row + (at + 32) // GROUP * N)
+        if zero_ptr is not None:
+            z_row = zero_ptr + row[:, None]
+            z_low = tl.load(z_row + at // GROUP * N)
+            z_high = tl.load(z_row + (at + 32) // GROUP * N)
+        for i in tl.range(first, last):
+            low_k = i * BK + col
+            high_k = low_k + 32
+            if EVEN_K:
+                x_low = tl.load(x_row + low_k, mask=live, other=0.0)
+                x_high = tl.load(x_row + high_k, mask=live, other=0.0)
+                packed = tl.load(w_row + i * HALF, eviction_policy="evict_first")
+            else:
+                x_low = tl.load(x_row + low_k, mask=live & (low_k < K), other=0.0)
+                x_high = tl.load(x_row + high_k, mask=live & (high_k < K), other=0.0)
+                packed = tl.load(
+                    w_row + i * HALF, mask=(i * HALF + byte)[None, :] < K // 64 * 32, other=0,
+                    eviction_policy="evict_first",
+                )  # fmt: skip
+            low, high = _nibbles(packed, zero_ptr is None, dtype)
+            at = tl.minimum((i + 1) * BK + chunk, K - 64)  # the next chunk's groups, ahead of use
+            if zero_ptr is not None:
+                low -= _spread(z_low.to(dtype), BN, HALF)
+                high -= _spread(z_high.to(dtype), BN, HALF)
+                z_low = tl.load(z_row + at // GROUP * N)
+                z_high = tl.load(z_row + (at + 32) // GROUP * N)
+            low *= _spread(s_low.to(dtype), BN, HALF)
+            high *= _spread(s_high.to(dtype), BN, HALF)
+            s_low = tl.load(s_row + at // GROUP * N)
+            s_high = tl.load(s_row + (at + 32) // GROUP * N)
+            acc = tl.dot(low, x_low, acc)
+            acc = tl.dot(high, x_high, acc)
+    else:
+        col = tl.arange(0, BK)
+        w_row = w_ptr + row[:, None].to(tl.int64) * K
+        if FORMAT == BLOCK:
+            s_row = scale_ptr + block_row * tl.cdiv(K, 128)
+            s = tl.load(s_row + first)
+        for i in tl.range(first, last):
+            k = i * BK + col
+            if EVEN_K:
+                x = tl.load(x_row + k[:, None], mask=live, other=0.0)
+                w = tl.load(w_row + k[None, :], eviction_policy="evict_first")
+            else:
+                inside = k < K
+                x = tl.load(x_row + k[:, None], mask=live & inside[:, None], other=0.0)
+                w = tl.load(
+                    w_row + k[None, :], mask=inside[None, :], other=0.0,
+                    eviction_policy="evict_first",
+                )  # fmt: skip
+            if FORMAT == BLOCK:
+                s_next = tl.load(s_row + tl.minimum(i + 1, last - 1))
+                acc += tl.dot(_widen(w, x.dtype), x) * s[:, None].to(tl.float32)
+                s = s_next
+            else:
+                acc = tl.dot(_widen(w, x.dtype), x, acc)
+        if FORMAT == CHANNEL:
+            acc *= tl.load(scale_ptr + row)[:, None].to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, out_ptr, tile, T, N, ROWS: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr
+):
+    """Apply the activation, if there is one, and store a finished tile [BN, ROWS]."""
+    t = tl.arange(0, ROWS)[None, :]
+    if EPILOGUE == PLAIN:
+        n = tile * BN + tl.arange(0, BN)[:, None]
+        out = acc
+    else:
+        half: tl.constexpr = BN // 2
+        n = tile * half + tl.arange(0, half)[:, None]
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, ROWS)), (1, 2, 0)))
+        if EPILOGUE == SILU:
+            out = gate * tl.sigmoid(gate) * up
+        else:
+            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            out = gate * tl.sigmoid(2 * inner) * up  # (1 + tanh u)/2 = sigmoid 2u
+    tl.store(out_ptr + t * N + n, out.to(out_ptr.dtype.element_ty), mask=(t < T) & (n < N))
+
+
+@triton.jit
+def _prefetch(w_ptr, row, row_bytes, start):
+    """Ask L2 for the first 512 bytes of a share of w, while the previous kernel still runs."""
+    line = tl.minimum(start + tl.arange(0, 4) * 128, row_bytes - 1)
+    at = w_ptr.to(tl.uint64, bitcast=True) + row[:, None].to(tl.uint64) * row_bytes + line[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _depend(
+    w_ptr, row, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr
+):
+    """Let the next kernel start, prefetch weights, then wait for what the previous one wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if FORMAT == DENSE:
+            _prefetch(w_ptr, row, K * 2, first_column * 2)
+        elif FORMAT == INT4:
+            _prefetch(w_ptr, row, K // 2, first_column // 2)
+        else:
+            _prefetch(w_ptr, row, K, first_column)
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit(do_not_specialize=["T", "splits"])
+def _linear_kernel(
+    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, out_ptr, scratch_ptr, arrivals_ptr,
+    T, N, K, splits,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of BN rows of w and one share of K. N: columns of the output."""
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    c = tl.arange(0, BN)
+    if EPILOGUE == SILU or EPILOGUE == GELU:  # half the tile from gate, half from up
+        rows_of_w = 2 * N
+        n = tl.minimum(tile * (BN // 2) + c % (BN // 2), N - 1)
+        row = n + c // (BN // 2) * N
+        block_row = n // 128 + c // (BN // 2) * tl.cdiv(N, 128)
+    else:
+        rows_of_w = N
+        row = tl.minimum(tile * BN + c, N - 1)
+        block_row = row // 128
+    chunks = tl.cdiv(K, BK)
+    first = chunks * split // splits
+    _depend(w_ptr, row, K, first * BK, FORMAT, PDL)
+    acc = _accumulate(
+        x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, rows_of_w, K,
+        first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, GROUP,
+    )  # fmt: skip
+    t = tl.arange(0, ROWS)[None, :]
+    if EPILOGUE == PARTIALS:
+        n = tile * BN + c[:, None]
+        tl.store(out_ptr + (split * T + t) * N + n, acc, mask=(t < T) & (n < N))
+    elif arrivals_ptr is None:
+        _finish(acc, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
+    else:
+        at = scratch_ptr + tile * splits * (ROWS * BN) + c[:, None] * ROWS + t
+        tl.store(at + split * (ROWS * BN), acc)
+        tl.debug_barrier()  # the arrival below vouches for every thread's part of the share
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1:
+            total = tl.zeros([BN, ROWS], tl.float32)
+            for s in range(splits):
+                total += tl.load(at + s * (ROWS * BN), cache_modifier=".cg")
+            tl.store(arrivals_ptr + tile, 0)
+            _finish(total, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _head_kernel(
+    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, logits_ptr, best_ptr, best_row_ptr,
+    T, N, K, softcap,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of BN rows of the head: its best logit and row per t, and the logits if wanted."""
+    tile = tl.program_id(0)
+    n = tile * BN + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1)
+    _depend(w_ptr, row, K, 0, FORMAT, PDL)
+    acc = _accumulate(
+        x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, row // 128, T, N, K,
+        0, tl.cdiv(K, BK), ROWS, BN, BK, EVEN_K, FORMAT, GROUP,
+    )  # fmt: skip
+    t = tl.arange(0, ROWS)
+    if logits_ptr is not None:
+        out = acc
+        if softcap > 0:
+            out = softcap * (2 * tl.sigmoid(2 / softcap * acc) - 1)
+        tl.store(
+            logits_ptr + t[None, :].to(tl.int64) * N + n[:, None],
+            out.to(logits_ptr.dtype.element_ty), mask=(t < T)[None, :] & (n < N)[:, None],
+        )  # fmt: skip
+    acc = tl.where(n[:, None] < N, acc, float("-inf"))
+    best = tl.max(acc, axis=0)
+    best_row = tl.min(tl.where(acc == best[None, :], n[:, None], N - 1), axis=0)
+    at = t * tl.num_programs(0) + tile
+    tl.store(best_ptr + at, best, mask=t < T)
+    tl.store(best_row_ptr + at, best_row, mask=t < T)
+
+
+@triton.jit
+def _argmax_kernel(
+    best_ptr, best_row_ptr, ids_ptr, out_ptr, tiles, N, TILES: tl.constexpr, PDL: tl.constexpr
+):
+    """The first best row over all tiles, through `ids` if there are any. One program per t."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    t = tl.program_id(0)
+    i = tl.arange(0, TILES)
+    best = tl.load(best_ptr + t * tiles + i, mask=i < tiles, other=float("-inf"))
+    row = tl.load(best_row_ptr + t * tiles + i, mask=i < tiles, other=N - 1)
+    winner = tl.min(tl.where(best == tl.max(best, axis=0), row, N - 1), axis=0).to(tl.int64)
+    if ids_ptr is not None:
+        winner = tl.load(ids_ptr + winner).to(tl.int64)
+    tl.store(out_ptr + t, winner)
+
+
+def partials(x: Tensor, w: Weight, *, config: Config | None = None, pdl: bool = False) -> Tensor:
+    """[T, K] → fp32 [S, T, N], whose sum over S is x wᵀ."""
+    n, k = shape(w)
+    config = config or tuned.linear(kind(w), n, k)
+    out = torch.empty(config.splits, x.shape[0], n, dtype=torch.float32, device=x.device)
+    _launch(x, w, out, n, PARTIALS, config, pdl)
+    return out
+
+
+def matmul(x: Tensor, w: Weight, *, config: Config | None = None, pdl: bool = False) -> Tensor:
+    """[T, K] → [T, N] in x's dtype."""
+    n, k = shape(w)
+    config = config or tuned.linear(kind(w), n, k)
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    _launch(x, w, out, n, PLAIN, config, pdl)
+    return out
+
+
+def gated(
+    x: Tensor, w: Weight, activation: str, *, config: Config | None = None, pdl: bool = False
+) -> Tensor:
+    """act(x gateᵀ)·(x upᵀ) of a fused [2I, K] weight: [T, K] → [T, I]. "silu" or "gelu_tanh"."""
+    n, k = shape(w)
+    assert n % 2 == 0 and activation in ("silu", "gelu_tanh"), f"{n} rows, {activation!r}"
+    config = config or tuned.gated(kind(w), n, k)
+    out = torch.empty(x.shape[0], n // 2, dtype=x.dtype, device=x.device)
+    _launch(x, w, out, n // 2, SILU if activation == "silu" else GELU, config, pdl)
+    return out
+
+
+def head_argmax(
+    x: Tensor,
+    w: Weight,
+    *,
+    ids: Tensor | None = None,
+    config: Config | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """[T, K] → int64 [T]: the row of the largest logit, the first of equals, or that row's id."""
+    return _head(x, w, None, 0.0, ids, config, pdl)
+
+
+def head_logits(
+    x: Tensor,
+    w: Weight,
+    *,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    ids: Tensor | None = None,
+    config: Config | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """[T, K] → logits [T, N], softcap·tanh(logit/softcap) if there is one, and `head_argmax`."""
+    logits = torch.empty(x.shape[0], shape(w)[0], dtype=dtype, device=x.device)
+    return logits, _head(x, w, logits, softcap, ids, config, pdl)
+
+
+def _head(
+    x: Tensor, w: Weight, logits: Tensor | None, softcap: float, ids: Tensor | None,
+    config: Config | None, pdl: bool,
+) -> Tensor:  # fmt: skip
+    rows = x.shape[0]
+    n, k = shape(w)
+    config = config or tuned.head(kind(w), n, k)
+    _check(x, w)
+    tiles = triton.cdiv(n, config.bn)
+    best = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
+    best_row = torch.empty(rows, tiles, dtype=torch.int32, device=x.device)
+    out = torch.empty(rows, dtype=torch.int64, device=x.device)
+    _head_kernel[(tiles,)](
+        x, x.stride(0), *_operands(w), logits, best, best_row, rows, n, k, softcap,
+        **_shape_options(rows, w, config, pdl),
+    )  # fmt: skip
+    _argmax_kernel[(rows,)](
+        best, best_row, ids, out, tiles, n,
+        TILES=triton.next_power_of_2(tiles), PDL=pdl, num_warps=8, **_overlapping(pdl),
+    )  # fmt: skip
+    return out
+
+
+def _launch(
+    x: Tensor, w: Weight, out: Tensor, n: int, epilogue: tl.constexpr, config: Config, pdl: bool
+) -> None:
+    _check(x, w)
+    rows, k = x.shape
+    gate_up = epilogue in (SILU, GELU)
+    tiles = triton.cdiv(n, config.bn // 2 if gate_up else config.bn)
+    splits = config.splits
+    assert 1 <= splits <= triton.cdiv(k, config.bk), f"{config} on K = {k}"
+    reduce = epilogue != PARTIALS and splits > 1
+    scratch = arrivals = None
+    if reduce:
+        assert tiles <= MAX_TILES, f"{tiles} tiles"
+        size = tiles * splits * _padded(rows, w) * config.bn
+        scratch = torch.empty(size, dtype=torch.float32, device=x.device)
+        arrivals = _arrivals(x.device)
+    _linear_kernel[(tiles, splits)](
+        x, x.stride(0), *_operands(w), out, scratch, arrivals, rows, n, k, splits,
+        EPILOGUE=epilogue, **_shape_options(rows, w, config, pdl),
+    )  # fmt: skip
+
+
+@functools.cache
+def _arrivals(device: torch.device) -> Tensor:
+    """How many shares of each tile have arrived. The last one to arrive sets its count to 0."""
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+def kind(w: Weight) -> str:
+    """The weight's form, as `tuned` calls it."""
+    return "int4" if isinstance(w, Int4) else "fp8" if isinstance(w, Fp8) else "bf16"
+
+
+def _check(x: Tensor, w: Weight) -> None:
+    n, k = shape(w)
+    assert 1 <= x.shape[0] <= MAX_ROWS, f"{x.shape[0]} rows"
+    assert x.shape[1] == k and x.stride(1) == 1, f"x {tuple(x.shape)} {x.stride()}, w [{n}, {k}]"
+    for part in (w,) if isinstance(w, Tensor) else w:
+        assert part is None or part.is_contiguous(), f"{tuple(part.shape)} {part.stride()}"
+
+
+def _operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weights, scales and zeros."""
+    if isinstance(w, Int4):
+        return w
+    return (w.weight, w.scale, None) if isinstance(w, Fp8) else (w, None, None)
+
+
+def _padded(rows: int, w: Weight) -> int:
+    """Rows of a tile. Eight of bf16 would take other instructions, so other sums, than sixteen."""
+    return max(16 if isinstance(w, Tensor) else 8, triton.next_power_of_2(rows))
+
+
+def _shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, and how it is launched."""
+    k = shape(w)[1]
+    form, group = DENSE, 0
+    if isinstance(w, Fp8):
+        form = CHANNEL if w.scale.dim() == 1 else BLOCK
+        assert form == CHANNEL or config.bk == 128, f"{config} with blocks of 128 columns"
+    elif isinstance(w, Int4):
+        form, group = INT4, k // w.scale.shape[0]
+    return {
+        "ROWS": _padded(rows, w), "BN": config.bn, "BK": config.bk, "EVEN_K": k % config.bk == 0,
+        "FORMAT": form, "GROUP": group, "PDL": pdl,
+        "num_warps": config.warps, "num_stages": config.stages, **_overlapping(pdl),
+    }  # fmt: skip
+
+
+def _overlapping(pdl: bool) -> dict[str, bool]:
+    """Launch while the previous kernel still runs, if asked to."""
+    return {"launch_pdl": True} if pdl else {}

@@ -1,0 +1,69 @@
+"""Block sizes of the kernels, by kernel and shape: measured rows, and a rule for every other shape.
+
+`python -m tests.bench.kernels_linear` prints rows. Nothing here depends on the number of rows of a
+block, so that a verify of any width sums in the same order as plain decoding does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """A tile of `bn` rows of w by `bk` columns; `splits` shares of K."""
+
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    splits: int
+
+
+PROGRAMS = 264  # two on each of an H200's 132 multiprocessors
+WASTE = 1.1  # how much longer than the mean the longest share of K may be
+
+_TILES = {  # (kernel, form of w): bn, bk, warps, stages
+    ("linear", "bf16"): (64, 128, 4, 4),
+    ("linear", "fp8"): (64, 128, 2, 6),
+    ("linear", "int4"): (64, 128, 2, 6),
+    ("gated", "bf16"): (64, 128, 4, 4),
+    ("gated", "fp8"): (64, 128, 2, 6),
+    ("gated", "int4"): (64, 128, 2, 6),
+    ("head", "bf16"): (128, 64, 4, 5),
+    ("head", "fp8"): (128, 128, 2, 4),
+    ("head", "int4"): (128, 128, 2, 5),
+}
+
+_MEASURED: dict[tuple[str, str, int, int], Config] = {}  # (kernel, form of w, N, K)
+
+
+def linear(form: str, n: int, k: int) -> Config:
+    """For `linear.partials` and `linear.matmul` of an [n, k] weight."""
+    return _pick("linear", form, n, k, most=8)
+
+
+def gated(form: str, n: int, k: int) -> Config:
+    """For `linear.gated` of an [n, k] weight, which has one tile of gate and up together."""
+    return _pick("gated", form, n, k, most=4)
+
+
+def head(form: str, n: int, k: int) -> Config:
+    """For the head, whose tiles are too many to be worth cutting."""
+    return _pick("head", form, n, k, most=1)
+
+
+def _pick(kernel: str, form: str, n: int, k: int, most: int) -> Config:
+    if (kernel, form, n, k) in _MEASURED:
+        return _MEASURED[kernel, form, n, k]
+    bn, bk, warps, stages = _TILES[kernel, form]
+    return Config(bn, bk, warps, stages, splits(n, k, bn, bk, most))
+
+
+def splits(n: int, k: int, bn: int, bk: int, most: int) -> int:
+    """The most shares of K that run at once, are even, and are not too short to fill a pipeline."""
+    chunks = -(-k // bk)
+    limit = min(most, PROGRAMS * bn // n, chunks // 3)
+    for count in range(limit, 1, -1):
+        if -(-chunks // count) * count <= WASTE * chunks:
+            return count
+    return 1

@@ -1,0 +1,97 @@
+"""Weights of a mixture of experts as the MoE kernels read them, with or without a dimension E.
+
+Three formats, told apart by dtype and scale:
+
+    plain   data bf16 [E, N, K]
+    fp8     data e4m3 [E, N, K], scale fp32 [E, N]:  w = data·scale
+    int4    data int16 [E, K/64, N, 16], scale bf16 [E, K/64, N, 2], zero likewise or None:
+            w = (q − 8)·scale + zero, one scale for each 32 weights of a row
+
+Word i of an int4 row's block b holds K = 64·b + 16·j + i in its bits 4j … 4j+3, so that each shift
+of a block is a [16, N] operand, and its first two shifts share a scale, as do the last two. Groups
+of 64 are stored as two groups of 32: 704 and 2112 are multiples of 64 but not of 128.
+
+Plain torch, so that a loader needs no Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+GROUP = 32
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class MoeWeight:
+    """One projection of all experts, or of the dense MLP (no dimension E). See the file."""
+
+    data: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+    @property
+    def format(self) -> str:
+        """plain, fp8 or int4."""
+        if self.data.dtype == torch.int16:
+            return "int4"
+        return "fp8" if self.data.dtype == torch.float8_e4m3fn else "plain"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """([E,] N, K)."""
+        if self.format != "int4":
+            return tuple(self.data.shape)
+        *experts, blocks, rows, _ = self.data.shape
+        return (*experts, rows, blocks * BLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data, scales and zeros."""
+        return sum(part.nbytes for part in (self.data, self.scale, self.zero) if part is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[E, N, K]."""
+        if self.scale is None:
+            return self.data.to(dtype)
+        if self.format == "fp8":
+            return self.data.to(dtype) * self.scale.to(dtype)[..., None]
+        shifts = torch.arange(0, 16, 4, device=self.data.device)[:, None]
+        q = (self.data.int()[..., None, :] >> shifts) & 15  # [E, K/64, N, 4, 16]
+        w = (q.view(*self.scale.shape, GROUP) - 8) * self.scale.to(dtype)[..., None]
+        if self.zero is not None:
+            w = w + self.zero.to(dtype)[..., None]
+        return w.flatten(-2).transpose(-3, -2).flatten(-2)  # [E, K/64, N, 64] -> [E, N, K]
+
+
+def pack_fp8_experts(weight: Tensor) -> MoeWeight:
+    """weight [E, N, K] of a float dtype, rounded to e4m3 with one scale per output channel."""
+    scale = weight.float().abs().amax(-1).clamp(min=1e-12) / FP8_MAX  # [E, N]
+    data = (weight.float() / scale[..., None]).to(torch.float8_e4m3fn)
+    return MoeWeight(data, scale)
+
+
+def pack_int4_experts(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> MoeWeight:
+    """q uint8 [E, N, K] in 0..15, scale and zero [E, N, K/g] with g 32 or 64, nothing rounded
+    but scale and zero to the dtype they come in.
+    """
+    width = q.shape[-1]
+    group = width // scale.shape[-1]
+    assert width % BLOCK == 0, f"K {width}"
+    assert group in (GROUP, BLOCK), f"groups of {group}"
+    nibbles = q.int().view(*q.shape[:-1], width // BLOCK, 4, 16)
+    shifts = torch.arange(0, 16, 4, device=q.device)[:, None]
+    words = (nibbles << shifts).sum(-2)  # [E, N, K/64, 16], 0 … 65535
+    words = torch.where(words < 2**15, words, words - 2**16).to(torch.int16)
+
+    def pairs(per_group: Tensor) -> Tensor:  # [E, N, K/g] -> [E, K/64, N, 2]
+        halves = per_group.repeat_interleave(group // GROUP, -1)
+        return halves.view(*q.shape[:-1], width // BLOCK, 2).transpose(-3, -2).contiguous()
+
+    return MoeWeight(
+        words.transpose(-3, -2).contiguous(), pairs(scale), None if zero is None else pairs(zero)
+    )

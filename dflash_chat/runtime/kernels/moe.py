@@ -1,0 +1,346 @@
+"""Gemma 4's feed-forward half in two launches: the dense MLP beside the routed experts.
+
+    gate_up   a = gelu_tanh(x·gateᵀ) · (x·upᵀ)      down   y = a·downᵀ
+
+    h_dense, h_moe [T, C]     gate_up weights: gate's rows, then up's: [2D, C] and [E, 2I, C]
+    down weights [C, D], [E, C, I]
+    dense_act [T, D], expert_act [min(E, k·T), T, I]: expert `routing.experts[i]` at i, written
+    where a row goes to that expert
+    dense partials fp32 [S, T, C] to be summed, expert partials fp32 [k, T, C] by rank, unweighted
+
+Bound by the bytes of the weights of the experts that any row chose. A CTA multiplies one tile of
+output channels of one expert with all rows, padded to 16 for the tensor cores: nothing is gathered,
+rows that go elsewhere are masked and cost no traffic. Experts stand in the grid by their place in
+the router's list, and CTAs behind its end exit at once. The dense MLP is treated as D/I more
+experts, of all rows; its down projection is split along K to the experts' I, so that all CTAs of a
+launch are equal. gate and up rows alternate in a tile, which puts each pair into one thread.
+
+Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`. fp8 is widened
+in registers and scaled at the end. int4 becomes bf16 by setting exponent bits: 128 + q is exact.
+The sum over a group of 32 is scaled in fp32 and the offset taken back with the group's Σx:
+
+    Σ x·((q − 8)·s + z) = s·Σ x·(128 + q) + (z − 136·s)·Σ x
+"""
+
+# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+# ruff: noqa: ANN001, ANN202, E741 (Triton takes no annotations but its own; I is the field's name)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dflash_chat.runtime.kernels.expert_weights import MoeWeight
+from dflash_chat.runtime.kernels.router import Routing
+
+
+class MoeConfig(NamedTuple):
+    """Output channels (pairs for gate_up) and columns of a tile, warps of a CTA, stages."""
+
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+CONFIGS = {  # (launch, format of the experts)
+    ("gate_up", "plain"): MoeConfig(16, 128, 4, 4),
+    ("gate_up", "fp8"): MoeConfig(16, 256, 4, 4),
+    ("gate_up", "int4"): MoeConfig(32, 128, 4, 5),
+    ("down", "plain"): MoeConfig(64, 64, 4, 5),
+    ("down", "fp8"): MoeConfig(64, 64, 4, 6),
+    ("down", "int4"): MoeConfig(64, 64, 4, 6),
+}
+
+
+def reference_gate_up(
+    h_dense: Tensor, dense_w: Tensor, h_moe: Tensor, experts_w: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dense_act [T, D], and the experts' activations by rank: [T, k, I]."""
+
+    def act(x: Tensor, w: Tensor) -> Tensor:
+        gate, up = (w @ x).chunk(2)
+        return F.gelu(gate, approximate="tanh") * up
+
+    dense = [act(x, dense_w) for x in h_dense]
+    routed = [
+        torch.stack([act(x, experts_w[e]) for e in row])
+        for x, row in zip(h_moe, slots.tolist(), strict=True)
+    ]
+    return torch.stack(dense), torch.stack(routed)
+
+
+def reference_down(
+    dense_act: Tensor, dense_w: Tensor, expert_act: Tensor, experts_w: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dense output [T, C], and the experts' outputs by rank [k, T, C]; expert_act is [T, k, I]."""
+    routed = [
+        torch.stack([experts_w[e] @ x for e, x in zip(row, act, strict=True)])
+        for row, act in zip(slots.tolist(), expert_act, strict=True)
+    ]
+    return dense_act @ dense_w.T, torch.stack(routed, 1)
+
+
+@triton.jit
+def _product(
+    x_ptr, row, taken, w_ptr, scale_ptr, zero_ptr, n, first,
+    N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS]."""
+    acc = tl.zeros([ROWS, CHANNELS], tl.float32)
+    if FORMAT == "int4":
+        i = tl.arange(0, 16)
+        pair = tl.arange(0, 2)
+        MAGIC: tl.constexpr = 0x4300 if x_ptr.dtype.element_ty == tl.bfloat16 else 0x6400
+        OFFSET: tl.constexpr = 136.0 if x_ptr.dtype.element_ty == tl.bfloat16 else 1032.0
+        STEPS: tl.constexpr = BK // 64
+        for start in range(0, SPAN // 64, STEPS):
+            for step in tl.static_range(STEPS):
+                inside = start + step < SPAN // 64
+                block = first // 64 + start + step
+                at = (block * N + n) * 16
+                words = tl.load(
+                    w_ptr + at[None, :] + i[:, None], mask=inside, other=0,
+                    eviction_policy="evict_first",
+                )  # [16, CHANNELS]  # fmt: skip
+                at2 = (block * N + n)[:, None] * 2 + pair[None, :]
+                scales = tl.load(scale_ptr + at2, mask=inside, other=0.0).to(tl.float32)
+                shifts = -OFFSET * scales  # [CHANNELS, 2]
+                if HAS_ZERO:
+                    shifts += tl.load(zero_ptr + at2, mask=inside, other=0.0).to(tl.float32)
+                scale_0, scale_1 = tl.split(scales)
+                shift_0, shift_1 = tl.split(shifts)
+                x_at = x_ptr + row[:, None] * K + block * 64 + i[None, :]
+                x_inside = taken[:, None] & inside
+                for g in tl.static_range(2):
+                    x_a = tl.load(x_at + 32 * g, mask=x_inside, other=0.0)  # [ROWS, 16]
+                    x_b = tl.load(x_at + 32 * g + 16, mask=x_inside, other=0.0)
+                    q_a = ((words >> (8 * g)) & 15) | MAGIC
+                    q_b = ((words >> (8 * g + 4)) & 15) | MAGIC
+                    part = tl.dot(x_a, q_a.to(tl.int16).to(x_a.dtype, bitcast=True))
+                    part = tl.dot(x_b, q_b.to(tl.int16).to(x_b.dtype, bitcast=True), part)
+                    total = tl.sum(x_a.to(tl.float32) + x_b.to(tl.float32), axis=1)
+                    scale = scale_0 if g == 0 else scale_1
+                    shift = shift_0 if g == 0 else shift_1
+                    acc += part * scale[None, :] + total[:, None] * shift[None, :]
+    else:
+        k = tl.arange(0, BK)
+        for start in range(0, SPAN, BK):
+            x_at = x_ptr + row[:, None] * K + first + start + k[None, :]
+            w_at = w_ptr + n[None, :] * K + first + start + k[:, None]
+            if SPAN % BK == 0 and K % SPAN == 0:
+                x = tl.load(x_at, mask=taken[:, None], other=0.0)  # [ROWS, BK]
+                w = tl.load(w_at, eviction_policy="evict_first")  # [BK, CHANNELS]
+            else:
+                inside = (start + k < SPAN) & (first + start + k < K)
+                x = tl.load(x_at, mask=taken[:, None] & inside[None, :], other=0.0)
+                w = tl.load(w_at, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
+            acc = tl.dot(x, w.to(x.dtype), acc)
+        if FORMAT == "fp8":
+            acc *= tl.load(scale_ptr + n)[None, :]
+    return acc
+
+
+@triton.jit
+def _rank(slots_ptr, row, expert, T, TOP: tl.constexpr, RANKS: tl.constexpr):
+    """Which rows go to the expert, and as which of their ranks: [ROWS] each."""
+    rank = tl.arange(0, RANKS)
+    valid = (row[:, None] < T) & (rank[None, :] < TOP)
+    slots = tl.load(slots_ptr + row[:, None] * TOP + rank[None, :], mask=valid, other=-1)
+    same = slots == expert
+    return tl.max(same.to(tl.int32), axis=1) > 0, tl.sum(tl.where(same, rank[None, :], 0), axis=1)
+
+
+@triton.jit
+def _store_activation(acc, out_ptr, row, taken, column, WIDTH: tl.constexpr, BN: tl.constexpr):
+    """acc [ROWS, 2·BN] holds gate and up alternately."""
+    gate, up = tl.split(tl.reshape(acc, (acc.shape[0], BN, 2)))
+    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2·√(2/π)·(…)
+    act = gate * tl.sigmoid(inner) * up  # ½(1 + tanh(z)) = sigmoid(2z)
+    out = out_ptr + row[:, None] * WIDTH + column[None, :]
+    mask = taken[:, None] & (column[None, :] < WIDTH)
+    tl.store(out, act.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gate_up_kernel(
+    h_dense_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
+    h_moe_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
+    experts_ptr, active_ptr, slots_ptr, dense_act_ptr, expert_act_ptr, T,
+    W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr,
+    DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
+    FORMAT: tl.constexpr, ZERO: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    DENSE_TILES: tl.constexpr = (D + BN - 1) // BN
+    TILES: tl.constexpr = (I + BN - 1) // BN
+    tile = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    pair = tl.arange(0, 2 * BN)
+    column = tl.arange(0, BN)
+    if tile < DENSE_TILES:
+        n = tl.minimum(tile * BN + pair // 2, D - 1) + pair % 2 * D
+        acc = _product(
+            h_dense_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, 0,
+            2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, ROWS, 2 * BN, BK,
+        )  # fmt: skip
+        _store_activation(acc, dense_act_ptr, row, row < T, tile * BN + column, D, BN)
+    else:
+        i = (tile - DENSE_TILES) // TILES
+        first = (tile - DENSE_TILES) % TILES * BN
+        expert = tl.load(experts_ptr + i)
+        taken, _ = _rank(slots_ptr, row, expert, T, TOP, RANKS)
+        if i < tl.load(active_ptr):
+            n = tl.minimum(first + pair // 2, I - 1) + pair % 2 * I
+            e = expert.to(tl.int64)
+            acc = _product(
+                h_moe_ptr, row, taken, experts_w_ptr + e * W_STRIDE,
+                experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
+                2 * I, C, C, FORMAT, ZERO, ROWS, 2 * BN, BK,
+            )  # fmt: skip
+            _store_activation(acc, expert_act_ptr + i * T * I, row, taken, first + column, I, BN)
+
+
+@triton.jit
+def _down_kernel(
+    dense_act_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
+    expert_act_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
+    experts_ptr, active_ptr, slots_ptr, dense_ptr, routed_ptr, T,
+    W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr,
+    DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
+    FORMAT: tl.constexpr, ZERO: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    SPLITS: tl.constexpr = (D + I - 1) // I
+    TILES: tl.constexpr = (C + BN - 1) // BN
+    item = tl.program_id(0) // TILES
+    row = tl.arange(0, ROWS)
+    column = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
+    n = tl.minimum(column, C - 1)
+    if item < SPLITS:
+        acc = _product(
+            dense_act_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, item * I,
+            C, D, I, DENSE_FORMAT, DENSE_ZERO, ROWS, BN, BK,
+        )  # fmt: skip
+        out = dense_ptr + (item * T + row[:, None]) * C + column[None, :]
+        tl.store(out, acc, mask=(row[:, None] < T) & (column[None, :] < C))
+    else:
+        i = item - SPLITS
+        expert = tl.load(experts_ptr + i)
+        taken, rank = _rank(slots_ptr, row, expert, T, TOP, RANKS)
+        if i < tl.load(active_ptr):
+            e = expert.to(tl.int64)
+            acc = _product(
+                expert_act_ptr + i * T * I, row, taken, experts_w_ptr + e * W_STRIDE,
+                experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
+                C, I, I, FORMAT, ZERO, ROWS, BN, BK,
+            )  # fmt: skip
+            out = routed_ptr + (rank * T + row)[:, None] * C + column[None, :]
+            tl.store(out, acc, mask=taken[:, None] & (column[None, :] < C))
+
+
+def gate_up(
+    h_dense: Tensor,
+    dense_w: MoeWeight,
+    h_moe: Tensor,
+    experts_w: MoeWeight,
+    routing: Routing,
+    *,
+    config: MoeConfig | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """dense_act [T, D] and expert_act [min(E, k·T), T, I], in h's dtype."""
+    rows, width = h_moe.shape
+    dense, inner = dense_w.shape[0] // 2, experts_w.shape[1] // 2
+    assert h_dense.shape == (rows, width), f"h_dense {h_dense.shape}, h_moe {h_moe.shape}"
+    assert h_dense.is_contiguous(), f"h_dense {h_dense.stride()}"
+    assert h_moe.is_contiguous(), f"h_moe {h_moe.stride()}"
+    assert dense_w.shape[1] == experts_w.shape[2] == width, f"{dense_w.shape} {experts_w.shape}"
+    config = config or CONFIGS["gate_up", experts_w.format]
+    places = routing.experts.numel()
+    dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
+    expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
+    tiles = triton.cdiv(dense, config.bn) + places * triton.cdiv(inner, config.bn)
+    _gate_up_kernel[(tiles,)](
+        h_dense, *_parts(dense_w), h_moe, *_parts(experts_w), *routing[:3], dense_act, expert_act,
+        rows, C=width, D=dense, I=inner, **_constants(rows, dense_w, experts_w, routing, config),
+        PDL=pdl, num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
+    )  # fmt: skip
+    return dense_act, expert_act
+
+
+def down(
+    dense_act: Tensor,
+    dense_w: MoeWeight,
+    expert_act: Tensor,
+    experts_w: MoeWeight,
+    routing: Routing,
+    *,
+    config: MoeConfig | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """fp32 [⌈D/I⌉, T, C], whose sum is the dense MLP's output, and fp32 [k, T, C] by rank."""
+    places, rows, inner = expert_act.shape
+    dense, width = dense_act.shape[1], dense_w.shape[0]
+    assert dense_act.is_contiguous(), f"dense_act {dense_act.stride()}"
+    assert expert_act.is_contiguous(), f"expert_act {expert_act.stride()}"
+    assert dense_w.shape == (width, dense), f"{dense_w.shape}, activation {dense_act.shape}"
+    assert experts_w.shape[1:] == (width, inner), f"{experts_w.shape}, {expert_act.shape}"
+    assert places == routing.experts.numel(), f"{places} of {routing.experts.numel()} experts"
+    config = config or CONFIGS["down", experts_w.format]
+    splits, top_k = triton.cdiv(dense, inner), routing.slots.shape[1]
+    device = dense_act.device
+    dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
+    routed = torch.empty(top_k, rows, width, dtype=torch.float32, device=device)
+    tiles = (splits + places) * triton.cdiv(width, config.bn)
+    _down_kernel[(tiles,)](
+        dense_act, *_parts(dense_w), expert_act, *_parts(experts_w), *routing[:3], dense_out,
+        routed, rows, C=width, D=dense, I=inner,
+        **_constants(rows, dense_w, experts_w, routing, config),
+        PDL=pdl, num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
+    )  # fmt: skip
+    return dense_out, routed
+
+
+def _parts(weight: MoeWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """data, scale, zero; what a format lacks is replaced by data and never read."""
+    assert all(p.is_contiguous() for p in (weight.data, weight.scale, weight.zero) if p is not None)
+    scale = weight.data if weight.scale is None else weight.scale
+    return weight.data, scale, scale if weight.zero is None else weight.zero
+
+
+def _constants(
+    rows: int, dense_w: MoeWeight, experts_w: MoeWeight, routing: Routing, config: MoeConfig
+) -> dict[str, object]:
+    """What both kernels are specialised by."""
+    top_k = routing.slots.shape[1]
+    assert routing.slots.shape[0] == rows <= 32, f"slots {routing.slots.shape}, {rows} rows"
+    assert config.bk % 64 == 0 or "int4" not in (dense_w.format, experts_w.format), f"{config}"
+    return {
+        "W_STRIDE": experts_w.data.stride(0),
+        "SCALE_STRIDE": 0 if experts_w.scale is None else experts_w.scale.stride(0),
+        "TOP": top_k,
+        "RANKS": triton.next_power_of_2(top_k),
+        "DENSE_FORMAT": dense_w.format,
+        "DENSE_ZERO": dense_w.zero is not None,
+        "FORMAT": experts_w.format,
+        "ZERO": experts_w.zero is not None,
+        "ROWS": 16 if rows <= 16 else 32,
+        "BN": config.bn,
+        "BK": config.bk,
+    }

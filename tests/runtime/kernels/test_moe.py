@@ -1,0 +1,231 @@
+"""Both feed-forward launches against plain torch, in every weight format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dflash_chat.runtime.kernels import moe, router
+from dflash_chat.runtime.kernels.expert_weights import (
+    MoeWeight,
+    pack_fp8_experts,
+    pack_int4_experts,
+)
+from dflash_chat.runtime.kernels.moe import MoeConfig
+from dflash_chat.runtime.kernels.router import Routing
+from tests.runtime.kernels.conftest import DEVICE, LOW
+from tests.runtime.kernels.truth import assert_as_good, relative_error
+
+EXPERTS = 16
+FORMATS = ("plain", "fp8", "int4", "int4 with zeros", "int4 in groups of 64")
+WIDTHS = [(1, 8), (2, 2), (7, 3), (8, 8), (16, 4), (17, 8)]  # rows of the block, experts of a row
+SMALL = MoeConfig(bn=16, bk=64, warps=4, stages=2)
+
+
+def weight(format_name: str, *shape: int) -> MoeWeight:
+    """Random, of the order of 1/√K."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    dense = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE)
+    if format_name == "plain":
+        return MoeWeight(dense.to(LOW))
+    if format_name == "fp8":
+        return pack_fp8_experts(dense)
+    groups = (*shape[:-1], shape[-1] // (64 if "64" in format_name else 32))
+    q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
+    scale = (torch.rand(groups, generator=generator) / (4 * shape[-1] ** 0.5)).to(DEVICE, LOW)
+    zeros = "zeros" in format_name
+    return pack_int4_experts(q, scale, 3 * scale.flip(-1) if zeros else None)
+
+
+def routing_of(slots: Tensor) -> Routing:
+    """The router's answer for given slots [T, k]; behind its end the list points nowhere."""
+    distinct = slots.unique()
+    experts = torch.full((min(EXPERTS, slots.numel()),), 2**30, dtype=torch.int32)
+    experts[: distinct.numel()] = distinct
+    active = torch.tensor([distinct.numel()], dtype=torch.int32)
+    weights = torch.rand(slots.shape)
+    return Routing(*(t.to(DEVICE) for t in (experts, active, slots.int(), weights)))
+
+
+def random_slots(rows: int, top_k: int, experts: int = EXPERTS) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(rows)])
+
+
+def activations(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, LOW)
+
+
+def by_rank(expert_act: Tensor, routing: Routing) -> Tensor:
+    """[active, T, I] -> [T, k, I]."""
+    place = torch.zeros(EXPERTS, dtype=torch.long, device=DEVICE)
+    count = int(routing.active)
+    place[routing.experts[:count].long()] = torch.arange(count, device=DEVICE)
+    rows = torch.arange(routing.slots.shape[0], device=DEVICE)[:, None]
+    return expert_act[place[routing.slots.long()], rows]
+
+
+def check_gate_up(
+    dense_w: MoeWeight, experts_w: MoeWeight, routing: Routing, config: MoeConfig | None
+) -> None:
+    rows, width = routing.slots.shape[0], dense_w.shape[1]
+    h_dense, h_moe = activations(rows, width), activations(rows + 1, width)[1:]
+    dense, routed = moe.gate_up(h_dense, dense_w, h_moe, experts_w, routing, config=config)
+
+    def expect(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return moe.reference_gate_up(
+            h_dense.to(dtype), dense_w.dequantize(dtype),
+            h_moe.to(dtype), experts_w.dequantize(dtype), routing.slots,
+        )  # fmt: skip
+
+    ours = (dense, by_rank(routed, routing))
+    for out, plain, truth in zip(ours, expect(LOW), expect(torch.float64), strict=True):
+        assert_as_good(out, plain, truth)
+
+
+def check_down(
+    dense_w: MoeWeight, experts_w: MoeWeight, routing: Routing, config: MoeConfig | None
+) -> None:
+    rows, inner = routing.slots.shape[0], experts_w.shape[2]
+    dense_act = activations(rows, dense_w.shape[1])
+    expert_act = activations(routing.experts.numel(), rows, inner)
+    dense, routed = moe.down(dense_act, dense_w, expert_act, experts_w, routing, config=config)
+
+    def expect(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return moe.reference_down(
+            dense_act.to(dtype), dense_w.dequantize(dtype),
+            by_rank(expert_act, routing).to(dtype), experts_w.dequantize(dtype), routing.slots,
+        )  # fmt: skip
+
+    for out, plain, truth in zip(
+        (dense.sum(0), routed), expect(LOW), expect(torch.float64), strict=True
+    ):
+        assert_as_good(out, plain, truth)
+
+
+@pytest.mark.parametrize(("rows", "top_k"), WIDTHS)
+def test_gate_up_at_every_block_width(rows: int, top_k: int) -> None:
+    routing = routing_of(random_slots(rows, top_k))
+    check_gate_up(weight("plain", 208, 80), weight("plain", EXPERTS, 96, 80), routing, SMALL)
+
+
+@pytest.mark.parametrize(("rows", "top_k"), WIDTHS)
+def test_down_at_every_block_width(rows: int, top_k: int) -> None:
+    routing = routing_of(random_slots(rows, top_k))
+    check_down(weight("plain", 72, 104), weight("plain", EXPERTS, 72, 48), routing, SMALL)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("bk", [64, 128])
+def test_gate_up_in_every_format(format_name: str, bk: int) -> None:
+    routing = routing_of(random_slots(3, 4))
+    dense_w, experts_w = weight(format_name, 144, 64), weight(format_name, EXPERTS, 96, 64)
+    check_gate_up(dense_w, experts_w, routing, SMALL._replace(bk=bk))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("bk", [64, 128])
+def test_down_in_every_format(format_name: str, bk: int) -> None:
+    routing = routing_of(random_slots(3, 4))
+    dense_w, experts_w = weight(format_name, 72, 128), weight(format_name, EXPERTS, 72, 64)
+    check_down(dense_w, experts_w, routing, SMALL._replace(bk=bk))
+
+
+def test_the_dense_mlp_may_have_another_format() -> None:
+    routing = routing_of(random_slots(2, 4))
+    check_gate_up(weight("plain", 96, 64), weight("int4", EXPERTS, 96, 64), routing, SMALL)
+    check_down(weight("plain", 72, 64), weight("int4", EXPERTS, 72, 64), routing, SMALL)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_one_expert_may_take_all_rows(rows: int) -> None:
+    routing = routing_of(torch.full((rows, 1), EXPERTS - 1))
+    check_gate_up(weight("plain", 96, 64), weight("plain", EXPERTS, 96, 64), routing, SMALL)
+    check_down(weight("plain", 72, 96), weight("plain", EXPERTS, 72, 48), routing, SMALL)
+
+
+def test_rows_that_go_elsewhere_are_not_written() -> None:
+    slots = torch.tensor([[0, 1], [2, 3]])
+    _, routed = moe.gate_up(
+        activations(2, 64), weight("plain", 96, 64), activations(2, 64),
+        weight("plain", EXPERTS, 96, 64), routing_of(slots), config=SMALL,
+    )  # fmt: skip
+    written = routed.isfinite().all(-1)
+    assert written.tolist() == [[True, False]] * 2 + [[False, True]] * 2
+
+
+def test_router_and_both_launches_make_the_whole_half() -> None:
+    width, inner, dense, rows, top_k = 64, 48, 96, 5, 4
+    h = [activations(rows, width) for _ in range(3)]
+    proj, scale = activations(EXPERTS, width), torch.rand(EXPERTS).to(DEVICE, LOW)
+    weights = [
+        weight("plain", 2 * dense, width), weight("plain", EXPERTS, 2 * inner, width),
+        weight("plain", width, dense), weight("plain", EXPERTS, width, inner),
+    ]  # fmt: skip
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    routing = router.route(h[2], proj, scale, counter, top_k=top_k)
+    acts = moe.gate_up(h[0], weights[0], h[1], weights[1], routing, config=SMALL)
+    dense_out, routed = moe.down(acts[0], weights[2], acts[1], weights[3], routing, config=SMALL)
+    out = dense_out.sum(0) + (routing.weights.T[..., None] * routed).sum(0)
+
+    def expect(dtype: torch.dtype) -> Tensor:
+        w = [one.dequantize(dtype) for one in weights]
+        slots, p = router.reference(h[2].to(dtype), proj.to(dtype), scale.to(dtype), top_k)
+        act, expert_act = moe.reference_gate_up(h[0].to(dtype), w[0], h[1].to(dtype), w[1], slots)
+        out, routed = moe.reference_down(act, w[2], expert_act, w[3], slots)
+        return out + (p.T[..., None] * routed).sum(0)
+
+    assert_as_good(out, expect(LOW), expect(torch.float64))
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_unpacks_to_what_was_packed(group: int) -> None:
+    q = torch.randint(0, 16, (3, 5, 192), dtype=torch.uint8)
+    scale, zero = torch.rand(2, 3, 5, 192 // group).bfloat16()
+    packed = pack_int4_experts(q, scale, zero)
+    wide_scale, wide_zero = (t.double().repeat_interleave(group, -1) for t in (scale, zero))
+    assert packed.shape == (3, 5, 192)
+    assert torch.equal(packed.dequantize(torch.float64), (q.double() - 8) * wide_scale + wide_zero)
+
+
+def test_fp8_keeps_three_mantissa_bits() -> None:
+    w = torch.randn(3, 5, 192)
+    packed = pack_fp8_experts(w)
+    assert packed.format == "fp8"
+    assert relative_error(packed.dequantize(), w) < 2**-4
+
+
+def test_a_group_of_128_is_refused() -> None:
+    with pytest.raises(AssertionError, match="groups of 128"):
+        pack_int4_experts(torch.zeros(1, 128, dtype=torch.uint8), torch.ones(1, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 7, 16, 17])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_the_real_shapes_follow_their_routing_on_replay(format_name: str, rows: int) -> None:
+    gate_up_w = weight(format_name, 4224, 2816), weight(format_name, EXPERTS, 1408, 2816)
+    down_w = weight(format_name, 2816, 2112), weight(format_name, EXPERTS, 2816, 704)
+    routing = routing_of(random_slots(rows, 8))
+    check_gate_up(*gate_up_w, routing, None)
+    check_down(*down_w, routing, None)
+
+    h = activations(rows, 2816)
+
+    def half() -> tuple[Tensor, Tensor]:
+        dense_act, expert_act = moe.gate_up(h, gate_up_w[0], h, gate_up_w[1], routing)
+        return moe.down(dense_act, down_w[0], expert_act, down_w[1], routing)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = half()
+    slots = random_slots(rows, 8).flip(0) * 7 % EXPERTS
+    for static, fresh in zip(routing, routing_of(slots), strict=True):
+        static.copy_(fresh)
+    h.mul_(0.5)
+    graph.replay()
+    for replayed, eager in zip(captured, half(), strict=True):
+        assert torch.equal(replayed, eager)

@@ -7,8 +7,8 @@ over the positions n that row t, at position p = length + t, may see: p − (win
 stands in slot n % S of keys and values [G, S, D], the block's own rows included; sliding layers
 need S ≥ window − 1 + T.
 
-Split-KV: the visible range is cut into SPLITS shares of whole tiles, computed from `length` on the
-device, so a captured graph stays valid as the context grows. The T · H/G rows of a kv head form the
+Split-KV: the visible range is cut into SPLITS equal shares, computed from `length` on the device,
+so a captured graph stays valid as the context grows. The T · H/G rows of a kv head form the
 M dimension of each dot (row m = t · H/G + j), so keys and values are read once. A share leaves its
 normalised output in q's dtype (fp32 would cost as many bytes as the cache itself) and its
 log₂-sum-exp in fp32; shares are merged by the last program of a kv head to arrive, or by a second
@@ -17,7 +17,7 @@ reading keys and values; at short contexts by the chain length → keys → part
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from torch import Tensor
 LOG2E = math.log2(math.e)
 PROGRAMS = 132  # wanted at least: one for each multiprocessor of a big card
 ARRIVALS = 256  # counters
+GRAIN = tl.constexpr(16)  # keys; shares are multiples of it
 
 
 class Config(NamedTuple):
@@ -65,6 +66,41 @@ def reference(
     scores = torch.einsum("thd,hnd->htn", q, k) * scale
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("htn,hnd->thd", weights, v).flatten(1)
+
+
+@triton.jit
+def attend_tile(
+    q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
+    D: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: queries [M, D] at p [M] see keys [start, min(hi, +BLOCK_N)).
+
+    top, total [M] and acc [M, D] are the running maximum, sum and weighted values; scores are in
+    powers of two, hence `scale` holds log₂ e.
+    """
+    d = tl.arange(0, D)
+    n = start + tl.arange(0, BLOCK_N)
+    slot = n
+    if WINDOW:
+        slot = start % slots + tl.arange(0, BLOCK_N)
+        slot = tl.where(slot >= slots, slot - slots, slot)
+    at = slot[:, None] * D + d[None, :]
+    inside = n < hi
+    k = tl.load(k_base + at, mask=inside[:, None], other=0.0)
+    v = tl.load(v_base + at, mask=inside[:, None], other=0.0)
+    s = tl.dot(q, tl.trans(k)) * scale  # [M, BLOCK_N]
+    seen = inside[None, :]
+    if CAUSAL:
+        seen = seen & (n[None, :] <= p[:, None])
+    if WINDOW:
+        seen = seen & (n[None, :] > p[:, None] - WINDOW)
+    s = tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+    w = tl.exp2(s - safe[:, None])
+    keep = tl.exp2(top - safe)
+    acc = tl.dot(w.to(v.dtype), v, acc * keep[:, None])
+    return new_top, total * keep + tl.sum(w, 1), acc
 
 
 @triton.jit
@@ -111,13 +147,12 @@ def _attention_kernel(
 ):  # fmt: skip
     """Grid (SPLITS, M tiles, G)."""
     split, g = tl.program_id(0), tl.program_id(2)
-    SHARE: tl.constexpr = H // G
+    GROUP: tl.constexpr = H // G
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    used = m < T * SHARE
-    t = m // SHARE
-    row = t * H + g * SHARE + m % SHARE  # of [T · H, D]
+    used = m < T * GROUP
+    t = m // GROUP
+    row = t * H + g * GROUP + m % GROUP  # of [T · H, D]
     d = tl.arange(0, D)
-    offs_n = tl.arange(0, BLOCK_N)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -128,9 +163,9 @@ def _attention_kernel(
     first = 0
     if WINDOW:
         first = tl.maximum(length - (WINDOW - 1), 0)
-    tiles = tl.cdiv(tl.cdiv(end - first, BLOCK_N), SPLITS)
-    lo = first + split * tiles * BLOCK_N
-    hi = tl.minimum(lo + tiles * BLOCK_N, end)
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), GRAIN) * GRAIN
+    lo = first + split * share
+    hi = tl.minimum(lo + share, end)
 
     k_base = keys_ptr + g.to(tl.int64) * slots * D
     v_base = values_ptr + g.to(tl.int64) * slots * D
@@ -138,29 +173,10 @@ def _attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        n = start + offs_n
-        slot = n
-        if WINDOW:
-            slot = start % slots + offs_n
-            slot = tl.where(slot >= slots, slot - slots, slot)
-        at = slot[:, None] * D + d[None, :]
-        inside = n < hi
-        k = tl.load(k_base + at, mask=inside[:, None], other=0.0)
-        v = tl.load(v_base + at, mask=inside[:, None], other=0.0)
-        s = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N], in powers of two
-        seen = inside[None, :]
-        if CAUSAL:
-            seen = seen & (n[None, :] <= p[:, None])
-        if WINDOW:
-            seen = seen & (n[None, :] > p[:, None] - WINDOW)
-        s = tl.where(seen, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that sees none of the tile
-        w = tl.exp2(s - safe[:, None])
-        keep = tl.exp2(top - safe)
-        total = total * keep + tl.sum(w, 1)
-        acc = tl.dot(w.to(v.dtype), v, acc * keep[:, None])
-        top = new_top
+        top, total, acc = attend_tile(
+            q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
+            D, WINDOW, CAUSAL, BLOCK_N,
+        )  # fmt: skip
 
     at = split * (T * H) + row
     empty = total == 0.0
@@ -175,8 +191,8 @@ def _attention_kernel(
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(counter, 0)  # clean for the next launch
             begin = tl.program_id(1) * BLOCK_M
-            for i in range(begin, tl.minimum(begin + BLOCK_M, T * SHARE)):
-                merged = (i // SHARE) * H + g * SHARE + i % SHARE
+            for i in range(begin, tl.minimum(begin + BLOCK_M, T * GROUP)):
+                merged = (i // GROUP) * H + g * GROUP + i % GROUP
                 _merge(partial_ptr, lse_ptr, out_ptr, merged, T * H, d, SPLITS, POW2, D)
 
 
@@ -197,7 +213,7 @@ def default_config(rows: int, heads: int, groups: int, dim: int, slots: int, win
     programs = groups * triton.cdiv(m, block_m)
     visible = min(slots, window - 1 + rows) if window else slots
     splits = max(1, min(triton.cdiv(visible, block_n), triton.cdiv(PROGRAMS, programs)))
-    warps = 8 if block_m * dim >= 64 * 256 else 4
+    warps = 8 if block_m * dim >= 8192 else 4
     return Config(block_m, block_n, splits, warps, 2, fused=m * dim <= 512)
 
 

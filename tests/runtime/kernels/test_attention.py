@@ -13,9 +13,9 @@ from dflash_chat.runtime.kernels.attention import Config
 from tests.runtime.kernels.conftest import DEVICE, LOW
 from tests.runtime.kernels.truth import assert_as_good
 
-MERGES = {  # tiles of 16 keys, so that a few rows already span shares
+MERGES = {  # small tiles, so that a few rows already span shares and tiles, whole and partial
     "fused": Config(16, 16, 3, 4, 2, fused=True),
-    "two kernels": Config(16, 16, 3, 4, 2, fused=False),
+    "two kernels": Config(16, 32, 2, 4, 2, fused=False),
 }
 
 

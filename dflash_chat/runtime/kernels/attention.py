@@ -1,0 +1,264 @@
+"""Attention of one block, 1 to 17 rows, over a cache whose length only the device knows.
+
+    out[t, h] = Σ_n softmax_n(scale · q[t, h] · k[n]) v[n],    g = h // (H/G) names k and v
+
+over the positions n that row t, at position p = length + t, may see: p − (window − 1) and later
+(window 0: from the start), with `causal` none after p, without it all rows of the block. Position n
+stands in slot n % S of keys and values [G, S, D], the block's own rows included; sliding layers
+need S ≥ window − 1 + T.
+
+Split-KV: the visible range is cut into SPLITS equal shares, computed from `length` on the device,
+so a captured graph stays valid as the context grows. The T · H/G rows of a kv head form the
+M dimension of each dot (row m = t · H/G + j), so keys and values are read once. A share leaves its
+normalised output in q's dtype (fp32 would cost as many bytes as the cache itself) and its
+log₂-sum-exp in fp32; shares are merged by the last program of a kv head to arrive, or by a second
+kernel where that one program would have too much to read. bf16 in and out, fp32 softmax. Bound by
+reading keys and values; at short contexts by the chain length → keys → partial → merge.
+"""
+
+# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+# ruff: noqa: ANN001, ANN201, ANN202
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+PROGRAMS = 132  # wanted at least: one for each multiprocessor of a big card
+ARRIVALS = 256  # counters
+GRAIN = tl.constexpr(16)  # keys; shares are multiples of it
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch of one shape; `fused` merges in the last program to arrive."""
+
+    block_m: int
+    block_n: int
+    splits: int
+    warps: int
+    stages: int
+    fused: bool
+
+
+def reference(
+    q: Tensor, keys: Tensor, values: Tensor, length: int, window: int, causal: bool, scale: float
+) -> Tensor:
+    """The formula in plain torch, in q's dtype: [T, H, D] → [T, H·D]."""
+    rows, heads, _ = q.shape
+    groups, slots, _ = keys.shape
+    end = length + rows
+    first = max(0, length - window + 1) if window else 0
+    n = torch.arange(first, end, device=q.device)
+    k, v = (
+        x[:, n % slots].to(q.dtype).repeat_interleave(heads // groups, 0) for x in (keys, values)
+    )
+    p = torch.arange(length, end, device=q.device)[:, None]
+    hidden = (n > p) if causal else torch.zeros_like(n > p)
+    if window:
+        hidden = hidden | (n <= p - window)
+    scores = torch.einsum("thd,hnd->htn", q, k) * scale
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("htn,hnd->thd", weights, v).flatten(1)
+
+
+@triton.jit
+def attend_tile(
+    q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
+    D: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: queries [M, D] at p [M] see keys [start, min(hi, +BLOCK_N)).
+
+    top, total [M] and acc [M, D] are the running maximum, sum and weighted values; scores are in
+    powers of two, hence `scale` holds log₂ e.
+    """
+    d = tl.arange(0, D)
+    n = start + tl.arange(0, BLOCK_N)
+    slot = n
+    if WINDOW:
+        slot = start % slots + tl.arange(0, BLOCK_N)
+        slot = tl.where(slot >= slots, slot - slots, slot)
+    at = slot[:, None] * D + d[None, :]
+    inside = n < hi
+    k = tl.load(k_base + at, mask=inside[:, None], other=0.0)
+    v = tl.load(v_base + at, mask=inside[:, None], other=0.0)
+    s = tl.dot(q, tl.trans(k)) * scale  # [M, BLOCK_N]
+    seen = inside[None, :]
+    if CAUSAL:
+        seen = seen & (n[None, :] <= p[:, None])
+    if WINDOW:
+        seen = seen & (n[None, :] > p[:, None] - WINDOW)
+    s = tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+    w = tl.exp2(s - safe[:, None])
+    keep = tl.exp2(top - safe)
+    acc = tl.dot(w.to(v.dtype), v, acc * keep[:, None])
+    return new_top, total * keep + tl.sum(w, 1), acc
+
+
+@triton.jit
+def _merge(partial_ptr, lse_ptr, out_ptr, row, rows, d, SPLITS: tl.constexpr, POW2: tl.constexpr,
+           D: tl.constexpr):  # fmt: skip
+    """Weigh the shares of one row [D] by their sums; shares without a key have lse −inf."""
+    split = tl.arange(0, POW2)
+    at = split * rows + row
+    lse = tl.load(lse_ptr + at, mask=split < SPLITS, other=float("-inf"), cache_modifier=".cg")
+    part = tl.load(
+        partial_ptr + at[:, None] * D + d[None, :],
+        mask=(split < SPLITS)[:, None],
+        other=0.0,
+        cache_modifier=".cg",
+    ).to(tl.float32)  # [POW2, D]
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    part = tl.where((weight > 0)[:, None], part, 0.0)  # what an empty share left is not read
+    merged = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out_ptr + row * D + d, merged.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr, lse_ptr, out_ptr,
+    SPLITS: tl.constexpr, POW2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (T · H, D / BLOCK_D)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    _merge(partial_ptr, lse_ptr, out_ptr, tl.program_id(0), tl.num_programs(0), d, SPLITS, POW2, D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _attention_kernel(
+    q_ptr, keys_ptr, values_ptr, length_ptr, partial_ptr, lse_ptr, arrivals_ptr, out_ptr,
+    slots, scale, T,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (SPLITS, M tiles, G)."""
+    split, g = tl.program_id(0), tl.program_id(2)
+    GROUP: tl.constexpr = H // G
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    used = m < T * GROUP
+    t = m // GROUP
+    row = t * H + g * GROUP + m % GROUP  # of [T · H, D]
+    d = tl.arange(0, D)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    length = tl.load(length_ptr)
+    q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
+    p = length + t
+    end = length + T
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - (WINDOW - 1), 0)
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), GRAIN) * GRAIN
+    lo = first + split * share
+    hi = tl.minimum(lo + share, end)
+
+    k_base = keys_ptr + g.to(tl.int64) * slots * D
+    v_base = values_ptr + g.to(tl.int64) * slots * D
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        top, total, acc = attend_tile(
+            q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
+            D, WINDOW, CAUSAL, BLOCK_N,
+        )  # fmt: skip
+
+    at = split * (T * H) + row
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    tl.store(lse_ptr + at, tl.where(empty, float("-inf"), top + tl.log2(total)), mask=used)
+    if lo < hi:
+        part = (acc / total[:, None]).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + at[:, None] * D + d[None, :], part, mask=used[:, None])
+    if FUSED:
+        tl.debug_barrier()  # the whole program's stores come before its arrival
+        counter = arrivals_ptr + g * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counter, 0)  # clean for the next launch
+            begin = tl.program_id(1) * BLOCK_M
+            for i in range(begin, tl.minimum(begin + BLOCK_M, T * GROUP)):
+                merged = (i // GROUP) * H + g * GROUP + i % GROUP
+                _merge(partial_ptr, lse_ptr, out_ptr, merged, T * H, d, SPLITS, POW2, D)
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Arrival counters, zero between launches; launches that use them must not overlap."""
+    assert not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()), (
+        "run once before capture: the counters must outlive the graph"
+    )
+    return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+
+
+def default_config(rows: int, heads: int, groups: int, dim: int, slots: int, window: int) -> Config:
+    """Tiles of 64 KB of keys and values; enough shares to fill the card, none of them empty."""
+    m = rows * heads // groups
+    block_m = min(max(16, triton.next_power_of_2(m)), 64)
+    block_n = max(16, min(128, 16384 // dim))
+    programs = groups * triton.cdiv(m, block_m)
+    visible = min(slots, window - 1 + rows) if window else slots
+    splits = max(1, min(triton.cdiv(visible, block_n), triton.cdiv(PROGRAMS, programs)))
+    warps = 8 if block_m * dim >= 8192 else 4
+    return Config(block_m, block_n, splits, warps, 2, fused=m * dim <= 512)
+
+
+def block_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    *,
+    window: int,
+    causal: bool,
+    scale: float,
+    pdl: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """Attention of a block whose keys and values are in the cache: [T, H, D] → [T, H·D].
+
+    keys, values: [G, S, D]. length: int32 [1] on the device, the position of the block's first row.
+    window 0 is full attention; otherwise the cache may be a ring.
+    """
+    rows, heads, dim = q.shape
+    groups, slots, _ = keys.shape
+    assert heads % groups == 0, f"{heads} heads on {groups}"
+    assert keys.shape == values.shape == (groups, slots, dim), f"{keys.shape}, {values.shape}"
+    assert q.dtype == keys.dtype == values.dtype, f"{q.dtype}, {keys.dtype}, {values.dtype}"
+    assert length.dtype == torch.int32, f"length {length.dtype}"
+    for x in (q, keys, values):
+        assert x.is_contiguous(), f"{tuple(x.shape)} {x.stride()}"
+    c = config or default_config(rows, heads, groups, dim, slots, window)
+    tiles_m = triton.cdiv(rows * heads // groups, c.block_m)
+    assert groups * tiles_m <= ARRIVALS, f"{groups} kv heads in {tiles_m} tiles"
+    pow2 = triton.next_power_of_2(c.splits)
+    partial = torch.empty(c.splits, rows * heads, dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(c.splits, rows * heads, dtype=torch.float32, device=q.device)
+    out = torch.empty(rows, heads * dim, dtype=q.dtype, device=q.device)
+    _attention_kernel[(c.splits, tiles_m, groups)](
+        q, keys, values, length, partial, lse, _arrivals(q.device), out, slots, scale * LOG2E, rows,
+        H=heads, G=groups, D=dim, WINDOW=window, CAUSAL=causal, SPLITS=c.splits, POW2=pow2,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, STAGES=c.stages, FUSED=c.fused, PDL=pdl,
+        num_warps=c.warps, num_stages=c.stages, launch_pdl=pdl,
+    )  # fmt: skip
+    if not c.fused:
+        block_d = min(dim, max(32, 8192 // pow2))
+        _merge_kernel[(rows * heads, dim // block_d)](
+            partial, lse, out, SPLITS=c.splits, POW2=pow2, D=dim, BLOCK_D=block_d, PDL=pdl,
+            num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
+    return out

@@ -23,6 +23,7 @@ from torch import Tensor
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
 from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
+from dflash_chat.runtime.parts import AttentionParts, LayerParts
 from dflash_chat.runtime.quant import Packed, Ready
 
 _IGNORED_KEYS = {
@@ -190,9 +191,9 @@ class Layer:
         self.post_attention_layernorm = layers.RMSNorm(
             weights.vector("post_attention_layernorm.weight"), eps
         )
-        q_norm, self.k_norm = (weights.vector(f"self_attn.{n}_norm.weight") for n in "qk")  # [D]
+        self.q_norm, self.k_norm = (weights.vector(f"self_attn.{n}_norm.weight") for n in "qk")
         self.qk_norm = layers.RMSNorm.of_heads(
-            [(q_norm, self.heads), (self.k_norm, self.groups)], eps
+            [(self.q_norm, self.heads), (self.k_norm, self.groups)], eps
         )
 
     def __call__(
@@ -208,6 +209,36 @@ class Layer:
         x = x + self.o_proj.matmul(layers.attention(q, keys, values, mask))
         gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))
         return x + self.down_proj.matmul(layers.gated_silu(gate_up))
+
+    def parts(self, frequencies: Tensor) -> LayerParts:
+        """The layer in terms of `parts.py`."""
+        attention = AttentionParts(
+            qkv=self.qkv,
+            o_proj=self.o_proj,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            v_norm=False,
+            values_are_keys=False,
+            frequencies=frequencies,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            causal=self.causal,
+        )
+        assert self.input_layernorm.weight is not None
+        assert self.post_attention_layernorm.weight is not None
+        return LayerParts(
+            attention=attention,
+            gate_up=self.gate_up,
+            down=self.down_proj,
+            activation="silu",
+            input_norm=self.input_layernorm.weight,
+            attention_output_norm=None,
+            mlp_input_norm=self.post_attention_layernorm.weight,
+            mlp_output_norm=None,
+            scalar=None,
+            moe=None,
+            eps=self.input_layernorm.eps,
+        )
 
 
 class Drafter:
@@ -261,6 +292,11 @@ class Drafter:
         )
         self._pending: list[Tensor] = []  # observed features that are not projected yet
         self._block = torch.full((config.block_size,), config.mask_token_id, device=device)
+
+    def parts(self) -> list[LayerParts]:
+        """All layers in terms of `parts.py`."""
+        frequencies = layers.inverse_frequencies(self.config.head_dim, self.config.rope_theta)
+        return [layer.parts(frequencies) for layer in self.layers]
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
 from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
+from dflash_chat.runtime.parts import AttentionParts, LayerParts, MoeParts
 from dflash_chat.runtime.quant import Packed, Ready
 
 IGNORED = ("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.")
@@ -238,10 +239,12 @@ class Attention:
         values = [] if config.values_are_keys(geometry) else ["v_proj"]
         self.qkv = weights.linear("q_proj", "k_proj", *values)
         self.o_proj = weights.linear("o_proj")
-        q_norm, k_norm = (weights.vector(f"{n}_norm.weight") for n in "qk")  # [D]
+        self.q_norm, self.k_norm = (weights.vector(f"{n}_norm.weight") for n in "qk")  # [D]
         self.qk_norm = layers.RMSNorm.of_heads(
-            [(q_norm, self.heads), (k_norm, self.groups)], config.rms_norm_eps
+            [(self.q_norm, self.heads), (self.k_norm, self.groups)], config.rms_norm_eps
         )
+        self.values_are_keys = config.values_are_keys(geometry)
+        self.frequencies = config.inverse_frequencies(geometry)
         self.v_norm = layers.RMSNorm(None, config.rms_norm_eps)
 
     def __call__(
@@ -254,6 +257,21 @@ class Attention:
         v = self.v_norm(heads[:, -self.groups :])  # v_proj's output, or else k_proj's
         keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
         return self.o_proj.matmul(layers.attention(q, keys, values, mask, scale=1.0))
+
+    def parts(self) -> AttentionParts:
+        """The same in terms of `parts.py`."""
+        return AttentionParts(
+            qkv=self.qkv,
+            o_proj=self.o_proj,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            v_norm=True,
+            values_are_keys=self.values_are_keys,
+            frequencies=self.frequencies,
+            scale=1.0,
+            window=self.window,
+            causal=True,
+        )
 
 
 class Router:
@@ -297,6 +315,26 @@ class Experts:
         x = layers.gated_gelu_experts(x, chosen, shares, self.gate_up_proj, self.down_proj)
         return self.post_feedforward_layernorm_2(x)
 
+    def parts(self, dense_output_norm: Tensor) -> MoeParts:
+        """The same in terms of `parts.py`."""
+        router = self.router
+        return MoeParts(
+            router_norm=_weight(router.norm) * router.root_size,
+            proj=router.proj.dequantize(dense_output_norm.dtype),
+            per_expert_scale=router.per_expert_scale,
+            top_k=router.top_k,
+            input_norm=_weight(self.pre_feedforward_layernorm_2),
+            output_norm=_weight(self.post_feedforward_layernorm_2),
+            dense_output_norm=dense_output_norm,
+            gate_up=self.gate_up_proj,
+            down=self.down_proj,
+        )
+
+
+def _weight(norm: layers.RMSNorm) -> Tensor:
+    assert norm.weight is not None
+    return norm.weight
+
 
 class Layer:
     """One decoder layer with fused q/k/v and gate/up projections; `experts` None if dense."""
@@ -329,6 +367,25 @@ class Layer:
         if self.experts is not None:
             fed = self.post_feedforward_layernorm_1(fed) + self.experts(r)
         return (r + self.post_feedforward_layernorm(fed)) * self.layer_scalar
+
+    def parts(self) -> LayerParts:
+        """The layer in terms of `parts.py`."""
+        moe = None
+        if self.experts is not None:
+            moe = self.experts.parts(_weight(self.post_feedforward_layernorm_1))
+        return LayerParts(
+            attention=self.self_attn.parts(),
+            gate_up=self.gate_up,
+            down=self.down_proj,
+            activation="gelu_tanh",
+            input_norm=_weight(self.input_layernorm),
+            attention_output_norm=_weight(self.post_attention_layernorm),
+            mlp_input_norm=_weight(self.pre_feedforward_layernorm),
+            mlp_output_norm=_weight(self.post_feedforward_layernorm),
+            scalar=self.layer_scalar,
+            moe=moe,
+            eps=self.input_layernorm.eps,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -383,6 +440,10 @@ class Target:
         """Resident bytes of the projections, embedding and head."""
         head = 0 if self.lm_head is self.embed_tokens else self.lm_head.nbytes
         return self.embed_tokens.nbytes + head + sum(layer.nbytes for layer in self.layers)
+
+    def parts(self) -> list[LayerParts]:
+        """All layers in terms of `parts.py`."""
+        return [layer.parts() for layer in self.layers]
 
     def new_cache(self, capacity: int, largest_block: int = PREFILL_CHUNK) -> KVCache:
         """An empty cache for this geometry."""

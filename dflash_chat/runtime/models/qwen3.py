@@ -42,9 +42,9 @@ class Layer(llama.Layer):
 
     def __init__(self, config: llama.Config, weights: Ready) -> None:
         super().__init__(config, weights)
-        q_norm, k_norm = (weights.vector(f"self_attn.{n}_norm.weight") for n in "qk")  # [D]
+        self.q_norm, self.k_norm = (weights.vector(f"self_attn.{n}_norm.weight") for n in "qk")
         self.qk_norm = layers.RMSNorm.of_heads(
-            [(q_norm, self.heads), (k_norm, self.groups)], config.rms_norm_eps
+            [(self.q_norm, self.heads), (self.k_norm, self.groups)], config.rms_norm_eps
         )
 
     def normed(self, heads: Tensor) -> Tensor:

@@ -1,0 +1,155 @@
+"""A block's forward from our own kernels: 1 to 17 rows, static shapes, lengths on the device.
+
+Nothing here waits for the device or depends on what it computes, so a CUDA graph can capture it.
+One dense layer is seven launches, one with experts nine:
+
+    qkv → rope and cache write → attention → o_proj → add and norms
+        → gate_up → down → add and norms                    (router, and experts beside the MLP)
+
+Split GEMMs leave fp32 partial sums that the next kernel adds up. Knows the order of the kernels;
+knows no architecture (`parts.py` describes the layers), no checkpoint and no sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.kernels import attention, linear, moe, norms, rope, router
+from dflash_chat.runtime.kernels.expert_weights import MoeWeight
+from dflash_chat.runtime.kernels.norms import Branch
+from dflash_chat.runtime.parts import AttentionParts, LayerParts
+from dflash_chat.runtime.quant import kernel_weights
+
+MAX_ROWS = 17
+
+
+@dataclass(frozen=True)
+class Tables:
+    """cos and sin, fp32 [positions, D/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def tables(frequencies: Tensor, positions: int, device: torch.device) -> Tables:
+    """Rotary tables of every position. frequencies: fp64 [D/2]."""
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies.double().cpu())
+    return Tables(angles.cos().float().to(device), angles.sin().float().to(device))
+
+
+class Attention:
+    """q, k and v of a block, written to the cache and attended to."""
+
+    def __init__(self, parts: AttentionParts, turns: Tables, eps: float) -> None:
+        self.parts, self.turns, self.eps = parts, turns, eps
+        self.qkv = kernel_weights.linear(parts.qkv)
+        self.o_proj = kernel_weights.linear(parts.o_proj)
+
+    def __call__(self, h: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
+        """h: normed [T, C] → partial sums of the output, fp32 [S, T, C]."""
+        p = self.parts
+        q = rope.qk_rope_write(
+            linear.partials(h, self.qkv), p.q_norm, p.k_norm, self.turns.cos, self.turns.sin,
+            keys, values, length, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys,
+        )  # fmt: skip
+        out = attention.block_attention(
+            q, keys, values, length, window=p.window, causal=p.causal, scale=p.scale
+        )
+        return linear.partials(out, self.o_proj)
+
+
+class Layer:
+    """One decoder layer. The norm of its input is the previous layer's last act."""
+
+    def __init__(self, parts: LayerParts, turns: Tables) -> None:
+        self.parts = parts
+        self.attention = Attention(parts.attention, turns, parts.eps)
+        self.experts = None if parts.moe is None else Experts(parts)
+        if self.experts is None:
+            self.gate_up = kernel_weights.linear(parts.gate_up)
+            self.down = kernel_weights.linear(parts.down)
+
+    def __call__(
+        self, x: Tensor, h: Tensor, next_norm: Tensor, cache: tuple[Tensor, Tensor],
+        length: Tensor, tap: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x: residual [T, C], h: x normed for this layer → both for the next one."""
+        p = self.parts
+        attended = Branch(self.attention(h, *cache, length), norm=p.attention_output_norm)
+        if self.experts is not None:
+            return self.experts(x, attended, next_norm, tap)
+        r, (h,) = norms.residual_norms(x, [attended], [p.mlp_input_norm], p.eps)
+        inner = linear.gated(h, self.gate_up, p.activation)
+        fed = Branch(linear.partials(inner, self.down), norm=p.mlp_output_norm)
+        x, (h,) = norms.residual_norms(r, [fed], [next_norm], p.eps, scale=p.scalar, tap=tap)
+        return x, h
+
+
+class Experts:
+    """The feed-forward half with routed experts beside the dense MLP (Gemma 4)."""
+
+    def __init__(self, parts: LayerParts) -> None:
+        assert parts.moe is not None
+        self.parts, self.moe = parts, parts.moe
+        self.dense_gate_up = kernel_weights.experts(parts.gate_up)
+        self.dense_down = kernel_weights.experts(parts.down)
+        self.gate_up: MoeWeight = kernel_weights.experts(parts.moe.gate_up)
+        self.down: MoeWeight = kernel_weights.experts(parts.moe.down)
+        device = parts.moe.proj.device
+        self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def __call__(
+        self, x: Tensor, attended: Branch, next_norm: Tensor, tap: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual and its norm for the next layer."""
+        p, m = self.parts, self.moe
+        inputs = [p.mlp_input_norm, m.input_norm, m.router_norm]
+        r, (h_dense, h_moe, h_router) = norms.residual_norms(x, [attended], inputs, p.eps)
+        routing = router.route(h_router, m.proj, m.per_expert_scale, self.arrivals, top_k=m.top_k)
+        dense, routed = moe.gate_up(h_dense, self.dense_gate_up, h_moe, self.gate_up, routing)
+        dense, routed = moe.down(dense, self.dense_down, routed, self.down, routing)
+        branches = [
+            Branch(dense, norm=m.dense_output_norm),
+            Branch(routed, routing.weights, m.output_norm),
+        ]
+        x, (h,) = norms.residual_norms(
+            r, branches, [next_norm], p.eps, post=p.mlp_output_norm, scale=p.scalar, tap=tap
+        )
+        return x, h
+
+
+class Stack:
+    """All layers of a target or a drafter over one cache."""
+
+    def __init__(
+        self, layers: Sequence[LayerParts], norm: Tensor, cache: KVCache, positions: int
+    ) -> None:
+        turns: dict[int, Tables] = {}  # by the frequencies' identity: few, and shared by layers
+        self.cache, self.norm, self.eps = cache, norm, layers[0].eps
+        self.layers = []
+        for parts in layers:
+            frequencies = parts.attention.frequencies
+            key = hash(tuple(frequencies.tolist()))
+            if key not in turns:
+                turns[key] = tables(frequencies, positions, norm.device)
+            self.layers.append(Layer(parts, turns[key]))
+        self.input_norm = layers[0].input_norm
+
+    def __call__(
+        self, x: Tensor, h: Tensor, length: Tensor, taps: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """Embedded rows x [T, C] and their first norm h → final normed hidden states [T, C].
+
+        `taps` maps layer numbers to [T, C] tensors that take those layers' outputs.
+        """
+        for i, layer in enumerate(self.layers):
+            last = i + 1 == len(self.layers)
+            next_norm = self.norm if last else self.layers[i + 1].parts.input_norm
+            memory = self.cache.keys[i], self.cache.values[i]
+            x, h = layer(x, h, next_norm, memory, length, (taps or {}).get(i))
+        return h

@@ -1,0 +1,157 @@
+"""One step of drafting and verifying with everything on the device: tokens, lengths, acceptance.
+
+    draft      features of the rows committed last → drafter's context → block → tokens in ids[1:]
+    verify(n)  ids[:n] → target → choices → accepted count → lengths, next anchor, record
+
+Each leaves the state where the other takes it up, so both can be replayed as CUDA graphs without
+the host knowing what was accepted. The host reads `record` when it likes.
+
+Knows kernels and static buffers; knows neither text nor sampling beyond the likeliest token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.drafter import Drafter
+from dflash_chat.runtime.fused import MAX_ROWS, Stack, Tables
+from dflash_chat.runtime.kernels import accept, linear, norms, rope
+from dflash_chat.runtime.kernels.accept import State
+from dflash_chat.runtime.kernels.norms import Branch
+from dflash_chat.runtime.parts import LayerParts
+from dflash_chat.runtime.quant import Packed, kernel_weights
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """A target for the fused path. `table` [V, C] holds the input embeddings."""
+
+    layers: Sequence[LayerParts]
+    norm: Tensor
+    table: Tensor
+    embed_scale: float
+    head: Packed
+
+
+class Step:
+    """A target, its drafter and their buffers. `taps` are the layers the drafter observes."""
+
+    def __init__(
+        self, target: TargetParts, cache: KVCache, drafter: Drafter | None, taps: Sequence[int]
+    ) -> None:
+        device, dtype = target.table.device, target.table.dtype
+        self.target, self.taps = target, tuple(taps)
+        self.stack = Stack(target.layers, target.norm, cache, cache.capacity)
+        self.head = kernel_weights.linear(target.head)
+        block_size = 1 if drafter is None else drafter.config.block_size
+        mask_id = 0 if drafter is None else drafter.config.mask_token_id
+
+        def counter() -> Tensor:
+            return torch.zeros(1, dtype=torch.int32, device=device)
+
+        self.state = State(
+            ids=torch.zeros(MAX_ROWS, dtype=torch.int64, device=device),
+            block=torch.full((block_size,), mask_id, dtype=torch.int64, device=device),
+            length=counter(), start=counter(), count=counter(), step=counter(),
+        )  # fmt: skip
+        width = target.table.shape[1]
+        self.features = torch.zeros(MAX_ROWS, len(self.taps) * width, dtype=dtype, device=device)
+        self.record = torch.zeros(1 + MAX_ROWS, dtype=torch.int32, device=device)
+        self.script: Tensor | None = None
+        self.drafting = None if drafter is None else Drafting(drafter, self)
+
+    def verify(self, n: int) -> None:
+        """Run ids[:n] behind the committed rows, accept, and move on."""
+        hidden = self.forward(n)
+        chosen = linear.head_argmax(hidden, self.head)
+        accept.accept(self.state, chosen, self.record, self.script)
+
+    def forward(self, n: int) -> Tensor:
+        """Final normed hidden states [n, C] of ids[:n]; fills `features`."""
+        t, width = self.target, self.target.table.shape[1]
+        x, h = norms.embed(
+            self.state.ids[:n], t.table, t.embed_scale, self.stack.input_norm, self.stack.eps
+        )
+        taps = {
+            layer: self.features[:n, i * width : (i + 1) * width]
+            for i, layer in enumerate(self.taps)
+        }
+        return self.stack(x, h, self.state.length, taps)
+
+    def draft(self) -> None:
+        """Take the rows committed last into the drafter's context, draft, and fill ids[1:]."""
+        assert self.drafting is not None
+        self.drafting()
+
+
+class Drafting:
+    """The drafter's half."""
+
+    def __init__(self, drafter: Drafter, step: Step) -> None:
+        c = drafter.config
+        self.step, self.config, self.cache = step, c, drafter.cache
+        norm, self.hidden_norm = drafter.norm.weight, drafter.hidden_norm.weight
+        assert norm is not None
+        assert self.hidden_norm is not None
+        self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity)
+        self.fc = kernel_weights.linear(drafter.fc)
+        self.context_kv = kernel_weights.linear(drafter.context_kv)
+        self.k_norms = torch.stack([layer.k_norm for layer in drafter.layers])  # [L, D]
+        self.nothing = torch.zeros(
+            MAX_ROWS, c.hidden_size, dtype=step.features.dtype, device=step.features.device
+        )
+        self.turns: Tables = self.stack.layers[0].attention.turns
+
+    def __call__(self) -> None:
+        self.project()
+        state, target = self.step.state, self.step.target
+        x, h = norms.embed(
+            state.block, target.table, target.embed_scale, self.stack.input_norm, self.stack.eps
+        )
+        hidden = self.stack(x, h, state.length)  # [B, C]
+        tokens = linear.head_argmax(hidden[1:], self.step.head)
+        state.ids[1 : len(tokens) + 1].copy_(tokens)
+
+    def project(self) -> None:
+        """Context keys and values of the rows committed last, `count` of them."""
+        state, eps = self.step.state, self.config.rms_norm_eps
+        projected = Branch(linear.partials(self.step.features, self.fc))
+        assert self.hidden_norm is not None
+        _, (context,) = norms.residual_norms(self.nothing, [projected], [self.hidden_norm], eps)
+        caches = list(zip(self.cache.keys, self.cache.values, strict=True))
+        rope.context_write(
+            linear.partials(context, self.context_kv), self.k_norms, self.turns.cos,
+            self.turns.sin, caches, state.start, state.count, eps=eps,
+        )  # fmt: skip
+
+
+class Graphs:
+    """Captured passes by name, in one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: object | None = None
+        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
+
+    def capture(self, name: str, run: Callable[[], None]) -> None:
+        """Run twice to compile and settle, then record. The runs' effects on the state remain."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            run()
+        self._pool = self._pool or graph.pool()
+        self._graphs[name] = graph
+
+    def replay(self, name: str) -> None:
+        """Launch what was recorded."""
+        self._graphs[name].replay()

@@ -16,6 +16,7 @@ the other rows, because how K is cut does not.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+# ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
 
@@ -147,20 +148,20 @@ _E4M3 = tl.constexpr("""{
 
 
 @triton.jit
-def _widen(w, DTYPE: tl.constexpr):
-    """e4m3 → DTYPE, exactly. Hopper's own conversion to bf16 runs at an eighth of the rate."""
-    if w.dtype == tl.float8e4nv and DTYPE == tl.bfloat16:
+def _widen(w, dtype: tl.constexpr):
+    """e4m3 → dtype, exactly. Hopper's own conversion to bf16 runs at an eighth of the rate."""
+    if w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             _E4M3, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     else:
-        return w.to(DTYPE)
+        return w.to(dtype)
 
 
 @triton.jit
-def _nibbles(packed, SIGNED: tl.constexpr, DTYPE: tl.constexpr):
-    """uint8 → (low, high) nibbles in DTYPE, less 8 if SIGNED."""
-    if DTYPE == tl.bfloat16:
+def _nibbles(packed, SIGNED: tl.constexpr, dtype: tl.constexpr):
+    """uint8 → (low, high) nibbles in dtype, less 8 if SIGNED."""
+    if dtype == tl.bfloat16:
         if SIGNED:
             return tl.inline_asm_elementwise(
                 _UNPACK_SIGNED, _UNPACK_REGISTERS, [packed],
@@ -172,8 +173,8 @@ def _nibbles(packed, SIGNED: tl.constexpr, DTYPE: tl.constexpr):
                 dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
     else:
-        low = (packed & 15).to(DTYPE)
-        high = (packed >> 4).to(DTYPE)
+        low = (packed & 15).to(dtype)
+        high = (packed >> 4).to(dtype)
         if SIGNED:
             low -= 8
             high -= 8
@@ -226,13 +227,12 @@ def _accumulate(
             if EVEN_K:
                 x_low = tl.load(x_row + low_k, mask=live, other=0.0)
                 x_high = tl.load(x_row + high_k, mask=live, other=0.0)
-                packed = tl.load(w_row + i * HALF, eviction_policy="evict_first")
+                packed = tl.load(w_row + i * HALF)
             else:
                 x_low = tl.load(x_row + low_k, mask=live & (low_k < K), other=0.0)
                 x_high = tl.load(x_row + high_k, mask=live & (high_k < K), other=0.0)
                 packed = tl.load(
                     w_row + i * HALF, mask=(i * HALF + byte)[None, :] < K // 64 * 32, other=0,
-                    eviction_policy="evict_first",
                 )  # fmt: skip
             low, high = _nibbles(packed, zero_ptr is None, dtype)
             at = tl.minimum((i + 1) * BK + chunk, K - 64)  # the next chunk's groups, ahead of use
@@ -257,14 +257,11 @@ def _accumulate(
             k = i * BK + col
             if EVEN_K:
                 x = tl.load(x_row + k[:, None], mask=live, other=0.0)
-                w = tl.load(w_row + k[None, :], eviction_policy="evict_first")
+                w = tl.load(w_row + k[None, :])
             else:
                 inside = k < K
                 x = tl.load(x_row + k[:, None], mask=live & inside[:, None], other=0.0)
-                w = tl.load(
-                    w_row + k[None, :], mask=inside[None, :], other=0.0,
-                    eviction_policy="evict_first",
-                )  # fmt: skip
+                w = tl.load(w_row + k[None, :], mask=inside[None, :], other=0.0)
             if FORMAT == BLOCK:
                 s_next = tl.load(s_row + tl.minimum(i + 1, last - 1))
                 acc += tl.dot(_widen(w, x.dtype), x) * s[:, None].to(tl.float32)
@@ -277,9 +274,7 @@ def _accumulate(
 
 
 @triton.jit
-def _finish(
-    acc, out_ptr, tile, T, N, ROWS: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr
-):
+def _finish(acc, out_ptr, tile, T, N, ROWS: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr):
     """Apply the activation, if there is one, and store a finished tile [BN, ROWS]."""
     t = tl.arange(0, ROWS)[None, :]
     if EPILOGUE == PLAIN:
@@ -309,9 +304,7 @@ def _prefetch(w_ptr, row, row_bytes, start):
 
 
 @triton.jit
-def _depend(
-    w_ptr, row, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr
-):
+def _depend(w_ptr, row, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr):
     """Let the next kernel start, prefetch weights, then wait for what the previous one wrote."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -335,7 +328,7 @@ def _linear_kernel(
     tile = tl.program_id(0)
     split = tl.program_id(1)
     c = tl.arange(0, BN)
-    if EPILOGUE == SILU or EPILOGUE == GELU:  # half the tile from gate, half from up
+    if EPILOGUE >= SILU:  # half the tile from gate, half from up
         rows_of_w = 2 * N
         n = tl.minimum(tile * (BN // 2) + c % (BN // 2), N - 1)
         row = n + c // (BN // 2) * N
@@ -443,7 +436,8 @@ def gated(
 ) -> Tensor:
     """act(x gateᵀ)·(x upᵀ) of a fused [2I, K] weight: [T, K] → [T, I]. "silu" or "gelu_tanh"."""
     n, k = shape(w)
-    assert n % 2 == 0 and activation in ("silu", "gelu_tanh"), f"{n} rows, {activation!r}"
+    assert n % 2 == 0, f"{n} rows"
+    assert activation in ("silu", "gelu_tanh"), activation
     config = config or tuned.gated(kind(w), n, k)
     out = torch.empty(x.shape[0], n // 2, dtype=x.dtype, device=x.device)
     _launch(x, w, out, n // 2, SILU if activation == "silu" else GELU, config, pdl)
@@ -536,7 +530,8 @@ def kind(w: Weight) -> str:
 def _check(x: Tensor, w: Weight) -> None:
     n, k = shape(w)
     assert 1 <= x.shape[0] <= MAX_ROWS, f"{x.shape[0]} rows"
-    assert x.shape[1] == k and x.stride(1) == 1, f"x {tuple(x.shape)} {x.stride()}, w [{n}, {k}]"
+    assert x.shape[1] == k, f"x {tuple(x.shape)}, w [{n}, {k}]"
+    assert x.stride(1) == 1, f"x {x.stride()}"
     for part in (w,) if isinstance(w, Tensor) else w:
         assert part is None or part.is_contiguous(), f"{tuple(part.shape)} {part.stride()}"
 
@@ -550,7 +545,7 @@ def _operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def _padded(rows: int, w: Weight) -> int:
     """Rows of a tile. Eight of bf16 would take other instructions, so other sums, than sixteen."""
-    return max(16 if isinstance(w, Tensor) else 8, triton.next_power_of_2(rows))
+    return max(16 if isinstance(w, Tensor) else 8, int(triton.next_power_of_2(rows)))
 
 
 def _shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str, Any]:

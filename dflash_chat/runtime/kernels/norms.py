@@ -1,0 +1,228 @@
+"""Everything between two GEMMs of a layer in one launch: sum, add, scale, and RMS-normalise.
+
+    n(y, w) = y / √(mean y² + eps) · w
+    branch  = Σ_s weight[t, s] · values[s, t]          then n(branch, norm), where there is one
+    sum     = branch + branch                          then n(sum, post), where there is one
+    new     = (x + sum) · scale                        rounded to x's dtype
+    out_i   = n(new, norms_i)                          up to three, of one mean square
+
+x: [T, C] bf16, the residual. values: [S, T, C] or [T, C], the fp32 partial sums of a split GEMM or
+the outputs of S experts, or bf16. fp32 inside. One program per row, so that a row is read once and
+kept in registers; at T ≤ 17 it is bound by latency: the loads of all parts are in flight at once.
+"""
+
+# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+# ruff: noqa: ANN001, ANN202
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_WIDTH = 8192
+
+
+class Branch(NamedTuple):
+    """values: [S, T, C] or [T, C]; weights: fp32 [T, S]; norm: [C]."""
+
+    values: Tensor
+    weights: Tensor | None = None
+    norm: Tensor | None = None
+
+
+def reference(
+    x: Tensor,
+    branches: Sequence[Branch],
+    norms: Sequence[Tensor],
+    eps: float,
+    *,
+    post: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The same in plain torch, in x's dtype wherever a tensor would be stored."""
+    total = torch.zeros_like(x)
+    for values, weights, norm in branches:
+        parts = values.float().view(-1, *x.shape)  # [S, T, C]
+        if weights is not None:
+            parts = parts * weights.T[:, :, None]
+        branch = parts.sum(0).to(x.dtype)
+        total = total + (branch if norm is None else _normalised(branch, norm, eps))
+    if post is not None:
+        total = _normalised(total, post, eps)
+    new = x + total
+    if scale is not None:
+        new = new * scale
+    return new, [_normalised(new, weight, eps) for weight in norms]
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@triton.jit
+def _rms(y, weight, C: tl.constexpr, eps):
+    return y * tl.rsqrt(tl.sum(y * y, axis=0) / C + eps) * weight
+
+
+@triton.jit
+def _weight(ptr, c, inside):
+    """A norm's weight, or 0 if there is no such norm."""
+    if ptr is not None:
+        return tl.load(ptr + c, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _sum(values_ptr, weights_ptr, t, T, c, inside, PARTS: tl.constexpr, C: tl.constexpr):
+    """Row t of a branch: [BLOCK]."""
+    total = tl.zeros_like(c).to(tl.float32)
+    for s in tl.static_range(PARTS):
+        at = values_ptr + (s * T + t).to(tl.int64) * C + c
+        part = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            part *= tl.load(weights_ptr + t * PARTS + s)
+        total += part
+    return total
+
+
+@triton.jit
+def _write(out_ptr, unit, weight, t, c, inside, C: tl.constexpr):
+    if out_ptr is not None:
+        out = (unit * weight).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + t * C + c, out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _residual_kernel(
+    x_ptr, stride_x, ids_ptr, embedding_scale,
+    a_ptr, a_weights_ptr, a_norm_ptr, b_ptr, b_weights_ptr, b_norm_ptr, post_ptr, scale_ptr,
+    new_ptr, tap_ptr, stride_tap, w0_ptr, out0_ptr, w1_ptr, out1_ptr, w2_ptr, out2_ptr,
+    T, eps,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row. With `ids_ptr` the row of x is looked up and scaled. A, B: parts of the branches."""
+    t = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    a_norm, b_norm = _weight(a_norm_ptr, c, inside), _weight(b_norm_ptr, c, inside)
+    post = _weight(post_ptr, c, inside)
+    w0, w1 = _weight(w0_ptr, c, inside), _weight(w1_ptr, c, inside)
+    w2 = _weight(w2_ptr, c, inside)
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    row = t.to(tl.int64)
+    if ids_ptr is not None:
+        row = tl.load(ids_ptr + t).to(tl.int64)
+    x = tl.load(x_ptr + row * stride_x + c, mask=inside, other=0.0).to(tl.float32)
+    if ids_ptr is not None:
+        x *= embedding_scale
+    total = _sum(a_ptr, a_weights_ptr, t, T, c, inside, A, C)  # every load before any reduction
+    other = _sum(b_ptr, b_weights_ptr, t, T, c, inside, B, C)
+    if a_norm_ptr is not None:
+        total = _rms(total, a_norm, C, eps)
+    if b_norm_ptr is not None:
+        other = _rms(other, b_norm, C, eps)
+    total += other
+    if post_ptr is not None:
+        total = _rms(total, post, C, eps)
+    new = ((x + total) * scale).to(x_ptr.dtype.element_ty)
+    if new_ptr is not None:
+        tl.store(new_ptr + t * C + c, new, mask=inside)
+    if tap_ptr is not None:
+        tl.store(tap_ptr + t.to(tl.int64) * stride_tap + c, new, mask=inside)
+
+    new = new.to(tl.float32)
+    unit = new * tl.rsqrt(tl.sum(new * new, axis=0) / C + eps)
+    _write(out0_ptr, unit, w0, t, c, inside, C)
+    _write(out1_ptr, unit, w1, t, c, inside, C)
+    _write(out2_ptr, unit, w2, t, c, inside, C)
+
+
+def residual_norms(
+    x: Tensor,
+    branches: Sequence[Branch],
+    norms: Sequence[Tensor],
+    eps: float,
+    *,
+    post: Tensor | None = None,
+    scale: Tensor | None = None,
+    tap: Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """The new residual [T, C] and one normalised [T, C] per weight [C] of `norms`.
+
+    scale: one element. tap: [T, C], rows contiguous; gets a copy of the new residual.
+    """
+    assert 1 <= len(branches) <= 2, f"{len(branches)} branches"
+    new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    outs = _launch(
+        x, None, 1.0, x.shape[0], branches, norms, eps, post, scale, tap, new, pdl
+    )  # fmt: skip
+    return new, outs
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
+    """x [T, C] · weight [C] / rms(x)."""
+    return _launch(x, None, 1.0, x.shape[0], (), (weight,), eps, None, None, None, None, pdl)[0]
+
+
+def embed(
+    ids: Tensor,
+    table: Tensor,
+    embedding_scale: float,
+    norm: Tensor,
+    eps: float,
+    *,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """ids [T] → table[ids]·embedding_scale [T, C], and the same normalised by `norm`."""
+    rows = ids.shape[0]
+    new = torch.empty(rows, table.shape[1], dtype=table.dtype, device=table.device)
+    outs = _launch(
+        table, ids, embedding_scale, rows, (), (norm,), eps, None, None, None, new, pdl
+    )  # fmt: skip
+    return new, outs[0]
+
+
+def _launch(
+    x: Tensor, ids: Tensor | None, embedding_scale: float, rows: int, branches: Sequence[Branch],
+    norms: Sequence[Tensor], eps: float, post: Tensor | None, scale: Tensor | None,
+    tap: Tensor | None, new: Tensor | None, pdl: bool,
+) -> list[Tensor]:  # fmt: skip
+    width = x.shape[1]
+    assert x.stride(1) == 1, f"x {x.stride()}"
+    assert width <= MAX_WIDTH, f"rows of {width}"
+    assert len(norms) <= 3, f"{len(norms)} norms"
+    for values, weights, _ in branches:
+        assert values.shape[-2:] == (rows, width), f"{tuple(values.shape)} of {rows} × {width}"
+        assert values.is_contiguous(), f"values {values.stride()}"
+        assert weights is None or weights.is_contiguous(), f"weights {weights.stride()}"
+    assert tap is None or tap.shape == (rows, width), f"tap {tuple(tap.shape)}"
+    assert tap is None or tap.stride(1) == 1, f"tap {tap.stride()}"
+    block = triton.next_power_of_2(width)
+    parts = [branch.values.numel() // (rows * width) for branch in branches]
+    operands: list[Tensor | None] = [part for branch in branches for part in branch]
+    operands += [None] * (6 - len(operands))
+    outs = [torch.empty(rows, width, dtype=x.dtype, device=x.device) for _ in norms]
+    pairs: list[Tensor | None] = [part for pair in zip(norms, outs, strict=True) for part in pair]
+    pairs += [None] * (6 - len(pairs))
+    _residual_kernel[(rows,)](
+        x, x.stride(0), ids, embedding_scale, *operands, post, scale,
+        new, tap, 0 if tap is None else tap.stride(0), *pairs, rows, eps,
+        A=parts[0] if parts else 0, B=parts[1] if len(parts) > 1 else 0, C=width,
+        BLOCK=block, PDL=pdl, num_warps=min(16, max(4, block // 256)),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return outs

@@ -76,9 +76,7 @@ def pack_fp8_experts(weight: Tensor) -> MoeWeight:
 
 
 def pack_int4_experts(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> MoeWeight:
-    """q uint8 [E, N, K] in 0..15, scale and zero [E, N, K/g] with g 32 or 64, nothing rounded
-    but scale and zero to the dtype they come in.
-    """
+    """q uint8 [E, N, K] in 0..15, scale and zero [E, N, K/g] with g 32 or 64, rounded to bf16."""
     width = q.shape[-1]
     group = width // scale.shape[-1]
     assert width % BLOCK == 0, f"K {width}"
@@ -89,7 +87,7 @@ def pack_int4_experts(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> M
     words = torch.where(words < 2**15, words, words - 2**16).to(torch.int16)
 
     def pairs(per_group: Tensor) -> Tensor:  # [E, N, K/g] -> [E, K/64, N, 2]
-        halves = per_group.repeat_interleave(group // GROUP, -1)
+        halves = per_group.bfloat16().repeat_interleave(group // GROUP, -1)
         return halves.view(*q.shape[:-1], width // BLOCK, 2).transpose(-3, -2).contiguous()
 
     return MoeWeight(

@@ -15,11 +15,10 @@ the router's list, and CTAs behind its end exit at once. The dense MLP is treate
 experts, of all rows; its down projection is split along K to the experts' I, so that all CTAs of a
 launch are equal. gate and up rows alternate in a tile, which puts each pair into one thread.
 
-Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`. fp8 is widened
-in registers and scaled at the end. int4 becomes bf16 by setting exponent bits: 128 + q is exact.
-The sum over a group of 32 is scaled in fp32 and the offset taken back with the group's Σx:
+Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`. fp8 and int4 are
+widened to bf16 in registers, exactly; fp8 is scaled at the end, int4 once per group of 32:
 
-    Σ x·((q − 8)·s + z) = s·Σ x·(128 + q) + (z − 136·s)·Σ x
+    Σ x·((q − 8)·s + z) = s·Σ x·(q − 8) + z·Σ x
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -49,12 +48,12 @@ class MoeConfig(NamedTuple):
 
 
 CONFIGS = {  # (launch, format of the experts)
-    ("gate_up", "plain"): MoeConfig(16, 128, 4, 4),
-    ("gate_up", "fp8"): MoeConfig(16, 256, 4, 4),
-    ("gate_up", "int4"): MoeConfig(32, 128, 4, 5),
-    ("down", "plain"): MoeConfig(64, 64, 4, 5),
-    ("down", "fp8"): MoeConfig(64, 64, 4, 6),
-    ("down", "int4"): MoeConfig(64, 64, 4, 6),
+    ("gate_up", "plain"): MoeConfig(16, 128, 4, 6),
+    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 6),
+    ("gate_up", "int4"): MoeConfig(32, 128, 4, 7),
+    ("down", "plain"): MoeConfig(64, 64, 4, 8),
+    ("down", "fp8"): MoeConfig(64, 64, 4, 8),
+    ("down", "int4"): MoeConfig(64, 64, 4, 8),
 }
 
 
@@ -87,52 +86,96 @@ def reference_down(
 
 
 @triton.jit
+def _widen(w, dtype: tl.constexpr):
+    """w in `dtype`, exact. sm_90 has no instruction from fp8 to bf16 and would go through fp32."""
+    if w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, scale;
+            mov.b32 scale, 0x7B807B80;
+            prmt.b32 low, $2, 0, 0x1404;
+            prmt.b32 high, $2, 0, 0x3424;
+            shr.u32 $0, low, 4;
+            shr.u32 $1, high, 4;
+            and.b32 $0, $0, 0x07F007F0;
+            and.b32 $1, $1, 0x07F007F0;
+            lop3.b32 $0, low, 0x80008000, $0, 0xEA;
+            lop3.b32 $1, high, 0x80008000, $1, 0xEA;
+            mul.bf16x2 $0, $0, scale;
+            mul.bf16x2 $1, $1, scale;
+            }""",  # sign, exponent and mantissa in place, then ·2¹²⁰ for the other bias
+            "=&r,=&r,r",
+            [w.to(tl.int8, bitcast=True)],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    return w.to(dtype)
+
+
+@triton.jit
+def _nibble(words, J: tl.constexpr, dtype: tl.constexpr):
+    """Nibble J of each word minus 8 in `dtype`, exact. In bf16 two at a time, by exponent bits."""
+    if dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            f"""{{
+            .reg .b32 q, one, offset;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 offset, 0xC308C308;
+            shr.u32 q, $1, {4 * J};
+            lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, q, one, offset;
+            }}""",  # (128 + q) − 136
+            "=r,r",
+            [words],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    return (((words >> (4 * J)) & 15) - 8).to(dtype)
+
+
+@triton.jit
+def _pair(words):
+    """Two bf16 of each 32-bit word, as fp32."""
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _product(
     x_ptr, row, taken, w_ptr, scale_ptr, zero_ptr, n, first,
     N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
     FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    BK: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS]."""
     acc = tl.zeros([ROWS, CHANNELS], tl.float32)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     if FORMAT == "int4":
+        BLOCKS: tl.constexpr = SPAN // 64
         i = tl.arange(0, 16)
-        pair = tl.arange(0, 2)
-        MAGIC: tl.constexpr = 0x4300 if x_ptr.dtype.element_ty == tl.bfloat16 else 0x6400
-        OFFSET: tl.constexpr = 136.0 if x_ptr.dtype.element_ty == tl.bfloat16 else 1032.0
-        STEPS: tl.constexpr = BK // 64
-        for start in range(0, SPAN // 64, STEPS):
-            for step in tl.static_range(STEPS):
-                inside = start + step < SPAN // 64
+        for start in tl.range(0, BLOCKS, BK // 64, num_stages=STAGES):  # pipelines the scales too
+            for step in tl.static_range(BK // 64):
+                inside = start + step < BLOCKS
                 block = first // 64 + start + step
-                at = (block * N + n) * 16
-                words = tl.load(
-                    w_ptr + at[None, :] + i[:, None], mask=inside, other=0,
-                    eviction_policy="evict_first",
-                )  # [16, CHANNELS]  # fmt: skip
-                at2 = (block * N + n)[:, None] * 2 + pair[None, :]
-                scales = tl.load(scale_ptr + at2, mask=inside, other=0.0).to(tl.float32)
-                shifts = -OFFSET * scales  # [CHANNELS, 2]
-                if HAS_ZERO:
-                    shifts += tl.load(zero_ptr + at2, mask=inside, other=0.0).to(tl.float32)
-                scale_0, scale_1 = tl.split(scales)
-                shift_0, shift_1 = tl.split(shifts)
+                channel = block * N + n
+                w_at = w_ptr + channel[None, :] * 16 + i[:, None]
+                words = tl.load(w_at, mask=inside, other=0, eviction_policy="evict_first")
+                scale = _pair(tl.load(scale_ptr + channel, mask=inside, other=0))
+                zero = _pair(tl.load(zero_ptr + channel, mask=inside, other=0)) if HAS_ZERO else 0
                 x_at = x_ptr + row[:, None] * K + block * 64 + i[None, :]
-                x_inside = taken[:, None] & inside
                 for g in tl.static_range(2):
-                    x_a = tl.load(x_at + 32 * g, mask=x_inside, other=0.0)  # [ROWS, 16]
-                    x_b = tl.load(x_at + 32 * g + 16, mask=x_inside, other=0.0)
-                    q_a = ((words >> (8 * g)) & 15) | MAGIC
-                    q_b = ((words >> (8 * g + 4)) & 15) | MAGIC
-                    part = tl.dot(x_a, q_a.to(tl.int16).to(x_a.dtype, bitcast=True))
-                    part = tl.dot(x_b, q_b.to(tl.int16).to(x_b.dtype, bitcast=True), part)
-                    total = tl.sum(x_a.to(tl.float32) + x_b.to(tl.float32), axis=1)
-                    scale = scale_0 if g == 0 else scale_1
-                    shift = shift_0 if g == 0 else shift_1
-                    acc += part * scale[None, :] + total[:, None] * shift[None, :]
+                    x_a = tl.load(x_at + 32 * g, mask=taken[:, None] & inside, other=0.0)
+                    x_b = tl.load(x_at + 32 * g + 16, mask=taken[:, None] & inside, other=0.0)
+                    part = tl.dot(x_a, _nibble(words, 2 * g, dtype))  # [ROWS, CHANNELS]
+                    part = tl.dot(x_b, _nibble(words, 2 * g + 1, dtype), part)
+                    acc += part * scale[g][None, :]
+                    if HAS_ZERO:
+                        total = tl.sum(x_a.to(tl.float32) + x_b.to(tl.float32), axis=1)
+                        acc += total[:, None] * zero[g][None, :]
     else:
         k = tl.arange(0, BK)
-        for start in range(0, SPAN, BK):
+        for start in tl.range(0, SPAN, BK, num_stages=STAGES):
             x_at = x_ptr + row[:, None] * K + first + start + k[None, :]
             w_at = w_ptr + n[None, :] * K + first + start + k[:, None]
             if SPAN % BK == 0 and K % SPAN == 0:
@@ -142,7 +185,7 @@ def _product(
                 inside = (start + k < SPAN) & (first + start + k < K)
                 x = tl.load(x_at, mask=taken[:, None] & inside[None, :], other=0.0)
                 w = tl.load(w_at, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
-            acc = tl.dot(x, w.to(x.dtype), acc)
+            acc = tl.dot(x, _widen(w, dtype), acc)
         if FORMAT == "fp8":
             acc *= tl.load(scale_ptr + n)[None, :]
     return acc
@@ -169,7 +212,7 @@ def _store_activation(acc, out_ptr, row, taken, column, WIDTH: tl.constexpr, BN:
     tl.store(out, act.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gate_up_kernel(
     h_dense_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
     h_moe_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
@@ -178,7 +221,8 @@ def _gate_up_kernel(
     C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr,
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -193,7 +237,7 @@ def _gate_up_kernel(
         n = tl.minimum(tile * BN + pair // 2, D - 1) + pair % 2 * D
         acc = _product(
             h_dense_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, 0,
-            2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, ROWS, 2 * BN, BK,
+            2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, ROWS, 2 * BN, BK, STAGES,
         )  # fmt: skip
         _store_activation(acc, dense_act_ptr, row, row < T, tile * BN + column, D, BN)
     else:
@@ -207,12 +251,12 @@ def _gate_up_kernel(
             acc = _product(
                 h_moe_ptr, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
-                2 * I, C, C, FORMAT, ZERO, ROWS, 2 * BN, BK,
+                2 * I, C, C, FORMAT, ZERO, ROWS, 2 * BN, BK, STAGES,
             )  # fmt: skip
             _store_activation(acc, expert_act_ptr + i * T * I, row, taken, first + column, I, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _down_kernel(
     dense_act_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
     expert_act_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
@@ -221,7 +265,8 @@ def _down_kernel(
     C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr,
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -235,7 +280,7 @@ def _down_kernel(
     if item < SPLITS:
         acc = _product(
             dense_act_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, item * I,
-            C, D, I, DENSE_FORMAT, DENSE_ZERO, ROWS, BN, BK,
+            C, D, I, DENSE_FORMAT, DENSE_ZERO, ROWS, BN, BK, STAGES,
         )  # fmt: skip
         out = dense_ptr + (item * T + row[:, None]) * C + column[None, :]
         tl.store(out, acc, mask=(row[:, None] < T) & (column[None, :] < C))
@@ -248,7 +293,7 @@ def _down_kernel(
             acc = _product(
                 expert_act_ptr + i * T * I, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
-                C, I, I, FORMAT, ZERO, ROWS, BN, BK,
+                C, I, I, FORMAT, ZERO, ROWS, BN, BK, STAGES,
             )  # fmt: skip
             out = routed_ptr + (rank * T + row)[:, None] * C + column[None, :]
             tl.store(out, acc, mask=taken[:, None] & (column[None, :] < C))
@@ -279,7 +324,7 @@ def gate_up(
     _gate_up_kernel[(tiles,)](
         h_dense, *_parts(dense_w), h_moe, *_parts(experts_w), *routing[:3], dense_act, expert_act,
         rows, C=width, D=dense, I=inner, **_constants(rows, dense_w, experts_w, routing, config),
-        PDL=pdl, num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
+        PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
 
@@ -312,16 +357,20 @@ def down(
         dense_act, *_parts(dense_w), expert_act, *_parts(experts_w), *routing[:3], dense_out,
         routed, rows, C=width, D=dense, I=inner,
         **_constants(rows, dense_w, experts_w, routing, config),
-        PDL=pdl, num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
+        PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_out, routed
 
 
 def _parts(weight: MoeWeight) -> tuple[Tensor, Tensor, Tensor]:
     """data, scale, zero; what a format lacks is replaced by data and never read."""
-    assert all(p.is_contiguous() for p in (weight.data, weight.scale, weight.zero) if p is not None)
-    scale = weight.data if weight.scale is None else weight.scale
-    return weight.data, scale, scale if weight.zero is None else weight.zero
+    data, scale, zero = weight.data, weight.scale, weight.zero
+    assert data.is_contiguous(), f"data {data.stride()}"
+    if weight.format == "int4" and scale is not None:
+        assert scale.dtype == torch.bfloat16, f"scale {scale.dtype}"
+        scale = scale.view(torch.int32)  # a load of 4 bytes can be asynchronous
+        zero = None if zero is None else zero.view(torch.int32)
+    return data, data if scale is None else scale, data if zero is None else zero
 
 
 def _constants(
@@ -333,7 +382,7 @@ def _constants(
     assert config.bk % 64 == 0 or "int4" not in (dense_w.format, experts_w.format), f"{config}"
     return {
         "W_STRIDE": experts_w.data.stride(0),
-        "SCALE_STRIDE": 0 if experts_w.scale is None else experts_w.scale.stride(0),
+        "SCALE_STRIDE": _parts(experts_w)[1].stride(0),
         "TOP": top_k,
         "RANKS": triton.next_power_of_2(top_k),
         "DENSE_FORMAT": dense_w.format,
@@ -343,4 +392,5 @@ def _constants(
         "ROWS": 16 if rows <= 16 else 32,
         "BN": config.bn,
         "BK": config.bk,
+        "STAGES": config.stages,
     }

@@ -54,7 +54,7 @@ def reference(
     return slots, top / top.sum(-1, keepdim=True) * per_expert_scale.to(wide)[slots]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_kernel(
     x_ptr, w_ptr, scale_ptr, partial_ptr, counter_ptr,
     experts_ptr, active_ptr, slots_ptr, weights_ptr, T,

@@ -35,7 +35,7 @@ def weight(format_name: str, *shape: int) -> MoeWeight:
         return pack_fp8_experts(dense)
     groups = (*shape[:-1], shape[-1] // (64 if "64" in format_name else 32))
     q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
-    scale = (torch.rand(groups, generator=generator) / (4 * shape[-1] ** 0.5)).to(DEVICE, LOW)
+    scale = (torch.rand(groups, generator=generator) / (4 * shape[-1] ** 0.5)).to(DEVICE)
     zeros = "zeros" in format_name
     return pack_int4_experts(q, scale, 3 * scale.flip(-1) if zeros else None)
 

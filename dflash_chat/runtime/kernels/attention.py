@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-PROGRAMS = 132  # wanted at least: one for each multiprocessor of a big card
 ARRIVALS = 256  # counters
 GRAIN = tl.constexpr(16)  # keys; shares are multiples of it
 
@@ -205,16 +204,41 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
 
 
-def default_config(rows: int, heads: int, groups: int, dim: int, slots: int, window: int) -> Config:
-    """Tiles of 64 KB of keys and values; enough shares to fill the card, none of them empty."""
+class Card(NamedTuple):
+    """What a config depends on."""
+
+    multiprocessors: int
+    roomy: bool  # 227 KB of shared memory for a program (Hopper, GB100), elsewhere 99 or more
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """The device's; the interpreter plays an H200."""
+    if device.type != "cuda":
+        return Card(132, roomy=True)
+    found = torch.cuda.get_device_properties(device)
+    return Card(found.multi_processor_count, roomy=found.major in (9, 10))
+
+
+def default_config(q: Tensor, keys: Tensor, window: int) -> Config:
+    """Tiles of 64 KB of keys and values, and as many shares as run at once, none without a tile.
+
+    Tiles 64 rows high go through wgmma, whose double buffers leave a multiprocessor room for one.
+    """
+    (rows, heads, dim), (groups, slots, _) = q.shape, keys.shape
+    sms, roomy = card(q.device)
     m = rows * heads // groups
-    block_m = min(max(16, triton.next_power_of_2(m)), 64)
+    block_m = min(max(16, triton.next_power_of_2(m)), 64 if roomy or dim <= 128 else 32)
     block_n = max(16, min(128, 16384 // dim))
-    programs = groups * triton.cdiv(m, block_m)
     visible = min(slots, window - 1 + rows) if window else slots
-    splits = max(1, min(triton.cdiv(visible, block_n), triton.cdiv(PROGRAMS, programs)))
-    warps = 8 if block_m * dim >= 8192 else 4
-    return Config(block_m, block_n, splits, warps, 2, fused=m * dim <= 512)
+    at_once = 2 * sms if roomy and window and block_m < 64 else sms
+    splits = min(triton.cdiv(visible, block_n), at_once // (groups * triton.cdiv(m, block_m)))
+    return Config(
+        block_m, block_n, max(1, splits),
+        warps=8 if block_m * dim >= 8192 else 4,
+        stages=3 if roomy and not window and block_m < 64 else 2,
+        fused=m * dim <= 512,
+    )  # fmt: skip
 
 
 def block_attention(
@@ -242,7 +266,7 @@ def block_attention(
     assert length.dtype == torch.int32, f"length {length.dtype}"
     for x in (q, keys, values):
         assert x.is_contiguous(), f"{tuple(x.shape)} {x.stride()}"
-    c = config or default_config(rows, heads, groups, dim, slots, window)
+    c = config or default_config(q, keys, window)
     tiles_m = triton.cdiv(rows * heads // groups, c.block_m)
     assert groups * tiles_m <= ARRIVALS, f"{groups} kv heads in {tiles_m} tiles"
     pow2 = triton.next_power_of_2(c.splits)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_chat.runtime.kernels.attention import LOG2E, attend_tile
+from dflash_chat.runtime.kernels.attention import LOG2E, attend_tile, card
 
 
 class Config(NamedTuple):
@@ -35,6 +35,12 @@ CONFIGS = {  # by head dim; shared memory holds a tile of q and `stages` tiles o
     128: Config(128, 128, 8, 2),
     256: Config(128, 64, 8, 2),
     512: Config(64, 32, 8, 2),
+}
+NARROW_CONFIGS = {  # for cards that are not roomy
+    64: Config(128, 64, 8, 2),
+    128: Config(64, 64, 4, 2),
+    256: Config(64, 32, 8, 2),
+    512: Config(32, 32, 8, 2),
 }
 
 
@@ -95,7 +101,7 @@ def chunk_attention(
     assert needed <= slots, f"{needed} visible rows in {slots} slots"
     for x in (q, keys, values):
         assert x.is_contiguous(), f"{tuple(x.shape)} {x.stride()}"
-    c = config or CONFIGS[dim]
+    c = config or (CONFIGS if card(q.device).roomy else NARROW_CONFIGS)[dim]
     out = torch.empty(rows, heads * dim, dtype=q.dtype, device=q.device)
     _chunk_attention_kernel[(groups, triton.cdiv(rows * heads // groups, c.block_m))](
         q, keys, values, out, length, slots, scale * LOG2E, rows,

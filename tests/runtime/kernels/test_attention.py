@@ -138,3 +138,22 @@ def test_a_captured_graph_follows_length(shape: str, rows: int) -> None:
         truth = attention.reference(x[0].double(), *x[1:], at, window, causal, scale / 4)
         assert_as_good(out, plain, truth)
         assert torch.equal(out, step())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_last_to_arrive_sees_every_share(rows: int) -> None:
+    x = block(rows, 16, 8, 256, 4096, end=4096)
+    default = attention.default_config(x[0], x[1], 0)
+    outs = {
+        fused: torch.stack([
+            attention.block_attention(
+                *x, ints(4000), window=0, causal=True, scale=0.1,
+                config=default._replace(fused=fused),
+            )
+            for _ in range(200)
+        ])
+        for fused in (True, False)
+    }  # fmt: skip
+    assert torch.equal(outs[True], outs[False])
+    assert (outs[True] == outs[True][0]).all()

@@ -102,6 +102,7 @@ class Experts:
         self.down: MoeWeight = kernel_weights.experts(parts.moe.down)
         device = parts.moe.proj.device
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self.active = self.arrivals  # int32 [1], distinct experts of the last block
 
     def __call__(
         self, x: Tensor, attended: Branch, next_norm: Tensor, tap: Tensor | None
@@ -111,6 +112,7 @@ class Experts:
         inputs = [p.mlp_input_norm, m.input_norm, m.router_norm]
         r, (h_dense, h_moe, h_router) = norms.residual_norms(x, [attended], inputs, p.eps)
         routing = router.route(h_router, m.proj, m.per_expert_scale, self.arrivals, top_k=m.top_k)
+        self.active = routing.active
         dense, routed = moe.gate_up(h_dense, self.dense_gate_up, h_moe, self.gate_up, routing)
         dense, routed = moe.down(dense, self.dense_down, routed, self.down, routing)
         branches = [

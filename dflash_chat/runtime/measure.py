@@ -1,0 +1,269 @@
+"""The real step on random weights of published shapes: what each part costs, and of what bound.
+
+The acceptance is dictated by a law, since random weights accept nothing; everything else is what a
+chat would run. Bytes are counted from the tensors that a pass must read; experts by the distinct
+ones that its rows were really routed to.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dflash_chat.runtime import random_weights
+from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.drafter import Config as DrafterConfig
+from dflash_chat.runtime.drafter import Drafter
+from dflash_chat.runtime.parts import LayerParts
+from dflash_chat.runtime.step import Graphs, Step, TargetParts
+
+SCRIPT_STEPS = 4096
+
+
+@dataclass(frozen=True)
+class Law:
+    """How many drafted tokens each step accepts: by a mean length, or a1·r^i per position."""
+
+    length: float = 0.0
+    first: float = 0.0
+    ratio: float = 0.0
+
+    def script(self, steps: int = SCRIPT_STEPS, seed: int = 0) -> list[int]:
+        """Accepted counts, bonus not included, before a width cuts them off."""
+        if self.length:
+            mean = self.length - 1
+            return [int((i + 1) * mean) - int(i * mean) for i in range(steps)]
+        chance = random.Random(seed)
+        out = []
+        for _ in range(steps):
+            n = 0
+            while n < 16 and chance.random() < self.first * self.ratio**n:
+                n += 1
+            out.append(n)
+        return out
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pair of random weights on the device, its step and graphs."""
+
+    target: Any
+    drafter: Drafter
+    cache: KVCache
+    step: Step
+
+
+def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
+    """Random weights of a published pair, with room for `context` tokens and the runs behind."""
+    shapes = random_weights.shapes(name)
+    kind = str(shapes.target["model_type"]).removesuffix("_text")
+    module = import_module(f"dflash_chat.runtime.models.{kind}")
+    config = module.Config.from_hf(shapes.target)
+    capacity = context + 1024
+    dtype = torch.bfloat16
+    made = random_weights.RandomWeights(config.tensor_shapes(), quant, device, dtype)
+    target = module.Target(config, made, capacity, dtype, device)
+    drafter_config = DrafterConfig.from_raw(shapes.drafter)
+    drafter_shapes = drafter_config.tensor_shapes(config.hidden_size)
+    drafted = random_weights.RandomWeights(drafter_shapes, "bf16", device, dtype, seed=1)
+    drafter = Drafter(
+        drafter_config, drafted, target.embed, target.lm_head, capacity, dtype, device
+    )
+    cache = target.new_cache(capacity)
+    for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):
+        for tensor in tensors:
+            tensor.normal_()
+    parts = TargetParts(
+        target.parts(), target.norm.weight, target.embed_tokens.weight,
+        float(getattr(target, "embed_scale", 1.0)), target.lm_head,
+    )  # fmt: skip
+    return Subject(
+        target, drafter, cache, Step(parts, cache, drafter, drafter_config.target_layer_ids)
+    )
+
+
+def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
+    """Relative difference of the fused forward from the architecture's own plain one."""
+    step = subject.step
+    _place(subject, context)
+    ids = torch.randint(1000, 100_000, (n,), device=step.state.ids.device)
+    step.state.ids[:n] = ids
+    fused_hidden = step.forward(n).float()
+    fused_features = step.features[:n].float().clone()
+    subject.cache.length = context
+    plain, features = subject.target.forward(ids, subject.cache, step.taps)
+    subject.cache.commit(0)
+    out = {"hidden": _relative(fused_hidden, plain.float())}
+    for i, (a, b) in enumerate(
+        zip(
+            fused_features.chunk(len(step.taps), -1),
+            features.float().chunk(len(step.taps), -1),
+            strict=True,
+        )  # fmt: skip
+    ):
+        out[f"tap{step.taps[i]}"] = _relative(a, b)
+    return out
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def _place(subject: Subject, context: int) -> None:
+    """As if `context` tokens were committed, the last one of them alone in the last step."""
+    state = subject.step.state
+    state.length.fill_(context)
+    state.start.fill_(context - 1)
+    state.count.fill_(1)
+    state.step.zero_()
+
+
+def run(
+    name: str, quant: str, context: int, widths: Sequence[int], laws: dict[str, tuple[Law, int]],
+    bandwidth: float, say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Measure everything once. `laws` maps a label to a law and the width it is run at."""
+    device = torch.device("cuda")
+    with torch.inference_mode():
+        subject = build(name, quant, context, device)
+        step = subject.step
+        free, total = torch.cuda.mem_get_info()
+        say(f"{name} {quant}: {(total - free) / 1e9:.1f} GB in use")
+        check = self_check(subject, context)
+        say("self-check " + " ".join(f"{k} {v:.2e}" for k, v in check.items()))
+        vocab = step.target.table.shape[0]
+        step.state.ids.random_(1000, vocab)
+        step.state.block[:1].random_(1000, vocab)
+        graphs = Graphs()
+        step.script = torch.zeros(SCRIPT_STEPS, dtype=torch.int32, device=device)
+        report: dict[str, Any] = {"check": check, "verify": {}}
+        _place(subject, context)
+        graphs.capture("draft", step.draft)
+        for n in widths:
+            _place(subject, context)
+            graphs.capture(f"verify {n}", lambda n=n: step.verify(n))  # type: ignore[misc]
+        for n in widths:
+            experts = distinct_experts(subject, context, n)
+            size = verify_bytes(subject, context, n, experts)
+            step.state.ids.random_(1000, vocab)
+            _place(subject, context)
+            ms = replay_ms(lambda n=n: graphs.replay(f"verify {n}"))  # type: ignore[misc]
+            bound = size / bandwidth * 1e3
+            report["verify"][n] = {
+                "ms": ms,
+                "gb": size / 1e9,
+                "bound_ms": bound,
+                "experts": experts,
+            }
+            say(
+                f"verify {n:2d}  {ms:7.3f} ms  {size / 1e9:6.2f} GB  {bound / ms:5.1%} of bound"
+                + (f"  {experts:.1f} experts" if experts else "")
+                + (f"  {1e3 / ms:6.1f} tok/s plain" if n == 1 else "")
+            )
+        size = draft_bytes(subject, context)
+        _place(subject, context)
+        ms = replay_ms(lambda: graphs.replay("draft"))
+        report["draft"] = {"ms": ms, "gb": size / 1e9}
+        say(
+            f"draft      {ms:7.3f} ms  {size / 1e9:6.2f} GB  {size / bandwidth * 1e3 / ms:5.1%} of bound"
+        )
+        for label, (law, n) in laws.items():
+            step.script.copy_(torch.tensor(law.script(), dtype=torch.int32))
+            _place(subject, context)
+            steps = min(200, 900 // 16)
+            wall, committed = loop(step, graphs, n, steps)
+            busy = report["draft"]["ms"] + report["verify"][n]["ms"]
+            gap = wall * 1e3 / steps - busy
+            report[label] = {
+                "tok_s": committed / wall,
+                "step_ms": wall * 1e3 / steps,
+                "gap_ms": gap,
+            }
+            say(
+                f"{label}: n={n} {committed / steps:.2f} a step, {wall * 1e3 / steps:.3f} ms, "
+                f"{committed / wall:.1f} tok/s, gap {gap:.3f} ms"
+            )
+    return report
+
+
+def loop(step: Step, graphs: Graphs, n: int, steps: int) -> tuple[float, int]:
+    """Seconds and committed tokens of `steps` draft-and-verify steps, read one step late."""
+    slots = [torch.zeros_like(step.record, device="cpu").pin_memory() for _ in range(2)]
+    events = [torch.cuda.Event() for _ in range(2)]
+    committed = 0
+
+    def launch(i: int) -> None:
+        graphs.replay("draft")
+        graphs.replay(f"verify {n}")
+        slots[i % 2].copy_(step.record, non_blocking=True)
+        events[i % 2].record()
+
+    launch(0)
+    torch.cuda.synchronize()
+    committed = 0
+    started = time.perf_counter()
+    launch(1)
+    for i in range(1, steps + 1):
+        if i < steps:
+            launch(i + 1)
+        events[i % 2].synchronize()
+        committed += 1 + int(slots[i % 2][0])
+    return time.perf_counter() - started, committed
+
+
+def replay_ms(replay: Callable[[], None], repeats: int = 30) -> float:
+    """Median milliseconds between events around one replay, with a queue ahead of it."""
+    for _ in range(3):
+        replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        replay()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+
+
+def distinct_experts(subject: Subject, context: int, n: int) -> float:
+    """Mean number of experts per layer that n random rows touch; 0 without experts."""
+    _place(subject, context)
+    subject.step.forward(n)
+    layers = [layer.experts for layer in subject.step.stack.layers]
+    seen = [experts.active for experts in layers if experts is not None]
+    return float(torch.cat(seen).float().mean()) if seen else 0.0
+
+
+def _layer_bytes(parts: LayerParts, experts: float) -> float:
+    a = parts.attention
+    total = float(sum(p.nbytes for p in (a.qkv, a.o_proj, parts.gate_up, parts.down)))
+    if parts.moe is not None:
+        stacks = parts.moe.gate_up.nbytes + parts.moe.down.nbytes
+        total += parts.moe.proj.nbytes + stacks * experts / parts.moe.gate_up.shape[0]
+    return total
+
+
+def _cache_bytes(cache: KVCache, context: int) -> float:
+    return float(sum(
+        2 * 2 * g.kv_heads * g.head_dim * (min(context, g.window) if g.window else context)
+        for g in cache.geometries
+    ))  # fmt: skip
+
+
+def verify_bytes(subject: Subject, context: int, n: int, experts: float) -> float:
+    """Bytes a verify of n rows must read: weights once, routed experts once, the cache once."""
+    layers = sum(_layer_bytes(parts, experts) for parts in subject.step.target.layers)
+    return layers + subject.step.target.head.nbytes + _cache_bytes(subject.cache, context)
+
+
+def draft_bytes(subject: Subject, context: int) -> float:
+    """Bytes a draft must read: the drafter, the head and the drafter's cache once."""
+    head = subject.step.target.head.nbytes
+    return subject.drafter.nbytes + head + _cache_bytes(subject.drafter.cache, context)

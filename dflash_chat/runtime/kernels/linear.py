@@ -111,8 +111,11 @@ def gated_reference(x: Tensor, w: Weight, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
+# fma instead of sub and mul: those want sm_90. A nibble becomes the end of 128 + q's mantissa, in
+# bf16 0x430q.
 _UNPACK = """{{
-    .reg .b32 s4, s8, s12, bias;
+    .reg .b32 s4, s8, s12, one, bias;
+    mov.b32 one, 0x3F803F80;
     mov.b32 bias, {bias};
     shr.u32 s4, $4, 4;
     shr.u32 s8, $4, 8;
@@ -121,19 +124,20 @@ _UNPACK = """{{
     lop3.b32 $1, s8, 0x000F000F, 0x43004300, 0xEA;
     lop3.b32 $2, s4, 0x000F000F, 0x43004300, 0xEA;
     lop3.b32 $3, s12, 0x000F000F, 0x43004300, 0xEA;
-    sub.rn.bf16x2 $0, $0, bias;
-    sub.rn.bf16x2 $1, $1, bias;
-    sub.rn.bf16x2 $2, $2, bias;
-    sub.rn.bf16x2 $3, $3, bias;
-}}"""  # a nibble becomes the end of the mantissa of 128 + q, in bf16 0x430q
-_UNPACK_SIGNED = tl.constexpr(_UNPACK.format(bias="0x43084308"))  # − (128 + 8)
-_UNPACK_PLAIN = tl.constexpr(_UNPACK.format(bias="0x43004300"))  # − 128
+    fma.rn.bf16x2 $0, $0, one, bias;
+    fma.rn.bf16x2 $1, $1, one, bias;
+    fma.rn.bf16x2 $2, $2, one, bias;
+    fma.rn.bf16x2 $3, $3, one, bias;
+}}"""
+_UNPACK_SIGNED = tl.constexpr(_UNPACK.format(bias="0xC308C308"))  # − (128 + 8)
+_UNPACK_PLAIN = tl.constexpr(_UNPACK.format(bias="0xC300C300"))  # − 128
 _UNPACK_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 
-
-_E4M3 = tl.constexpr("""{
-    .reg .b32 low, high, scale;
+# The seven bits below an e4m3's sign go below a bf16's; the exponents' biases differ by 120.
+_WIDEN = tl.constexpr("""{
+    .reg .b32 low, high, scale, zero;
     mov.b32 scale, 0x7B807B80;
+    mov.b32 zero, 0x80008000;
     prmt.b32 low, $2, 0, 0x1404;
     prmt.b32 high, $2, 0, 0x3424;
     shr.u32 $0, low, 4;
@@ -142,20 +146,22 @@ _E4M3 = tl.constexpr("""{
     and.b32 $1, $1, 0x07F007F0;
     lop3.b32 $0, low, 0x80008000, $0, 0xEA;
     lop3.b32 $1, high, 0x80008000, $1, 0xEA;
-    mul.rn.bf16x2 $0, $0, scale;
-    mul.rn.bf16x2 $1, $1, scale;
-}""")  # the seven bits below the sign go below bf16's; the exponents' biases differ by 120
+    fma.rn.bf16x2 $0, $0, scale, zero;
+    fma.rn.bf16x2 $1, $1, scale, zero;
+}""")
 
 
 @triton.jit
 def _widen(w, dtype: tl.constexpr):
-    """e4m3 → dtype, exactly. Hopper's own conversion to bf16 runs at an eighth of the rate."""
-    if w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+    """The bytes of e4m3 → dtype, exactly; all else as it is. Hopper's own cvt is much slower."""
+    if w.dtype != tl.uint8:
+        return w
+    elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            _E4M3, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+            _WIDEN, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     else:
-        return w.to(dtype)
+        return w.to(tl.float8e4nv, bitcast=True).to(dtype)
 
 
 @triton.jit
@@ -518,7 +524,11 @@ def _launch(
 
 @functools.cache
 def _arrivals(device: torch.device) -> Tensor:
-    """How many shares of each tile have arrived. The last one to arrive sets its count to 0."""
+    """How many shares of each tile have arrived. The last one to arrive sets its count to 0.
+
+    One for all calls, which therefore may not run side by side, and made before any capture.
+    """
+    assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "not warmed up"
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
@@ -540,7 +550,9 @@ def _operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weights, scales and zeros."""
     if isinstance(w, Int4):
         return w
-    return (w.weight, w.scale, None) if isinstance(w, Fp8) else (w, None, None)
+    if isinstance(w, Fp8):
+        return w.weight.view(torch.uint8), w.scale, None
+    return w, None, None
 
 
 def _padded(rows: int, w: Weight) -> int:
@@ -557,6 +569,8 @@ def _shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str,
         assert form == CHANNEL or config.bk == 128, f"{config} with blocks of 128 columns"
     elif isinstance(w, Int4):
         form, group = INT4, k // w.scale.shape[0]
+        # Four warps would get wgmma, whose lanes hold two bytes of a word where `_UNPACK` wants all.
+        assert config.warps < 4, f"{config} with int4"
     return {
         "ROWS": _padded(rows, w), "BN": config.bn, "BK": config.bk, "EVEN_K": k % config.bk == 0,
         "FORMAT": form, "GROUP": group, "PDL": pdl,

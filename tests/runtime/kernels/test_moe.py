@@ -130,7 +130,7 @@ def test_gate_up_in_every_format(format_name: str, bk: int) -> None:
 @pytest.mark.parametrize("bk", [64, 128])
 def test_down_in_every_format(format_name: str, bk: int) -> None:
     routing = routing_of(random_slots(3, 4))
-    dense_w, experts_w = weight(format_name, 72, 128), weight(format_name, EXPERTS, 72, 64)
+    dense_w, experts_w = weight(format_name, 40, 192), weight(format_name, EXPERTS, 40, 128)
     check_down(dense_w, experts_w, routing, SMALL._replace(bk=bk))
 
 
@@ -145,6 +145,32 @@ def test_one_expert_may_take_all_rows(rows: int) -> None:
     routing = routing_of(torch.full((rows, 1), EXPERTS - 1))
     check_gate_up(weight("plain", 96, 64), weight("plain", EXPERTS, 96, 64), routing, SMALL)
     check_down(weight("plain", 72, 96), weight("plain", EXPERTS, 72, 48), routing, SMALL)
+
+
+def dense_down(x: Tensor, dense_w: MoeWeight) -> Tensor:
+    """x [T, K] · Wᵀ by the down launch's dense part."""
+    routing = routing_of(torch.zeros(x.shape[0], 1, dtype=torch.long))
+    expert_act = activations(routing.experts.numel(), x.shape[0], 64)
+    experts_w = weight("plain", EXPERTS, dense_w.shape[0], 64)
+    out, _ = moe.down(x, dense_w, expert_act, experts_w, routing, config=SMALL)
+    return out.sum(0)
+
+
+def test_every_fp8_code_is_widened_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[codes & 127 == 127] = 0  # NaN
+    values = codes.view(torch.float8_e4m3fn)
+    dense_w = MoeWeight(values[:, None].repeat(1, 64).to(DEVICE), torch.ones(256, device=DEVICE))
+    out = dense_down(torch.eye(1, 64, dtype=LOW, device=DEVICE), dense_w)
+    assert torch.equal(out[0].cpu(), values.float())
+
+
+def test_every_int4_code_is_widened_exactly_at_every_place() -> None:
+    q = ((torch.arange(16)[:, None] + torch.arange(64)) % 16).to(torch.uint8)
+    dense_w = pack_int4_experts(q.to(DEVICE), torch.ones(16, 2, device=DEVICE))
+    for rows in torch.eye(64, dtype=LOW, device=DEVICE).split(16):
+        out = dense_down(rows, dense_w)
+        assert torch.equal(out, rows.float() @ (q.float() - 8).T.to(DEVICE))
 
 
 def test_rows_that_go_elsewhere_are_not_written() -> None:

@@ -178,9 +178,8 @@ def _attention_kernel(
         )  # fmt: skip
 
     at = split * (T * H) + row
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    tl.store(lse_ptr + at, tl.where(empty, float("-inf"), top + tl.log2(total)), mask=used)
+    total = tl.where(total == 0.0, 1.0, total)  # a row without a key here: top is −inf, acc 0
+    tl.store(lse_ptr + at, top + tl.log2(total), mask=used)
     if lo < hi:
         part = (acc / total[:, None]).to(partial_ptr.dtype.element_ty)
         tl.store(partial_ptr + at[:, None] * D + d[None, :], part, mask=used[:, None])

@@ -117,7 +117,7 @@ def attention(
         one = F.scaled_dot_product_attention(
             q.view(1, groups, share, dim), k[None], v[None], mask, scale=scale
         )
-        return one.view(1, heads * dim)
+        return one.reshape(1, heads * dim)
     packed = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
     out = F.scaled_dot_product_attention(
         packed.reshape(1, groups, share * rows, dim), k[None], v[None], mask, scale=scale

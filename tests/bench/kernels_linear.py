@@ -148,7 +148,7 @@ def compile_all(cases: list[Case]) -> list[str]:
         for config in case.candidates():
             for rows in (16,) if case.form == "bf16" else (16, 8):
                 even = case.k % config.bk == 0
-                reduced = case.kernel == "gated" and config.splits > 1
+                reduced = config.splits if case.kernel == "gated" else 0
                 key = (case.kernel, case.form, config[:4], reduced, even, rows)
                 jobs.setdefault(key, (case, config, rows))
     workers = min(12, max(1, (os.cpu_count() or 2) - 2))

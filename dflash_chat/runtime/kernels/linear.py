@@ -264,9 +264,13 @@ def _linear_kernel(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, out_ptr, scratch_ptr, arrivals_ptr,
     T, N, K, splits,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, REDUCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN rows of w and one share of K. N: columns of the output."""
+    """One tile of BN rows of w and one share of K. N: columns of the output.
+
+    REDUCE: the shares that the last program of a tile adds up, 0 if nothing is to be added.
+    """
     tile = tl.program_id(0)
     split = tl.program_id(1)
     c = tl.arange(0, BN)
@@ -290,15 +294,15 @@ def _linear_kernel(
     if EPILOGUE == PARTIALS:
         n = tile * BN + c[:, None]
         tl.store(out_ptr + (split * T + t) * N + n, acc, mask=(t < T) & (n < N))
-    elif arrivals_ptr is None:
+    elif REDUCE == 0:
         _finish(acc, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
     else:
-        at = scratch_ptr + tile * splits * (ROWS * BN) + c[:, None] * ROWS + t
+        at = scratch_ptr + tile * REDUCE * (ROWS * BN) + c[:, None] * ROWS + t
         tl.store(at + split * (ROWS * BN), acc)
         tl.debug_barrier()  # the arrival below vouches for every thread's part of the share
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == REDUCE - 1:
             total = tl.zeros([BN, ROWS], tl.float32)
-            for s in range(splits):
+            for s in tl.static_range(REDUCE):  # all loads in flight at once
                 total += tl.load(at + s * (ROWS * BN), cache_modifier=".cg")
             tl.store(arrivals_ptr + tile, 0)
             _finish(total, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
@@ -445,7 +449,7 @@ def _launch(
     tiles = triton.cdiv(n, config.bn // 2 if gate_up else config.bn)
     splits = config.splits
     assert 1 <= splits <= triton.cdiv(k, config.bk), f"{config} on K = {k}"
-    reduce = epilogue != PARTIALS and splits > 1
+    reduce = 0 if epilogue == PARTIALS or splits == 1 else splits
     scratch = arrivals = None
     if reduce:
         assert tiles <= MAX_TILES, f"{tiles} tiles"
@@ -454,7 +458,7 @@ def _launch(
         arrivals = _arrivals(x.device)
     _linear_kernel[(tiles, splits)](
         x, x.stride(0), *_operands(w), out, scratch, arrivals, rows, n, k, splits,
-        EPILOGUE=epilogue, **_shape_options(rows, w, config, pdl),
+        EPILOGUE=epilogue, REDUCE=reduce, **_shape_options(rows, w, config, pdl),
     )  # fmt: skip
 
 

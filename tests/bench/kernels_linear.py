@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from dflash_chat.runtime.kernels import linear, norms, tuned
-from dflash_chat.runtime.kernels.linear import Fp8, Int4, Weight
+from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, pack_int4
 from dflash_chat.runtime.kernels.norms import Branch
 from dflash_chat.runtime.kernels.tuned import Config
 from tests.bench import gpu
@@ -148,7 +148,7 @@ def compile_all(cases: list[Case]) -> list[str]:
         for config in case.candidates():
             for rows in (16,) if case.form == "bf16" else (16, 8):
                 even = case.k % config.bk == 0
-                reduced = case.kernel == "gated" and config.splits > 1
+                reduced = config.splits if case.kernel == "gated" else 0
                 key = (case.kernel, case.form, config[:4], reduced, even, rows)
                 jobs.setdefault(key, (case, config, rows))
     workers = min(12, max(1, (os.cpu_count() or 2) - 2))
@@ -169,12 +169,12 @@ def check() -> None:
         "bf16": dense.bfloat16(),
         "fp8 channel": Fp8((dense * 8).to(torch.float8_e4m3fn), torch.rand(n, device="cuda")),
         "fp8 block": Fp8((dense * 8).to(torch.float8_e4m3fn), torch.rand(34, 22, device="cuda")),
-        "int4": linear.pack_int4(q, scale),
-        "int4 with zeros": linear.pack_int4(q, scale, zero),
+        "int4": pack_int4(q, scale),
+        "int4 with zeros": pack_int4(q, scale, zero),
     }
     for name, w in forms.items():
-        truth = x.double() @ linear.dequantize(w).double().T
-        halves = x.double() @ linear.dequantize(w, 2).double().T
+        truth = x.double() @ dequantize(w).double().T
+        halves = x.double() @ dequantize(w, 2).double().T
         gate, up = halves.chunk(2, -1)
         found = {
             "partials": (linear.partials(x, w).sum(0), linear.reference(x, w), truth),

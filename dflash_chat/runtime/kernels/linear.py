@@ -1,12 +1,8 @@
 """Linear layers of a verify block: y = x wᵀ for T ≤ 32 rows, bound by reading w once.
 
-x: [T, K] bf16, rows contiguous.  w: [N, K] in one of three forms, accumulated in fp32:
-  Tensor  bf16, as it is.
-  Fp8     e4m3 with one scale per output row [N], or per 128×128 block [⌈N/128⌉, ⌈K/128⌉].
-  Int4    w = (q − zero)·scale in groups of g ∈ {32, 64, 128} along K. Every 32 bytes hold 64
-          columns: the low nibbles columns 0 … 31, the high ones 32 … 63, so that both are plain
-          tiles. The four bytes of a word hold columns 0, 2, 1, 3 of its four: bits 0 … 3 and
-          16 … 19 of the shifted word are then neighbours, and one instruction unpacks them both.
+x: [T, K] bf16, rows contiguous. w: [N, K] bf16, e4m3 or int4 as in `forms`. Sums are fp32.
+Quantised weights are unpacked to bf16 in registers; an e4m3 scale is applied to the sums, an int4
+group's scale to the weights.
 
 A program owns a tile of BN rows of w and a share of K. The shares of a tile meet in one of two
 ways: `partials` writes them side by side, [S, T, N] fp32, and whoever reads them adds them up;
@@ -21,7 +17,7 @@ the other rows, because how K is cut does not.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,74 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
+from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, kind, shape
 from dflash_chat.runtime.kernels.tuned import Config
 
 MAX_ROWS = 32
 MAX_TILES = 4096  # of `matmul` and `gated`
-CHUNK = 64  # columns per 32 bytes of int4
-
-
-class Fp8(NamedTuple):
-    """weight: e4m3 [N, K]; scale: [N], or [⌈N/128⌉, ⌈K/128⌉].
-
-    Each half of a fused gate_up [2I, K] starts a block of its own: scale [2⌈I/128⌉, ⌈K/128⌉].
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-
-class Int4(NamedTuple):
-    """packed: uint8 [N, K/2]; scale: [K/g, N]; zero: [K/g, N] of scale's dtype, or None for 8."""
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor | None
-
-
-Weight = Tensor | Fp8 | Int4
 
 DENSE, CHANNEL, BLOCK, INT4 = (tl.constexpr(i) for i in range(4))  # forms of w
 PARTIALS, PLAIN, SILU, GELU = (tl.constexpr(i) for i in range(4))  # what becomes of a tile
-
-
-def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
-    """q: uint8 [N, K] of 0 … 15; scale, zero: [N, K/g] → the kernel's layout."""
-    n, k = q.shape
-    assert k % CHUNK == 0, f"int4 takes columns in multiples of {CHUNK}, not {k}"
-    assert k // scale.shape[1] in (32, 64, 128), f"groups of {k / scale.shape[1]:g}"
-    halves = q.view(n, k // CHUNK, 2, 8, 4)[..., [0, 2, 1, 3]]
-    packed = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    zero = None if zero is None else zero.to(scale.dtype).T.contiguous()
-    return Int4(packed.reshape(n, k // 2), scale.T.contiguous(), zero)
-
-
-def shape(w: Weight) -> tuple[int, int]:
-    """(N, K)."""
-    if isinstance(w, Int4):
-        return w.packed.shape[0], 2 * w.packed.shape[1]
-    weight = w.weight if isinstance(w, Fp8) else w
-    return weight.shape[0], weight.shape[1]
-
-
-def dequantize(w: Weight, halves: int = 1) -> Tensor:
-    """[N, K] in fp32. `halves` is 2 for a fused gate_up, whose halves start blocks of their own."""
-    n, k = shape(w)
-    if isinstance(w, Tensor):
-        return w.float()
-    if isinstance(w, Fp8):
-        scale = w.scale.float()
-        if scale.dim() == 1:
-            return w.weight.float() * scale[:, None]
-        rows = torch.arange(n // halves, device=scale.device) // 128
-        rows = torch.cat([rows + half * (scale.shape[0] // halves) for half in range(halves)])
-        return w.weight.float() * scale[rows].repeat_interleave(128, 1)[:, :k]
-    words = w.packed.view(n, k // CHUNK, 8, 4)[..., [0, 2, 1, 3]]
-    q = torch.stack([words & 15, words >> 4], 2).view(n, k).float()
-    group = k // w.scale.shape[0]
-    zero = torch.full_like(w.scale, 8) if w.zero is None else w.zero
-    spread = [part.T.float().repeat_interleave(group, 1) for part in (zero, w.scale)]
-    return (q - spread[0]) * spread[1]
 
 
 def reference(x: Tensor, w: Weight) -> Tensor:
@@ -328,9 +264,13 @@ def _linear_kernel(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, out_ptr, scratch_ptr, arrivals_ptr,
     T, N, K, splits,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, REDUCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN rows of w and one share of K. N: columns of the output."""
+    """One tile of BN rows of w and one share of K. N: columns of the output.
+
+    REDUCE: the shares that the last program of a tile adds up, 0 if nothing is to be added.
+    """
     tile = tl.program_id(0)
     split = tl.program_id(1)
     c = tl.arange(0, BN)
@@ -354,15 +294,15 @@ def _linear_kernel(
     if EPILOGUE == PARTIALS:
         n = tile * BN + c[:, None]
         tl.store(out_ptr + (split * T + t) * N + n, acc, mask=(t < T) & (n < N))
-    elif arrivals_ptr is None:
+    elif REDUCE == 0:
         _finish(acc, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
     else:
-        at = scratch_ptr + tile * splits * (ROWS * BN) + c[:, None] * ROWS + t
+        at = scratch_ptr + tile * REDUCE * (ROWS * BN) + c[:, None] * ROWS + t
         tl.store(at + split * (ROWS * BN), acc)
         tl.debug_barrier()  # the arrival below vouches for every thread's part of the share
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == REDUCE - 1:
             total = tl.zeros([BN, ROWS], tl.float32)
-            for s in range(splits):
+            for s in tl.static_range(REDUCE):  # all loads in flight at once
                 total += tl.load(at + s * (ROWS * BN), cache_modifier=".cg")
             tl.store(arrivals_ptr + tile, 0)
             _finish(total, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
@@ -509,7 +449,7 @@ def _launch(
     tiles = triton.cdiv(n, config.bn // 2 if gate_up else config.bn)
     splits = config.splits
     assert 1 <= splits <= triton.cdiv(k, config.bk), f"{config} on K = {k}"
-    reduce = epilogue != PARTIALS and splits > 1
+    reduce = 0 if epilogue == PARTIALS or splits == 1 else splits
     scratch = arrivals = None
     if reduce:
         assert tiles <= MAX_TILES, f"{tiles} tiles"
@@ -518,7 +458,7 @@ def _launch(
         arrivals = _arrivals(x.device)
     _linear_kernel[(tiles, splits)](
         x, x.stride(0), *_operands(w), out, scratch, arrivals, rows, n, k, splits,
-        EPILOGUE=epilogue, **_shape_options(rows, w, config, pdl),
+        EPILOGUE=epilogue, REDUCE=reduce, **_shape_options(rows, w, config, pdl),
     )  # fmt: skip
 
 
@@ -530,11 +470,6 @@ def _arrivals(device: torch.device) -> Tensor:
     """
     assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "not warmed up"
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
-
-
-def kind(w: Weight) -> str:
-    """The weight's form, as `tuned` calls it."""
-    return "int4" if isinstance(w, Int4) else "fp8" if isinstance(w, Fp8) else "bf16"
 
 
 def _check(x: Tensor, w: Weight) -> None:
@@ -569,7 +504,7 @@ def _shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str,
         assert form == CHANNEL or config.bk == 128, f"{config} with blocks of 128 columns"
     elif isinstance(w, Int4):
         form, group = INT4, k // w.scale.shape[0]
-        # Four warps would get wgmma, whose lanes hold two bytes of a word where `_UNPACK` wants all.
+        # Four warps would get wgmma, whose lanes hold half of the word that `_UNPACK` wants.
         assert config.warps < 4, f"{config} with int4"
     return {
         "ROWS": _padded(rows, w), "BN": config.bn, "BK": config.bk, "EVEN_K": k % config.bk == 0,

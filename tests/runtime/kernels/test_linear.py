@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dflash_chat.runtime.kernels import linear, tuned
-from dflash_chat.runtime.kernels.linear import Fp8, Int4, Weight
+from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, pack_int4
 from dflash_chat.runtime.kernels.tuned import Config
 from tests.runtime.kernels.conftest import DEVICE, LOW
 from tests.runtime.kernels.truth import assert_as_good
@@ -33,7 +33,7 @@ def weight(form: str, n: int, k: int, halves: int = 1) -> Weight:
     q = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.uint8)
     scale = (torch.rand(n, k // group, generator=draw) + 0.5) / (4 * k**0.5)
     zero = torch.randint(0, 16, (n, k // group), generator=draw)
-    packed = linear.pack_int4(
+    packed = pack_int4(
         q.to(DEVICE), scale.to(DEVICE, LOW), zero.to(DEVICE) if form.startswith("zero") else None
     )
     return packed
@@ -57,7 +57,7 @@ def test_partials_add_up_to_the_product(form: str, rows: int) -> None:
     config = small(w, 1 if form == "block" else 2)
     out = linear.partials(x, w, config=config)
     assert out.shape == (config.splits, rows, 72)
-    truth = x.double() @ linear.dequantize(w).double().T
+    truth = x.double() @ dequantize(w).double().T
     assert_as_good(out.sum(0), linear.reference(x, w), truth)
 
 
@@ -66,7 +66,7 @@ def test_partials_add_up_to_the_product(form: str, rows: int) -> None:
 def test_matmul_with_a_tail_along_k_and_n(form: str, splits: int) -> None:
     w, x = weight(form, 72, 192), activations(7, 192)
     config = Config(32, 64, 2, 3, splits)
-    truth = x.double() @ linear.dequantize(w).double().T
+    truth = x.double() @ dequantize(w).double().T
     for _ in range(2):  # the second call finds the arrivals as the first one left them
         assert_as_good(linear.matmul(x, w, config=config), linear.reference(x, w), truth)
     tail = Config(32, 128, 2, 3, 1)
@@ -75,7 +75,7 @@ def test_matmul_with_a_tail_along_k_and_n(form: str, splits: int) -> None:
 
 def test_block_scales_change_along_both_axes() -> None:
     w, x = weight("block", 136, 192), activations(2, 192)
-    truth = x.double() @ linear.dequantize(w).double().T
+    truth = x.double() @ dequantize(w).double().T
     out = linear.matmul(x, w, config=Config(32, 128, 2, 3, 2))
     assert_as_good(out, linear.reference(x, w), truth)
 
@@ -85,7 +85,7 @@ def test_block_scales_change_along_both_axes() -> None:
 def test_gated_activates_the_gate(form: str, activation: str) -> None:
     w, x = weight(form, 2 * 40, 128, halves=2), activations(7, 128)
     config = small(w, 1 if form == "block" else 2)
-    gate, up = (x.double() @ linear.dequantize(w, 2).double().T).chunk(2, -1)
+    gate, up = (x.double() @ dequantize(w, 2).double().T).chunk(2, -1)
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     plain = linear.gated_reference(x, w, activation)
     assert_as_good(linear.gated(x, w, activation, config=config), plain, act * up)
@@ -93,7 +93,7 @@ def test_gated_activates_the_gate(form: str, activation: str) -> None:
 
 def test_gated_block_scales_start_again_at_up() -> None:
     w, x = weight("block", 2 * 136, 128, halves=2), activations(2, 128)
-    gate, up = (x.double() @ linear.dequantize(w, 2).double().T).chunk(2, -1)
+    gate, up = (x.double() @ dequantize(w, 2).double().T).chunk(2, -1)
     out = linear.gated(x, w, "silu", config=Config(64, 128, 2, 3, 1))
     assert_as_good(out, linear.gated_reference(x, w, "silu"), F.silu(gate) * up)
 
@@ -113,14 +113,14 @@ def test_every_quantised_weight_is_exact(form: str) -> None:
     for start in range(0, 128, 32):
         x = torch.eye(128, device=DEVICE, dtype=LOW)[start : start + 32]
         out = linear.matmul(x, w, config=Config(32, 64, 2, 3, 1))
-        assert torch.equal(out.float(), linear.dequantize(w)[:, start : start + 32].T)
+        assert torch.equal(out.float(), dequantize(w)[:, start : start + 32].T)
 
 
 def test_pack_int4_keeps_what_dequantize_returns() -> None:
     q = torch.arange(16, dtype=torch.uint8).repeat(3, 8)
     scale = torch.rand(3, 4) + 0.5
     zero = torch.arange(12).view(3, 4)
-    got = linear.dequantize(linear.pack_int4(q, scale, zero))
+    got = dequantize(pack_int4(q, scale, zero))
     spread = [part.repeat_interleave(32, 1) for part in (zero, scale)]
     assert torch.equal(got, (q.float() - spread[0]) * spread[1])
 
@@ -131,7 +131,7 @@ def test_pack_int4_keeps_what_dequantize_returns() -> None:
 def test_head_finds_the_largest_logit(form: str, rows: int) -> None:
     w, x = weight(form, 100, 128), activations(rows, 128)
     logits, best = linear.head_logits(x, w, softcap=30.0, config=Config(32, 64, 2, 3, 1))
-    raw = x.double() @ linear.dequantize(w).double().T
+    raw = x.double() @ dequantize(w).double().T
     plain = 30 * torch.tanh(linear.reference(x, w) / 30)
     assert_as_good(logits, plain, 30 * torch.tanh(raw / 30))
     assert torch.equal(best, raw.argmax(-1))
@@ -183,7 +183,7 @@ REAL = [
 @pytest.mark.parametrize(("form", "n", "k"), REAL)
 def test_real_shapes(form: str, n: int, k: int) -> None:
     w, x = weight(form, n, k), activations(16, k)
-    truth = x.double() @ linear.dequantize(w).double().T
+    truth = x.double() @ dequantize(w).double().T
     plain = linear.reference(x, w)
     assert_as_good(linear.partials(x, w).sum(0), plain, truth)
     assert_as_good(linear.matmul(x, w), plain, truth)

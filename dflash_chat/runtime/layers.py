@@ -126,7 +126,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     share = heads // groups
     if rows == 1:  # the same without a transpose
         one = F.scaled_dot_product_attention(q.view(1, groups, share, dim), k[None], v[None], mask)
-        return one.view(1, heads * dim)
+        return one.reshape(1, heads * dim)
     packed = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
     out = F.scaled_dot_product_attention(
         packed.reshape(1, groups, share * rows, dim), k[None], v[None], attn_mask=mask

@@ -45,8 +45,8 @@ def tables(frequencies: Tensor, positions: int, device: torch.device) -> Tables:
 class Attention:
     """q, k and v of a block, written to the cache and attended to."""
 
-    def __init__(self, parts: AttentionParts, turns: Tables, eps: float) -> None:
-        self.parts, self.turns, self.eps = parts, turns, eps
+    def __init__(self, parts: AttentionParts, turns: Tables, eps: float, pdl: bool) -> None:
+        self.parts, self.turns, self.eps, self.pdl = parts, turns, eps, pdl
         self.qkv = kernel_weights.linear(parts.qkv)
         self.o_proj = kernel_weights.linear(parts.o_proj)
 
@@ -54,22 +54,23 @@ class Attention:
         """h: normed [T, C] → partial sums of the output, fp32 [S, T, C]."""
         p = self.parts
         q = rope.qk_rope_write(
-            linear.partials(h, self.qkv), p.q_norm, p.k_norm, self.turns.cos, self.turns.sin,
-            keys, values, length, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys,
+            linear.partials(h, self.qkv, pdl=self.pdl), p.q_norm, p.k_norm,
+            self.turns.cos, self.turns.sin, keys, values, length,
+            eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys, pdl=self.pdl,
         )  # fmt: skip
         out = attention.block_attention(
-            q, keys, values, length, window=p.window, causal=p.causal, scale=p.scale
+            q, keys, values, length, window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl
         )
-        return linear.partials(out, self.o_proj)
+        return linear.partials(out, self.o_proj, pdl=self.pdl)
 
 
 class Layer:
     """One decoder layer. The norm of its input is the previous layer's last act."""
 
-    def __init__(self, parts: LayerParts, turns: Tables) -> None:
-        self.parts = parts
-        self.attention = Attention(parts.attention, turns, parts.eps)
-        self.experts = None if parts.moe is None else Experts(parts)
+    def __init__(self, parts: LayerParts, turns: Tables, pdl: bool) -> None:
+        self.parts, self.pdl = parts, pdl
+        self.attention = Attention(parts.attention, turns, parts.eps, pdl)
+        self.experts = None if parts.moe is None else Experts(parts, pdl)
         if self.experts is None:
             self.gate_up = kernel_weights.linear(parts.gate_up)
             self.down = kernel_weights.linear(parts.down)
@@ -83,19 +84,22 @@ class Layer:
         attended = Branch(self.attention(h, *cache, length), norm=p.attention_output_norm)
         if self.experts is not None:
             return self.experts(x, attended, next_norm, tap)
-        r, (h,) = norms.residual_norms(x, [attended], [p.mlp_input_norm], p.eps)
-        inner = linear.gated(h, self.gate_up, p.activation)
-        fed = Branch(linear.partials(inner, self.down), norm=p.mlp_output_norm)
-        x, (h,) = norms.residual_norms(r, [fed], [next_norm], p.eps, scale=p.scalar, tap=tap)
+        pdl = self.pdl
+        r, (h,) = norms.residual_norms(x, [attended], [p.mlp_input_norm], p.eps, pdl=pdl)
+        inner = linear.gated(h, self.gate_up, p.activation, pdl=pdl)
+        fed = Branch(linear.partials(inner, self.down, pdl=pdl), norm=p.mlp_output_norm)
+        x, (h,) = norms.residual_norms(
+            r, [fed], [next_norm], p.eps, scale=p.scalar, tap=tap, pdl=pdl
+        )
         return x, h
 
 
 class Experts:
     """The feed-forward half with routed experts beside the dense MLP (Gemma 4)."""
 
-    def __init__(self, parts: LayerParts) -> None:
+    def __init__(self, parts: LayerParts, pdl: bool) -> None:
         assert parts.moe is not None
-        self.parts, self.moe = parts, parts.moe
+        self.parts, self.moe, self.pdl = parts, parts.moe, pdl
         self.dense_gate_up = kernel_weights.experts(parts.gate_up)
         self.dense_down = kernel_weights.experts(parts.down)
         self.gate_up: MoeWeight = kernel_weights.experts(parts.moe.gate_up)
@@ -108,28 +112,41 @@ class Experts:
         self, x: Tensor, attended: Branch, next_norm: Tensor, tap: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The residual and its norm for the next layer."""
-        p, m = self.parts, self.moe
+        p, m, pdl = self.parts, self.moe, self.pdl
         inputs = [p.mlp_input_norm, m.input_norm, m.router_norm]
-        r, (h_dense, h_moe, h_router) = norms.residual_norms(x, [attended], inputs, p.eps)
-        routing = router.route(h_router, m.proj, m.per_expert_scale, self.arrivals, top_k=m.top_k)
+        r, (h_dense, h_moe, h_router) = norms.residual_norms(x, [attended], inputs, p.eps, pdl=pdl)
+        routing = router.route(
+            h_router, m.proj, m.per_expert_scale, self.arrivals, top_k=m.top_k, pdl=pdl
+        )
         self.active = routing.active
-        dense, routed = moe.gate_up(h_dense, self.dense_gate_up, h_moe, self.gate_up, routing)
-        dense, routed = moe.down(dense, self.dense_down, routed, self.down, routing)
+        dense, routed = moe.gate_up(
+            h_dense, self.dense_gate_up, h_moe, self.gate_up, routing, pdl=pdl
+        )
+        dense, routed = moe.down(dense, self.dense_down, routed, self.down, routing, pdl=pdl)
         branches = [
             Branch(dense, norm=m.dense_output_norm),
             Branch(routed, routing.weights, m.output_norm),
         ]
         x, (h,) = norms.residual_norms(
-            r, branches, [next_norm], p.eps, post=p.mlp_output_norm, scale=p.scalar, tap=tap
-        )
+            r, branches, [next_norm], p.eps,
+            post=p.mlp_output_norm, scale=p.scalar, tap=tap, pdl=pdl,
+        )  # fmt: skip
         return x, h
 
 
 class Stack:
-    """All layers of a target or a drafter over one cache."""
+    """All layers of a target or a drafter over one cache.
+
+    With `pdl` every kernel is launched while its predecessor still runs, and waits for it itself.
+    """
 
     def __init__(
-        self, layers: Sequence[LayerParts], norm: Tensor, cache: KVCache, positions: int
+        self,
+        layers: Sequence[LayerParts],
+        norm: Tensor,
+        cache: KVCache,
+        positions: int,
+        pdl: bool = False,
     ) -> None:
         turns: dict[int, Tables] = {}  # by the frequencies' identity: few, and shared by layers
         self.cache, self.norm, self.eps = cache, norm, layers[0].eps
@@ -139,7 +156,7 @@ class Stack:
             key = hash(tuple(frequencies.tolist()))
             if key not in turns:
                 turns[key] = tables(frequencies, positions, norm.device)
-            self.layers.append(Layer(parts, turns[key]))
+            self.layers.append(Layer(parts, turns[key], pdl))
         self.input_norm = layers[0].input_norm
 
     def __call__(

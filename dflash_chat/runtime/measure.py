@@ -80,7 +80,7 @@ def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
     cache = target.new_cache(capacity)
     for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):
         for tensor in tensors:
-            tensor.normal_()
+            tensor.normal_(0, tensor.shape[-1] ** -0.25)
     parts = TargetParts(
         target.parts(), target.norm.weight, target.embed_tokens.weight,
         float(getattr(target, "embed_scale", 1.0)), target.lm_head,
@@ -146,7 +146,13 @@ def run(
         step.script = torch.zeros(SCRIPT_STEPS, dtype=torch.int32, device=device)
         report: dict[str, Any] = {"check": check, "verify": {}}
         _place(subject, context)
-        graphs.capture("draft", step.draft)
+
+        def draft() -> None:
+            """Random weights draft one token over and over, which would route like one."""
+            step.draft()
+            step.state.ids[1:].random_(1000, vocab)
+
+        graphs.capture("draft", draft)
         for n in widths:
             _place(subject, context)
             graphs.capture(f"verify {n}", lambda n=n: step.verify(n))  # type: ignore[misc]

@@ -126,6 +126,8 @@ class RandomWeights(Mapping[str, Packed]):
         made = torch.empty(shape, dtype=self.dtype, device=self.device)
         for part in made if len(shape) == 3 else [made]:
             part.normal_(0, deviation, generator=generator)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            return DenseWeight(made.add_(1).mul_(shape[0] ** -0.25))  # scores of a sane spread
         if len(shape) == 1:
             return DenseWeight(made.add_(1))
         if kept or self.quant == "bf16":

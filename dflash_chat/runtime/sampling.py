@@ -28,7 +28,7 @@ UNREAD = -1  # choice of a row behind the first mismatch, where that row was not
 _TOP_P_CANDIDATES = 512  # a full sort of the vocabulary is only needed for flatter distributions
 _MASK = 0xFFFFFFFF  # one 32-bit word
 _HEAD = 64  # tokens with noise of their own; the rest of the vocabulary competes as one
-_SHARPNESS = 0.5  # turns perturbed scores into a chance of matching; measured on the default pair
+_SHARPNESS = 0.8  # turns perturbed scores into chances; found on the default pair
 
 
 class Sampler:

@@ -46,7 +46,8 @@ class Step:
     ) -> None:
         device, dtype = target.table.device, target.table.dtype
         self.target, self.taps = target, tuple(taps)
-        self.stack = Stack(target.layers, target.norm, cache, cache.capacity)
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.stack = Stack(target.layers, target.norm, cache, cache.capacity, self.pdl)
         self.head = kernel_weights.linear(target.head)
         block_size = 1 if drafter is None else drafter.config.block_size
         mask_id = 0 if drafter is None else drafter.config.mask_token_id
@@ -68,14 +69,19 @@ class Step:
     def verify(self, n: int) -> None:
         """Run ids[:n] behind the committed rows, accept, and move on."""
         hidden = self.forward(n)
-        chosen = linear.head_argmax(hidden, self.head)
+        chosen = linear.head_argmax(hidden, self.head, pdl=self.pdl)
         accept.accept(self.state, chosen, self.record, self.script)
 
     def forward(self, n: int) -> Tensor:
         """Final normed hidden states [n, C] of ids[:n]; fills `features`."""
         t, width = self.target, self.target.table.shape[1]
         x, h = norms.embed(
-            self.state.ids[:n], t.table, t.embed_scale, self.stack.input_norm, self.stack.eps
+            self.state.ids[:n],
+            t.table,
+            t.embed_scale,
+            self.stack.input_norm,
+            self.stack.eps,
+            pdl=self.pdl,
         )
         taps = {
             layer: self.features[:n, i * width : (i + 1) * width]
@@ -98,7 +104,8 @@ class Drafting:
         norm, self.hidden_norm = drafter.norm.weight, drafter.hidden_norm.weight
         assert norm is not None
         assert self.hidden_norm is not None
-        self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity)
+        self.pdl = step.pdl
+        self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity, self.pdl)
         self.fc = kernel_weights.linear(drafter.fc)
         self.context_kv = kernel_weights.linear(drafter.context_kv)
         self.k_norms = torch.stack([layer.k_norm for layer in drafter.layers])  # [L, D]
@@ -111,22 +118,29 @@ class Drafting:
         self.project()
         state, target = self.step.state, self.step.target
         x, h = norms.embed(
-            state.block, target.table, target.embed_scale, self.stack.input_norm, self.stack.eps
+            state.block,
+            target.table,
+            target.embed_scale,
+            self.stack.input_norm,
+            self.stack.eps,
+            pdl=self.pdl,
         )
         hidden = self.stack(x, h, state.length)  # [B, C]
-        tokens = linear.head_argmax(hidden[1:], self.step.head)
+        tokens = linear.head_argmax(hidden[1:], self.step.head, pdl=self.pdl)
         state.ids[1 : len(tokens) + 1].copy_(tokens)
 
     def project(self) -> None:
         """Context keys and values of the rows committed last, `count` of them."""
         state, eps = self.step.state, self.config.rms_norm_eps
-        projected = Branch(linear.partials(self.step.features, self.fc))
+        projected = Branch(linear.partials(self.step.features, self.fc, pdl=self.pdl))
         assert self.hidden_norm is not None
-        _, (context,) = norms.residual_norms(self.nothing, [projected], [self.hidden_norm], eps)
+        _, (context,) = norms.residual_norms(
+            self.nothing, [projected], [self.hidden_norm], eps, pdl=self.pdl
+        )
         caches = list(zip(self.cache.keys, self.cache.values, strict=True))
         rope.context_write(
-            linear.partials(context, self.context_kv), self.k_norms, self.turns.cos,
-            self.turns.sin, caches, state.start, state.count, eps=eps,
+            linear.partials(context, self.context_kv, pdl=self.pdl), self.k_norms, self.turns.cos,
+            self.turns.sin, caches, state.start, state.count, eps=eps, pdl=self.pdl,
         )  # fmt: skip
 
 

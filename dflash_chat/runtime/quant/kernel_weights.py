@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from dflash_chat.errors import CheckpointError
-from dflash_chat.runtime.kernels import expert_weights
-from dflash_chat.runtime.kernels import linear as kernel
+from dflash_chat.runtime.kernels import expert_weights, forms
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.quant import Experts, Packed
 from dflash_chat.runtime.quant.dense import DenseWeight
@@ -14,16 +13,16 @@ from dflash_chat.runtime.quant.float_quantized import Float8Weight
 from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
 
 
-def linear(weight: Packed) -> kernel.Weight:
+def linear(weight: Packed) -> forms.Weight:
     """For `kernels.linear`. A dense weight is lent, not copied."""
     if isinstance(weight, DenseWeight):
         return weight.weight
     if isinstance(weight, Float8Weight):
         rows, columns = weight.block
         assert (rows, columns) == (1, weight.shape[-1]), f"fp8 blocks {weight.block}"
-        return kernel.Fp8(weight.weight, weight.scale.flatten().float())
+        return forms.Fp8(weight.weight, weight.scale.flatten().float())
     if isinstance(weight, Int4GroupWeight):
-        return kernel.pack_int4(*_nibbles(weight))
+        return forms.pack_int4(*_nibbles(weight))
     raise CheckpointError(f"weights of kind {type(weight).__name__} have no CUDA kernel")
 
 

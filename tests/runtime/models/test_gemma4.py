@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dflash_chat.errors import CheckpointError, WeightsMismatchError
-from dflash_chat.runtime import layers, weights
+from dflash_chat.runtime import layers, models, weights
 from dflash_chat.runtime.models import gemma4
 from tests.runtime import tiny
 
@@ -232,6 +233,17 @@ def test_the_published_sizes_come_out_of_the_shapes() -> None:
     assert _parameters(GEMMA_26B) == 25_233_141_760
     assert _parameters(GEMMA_31B) == 30_697_345_280
     assert round(_parameters(GEMMA_12B) / 1e9, 2) == 11.91
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"])
+def test_every_published_type_finds_this_file(name: str) -> None:
+    assert models.find(name) is gemma4
+
+
+@pytest.mark.parametrize("name", ["gemma3", "", "..quant", "a b"])
+def test_another_type_is_refused_by_name(name: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(repr(name))):
+        models.find(name)
 
 
 def test_published_shapes_of_26b() -> None:

@@ -164,6 +164,26 @@ def test_a_multimodal_checkpoint_gives_its_text_model(tmp_path: Path) -> None:
     assert _relative(hidden, truth) < 1e-5
 
 
+def test_a_unified_checkpoint_gives_its_text_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers.models.gemma4_unified", reason="this transformers lacks it")
+    from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
+
+    text = {k: v for k, v in DENSE.items() if k != "hidden_size_per_layer_input"}
+    vision = {"patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 16, "mm_posemb_size": 8}
+    config = Gemma4UnifiedConfig(
+        text_config=text,
+        vision_config=vision | {"output_proj_dims": 16},
+        audio_config={"audio_embed_dim": 16},
+    )
+    reference = _shaken(Gemma4UnifiedForConditionalGeneration(config))
+    reference.save_pretrained(tmp_path)
+    ids, target = _prompt(40), _load(tmp_path)
+    with torch.inference_mode():
+        truth = reference.model.language_model(ids[None]).last_hidden_state[0]
+        hidden, _ = target.forward(ids, target.new_cache(CAPACITY))
+    assert _relative(hidden, truth) < 1e-5
+
+
 def test_a_tensor_outside_the_towers_is_not_skipped(tmp_path: Path) -> None:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 

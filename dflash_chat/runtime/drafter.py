@@ -32,10 +32,11 @@ _IGNORED_KEYS = {
     "torch_dtype", "transformers_version", "use_cache", "use_sliding_window",
 }  # fmt: skip
 _KNOWN_KEYS = _IGNORED_KEYS | {
-    "attention_bias", "block_size", "dflash_config", "head_dim", "hidden_act", "hidden_size",
-    "intermediate_size", "is_causal", "layer_types", "max_position_embeddings",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "num_target_layers",
-    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "vocab_size",
+    "attention_bias", "block_size", "dflash_config", "final_logit_softcapping", "head_dim",
+    "hidden_act", "hidden_size", "intermediate_size", "is_causal", "layer_types",
+    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "num_target_layers", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "sliding_window", "vocab_size",
 }  # fmt: skip
 _KNOWN_DFLASH_KEYS = {"block_size", "causal", "mask_token_id", "target_layer_ids"}
 
@@ -109,6 +110,9 @@ class Config:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"rope scaling {kind!r} is not supported")
+        cap = raw.get("final_logit_softcapping")  # monotone: no argmax, so no draft, depends on it
+        if cap is not None and not float(cap) > 0:
+            raise ValueError(f"final_logit_softcapping = {cap!r} is out of range")
         layer_types = raw.get("layer_types") or ["full_attention"] * int(raw["num_hidden_layers"])
         if len(layer_types) != int(raw["num_hidden_layers"]):
             raise ValueError("layer_types and num_hidden_layers disagree")
@@ -118,6 +122,8 @@ class Config:
         windows = tuple(
             int(raw["sliding_window"]) if name == "sliding_attention" else 0 for name in layer_types
         )
+        if "sliding_attention" in layer_types and int(raw["sliding_window"]) < 1:
+            raise ValueError(f"sliding_window = {raw['sliding_window']} is out of range")
         everywhere = raw.get("is_causal", dflash.get("causal"))
         causal = tuple(w > 0 if everywhere is None else bool(everywhere) for w in windows)
         heads = int(raw["num_attention_heads"])
@@ -245,7 +251,7 @@ class Drafter:
     """Proposes blocks; follows the target's committed tokens through `observe`.
 
     `embed` maps ids [T] to the target's (scaled) input embeddings, `head` maps normed states to
-    logits.
+    logits before any cap. At most `largest_block` rows are projected into the context at once.
     """
 
     def __init__(
@@ -257,6 +263,7 @@ class Drafter:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        largest_block: int = PREFILL_CHUNK,
     ) -> None:
         self.config, self.embed, self.head = config, embed, head
         weights = Ready(packed, device, dtype)
@@ -288,7 +295,7 @@ class Drafter:
             room,
             dtype,
             device,
-            max(PREFILL_CHUNK, config.block_size),
+            max(largest_block, config.block_size),
         )
         self._pending: list[Tensor] = []  # observed features that are not projected yet
         self._block = torch.full((config.block_size,), config.mask_token_id, device=device)

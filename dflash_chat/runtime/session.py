@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
-from importlib.util import find_spec
-from types import ModuleType
+from importlib import metadata
 from typing import Protocol
 
 import torch
@@ -183,7 +181,7 @@ def _build(
     progress(Progress("reading the target", 0, 0))
     checkpoint = weights.open_checkpoint(installed.target)
     try:
-        architecture = _architecture(str(checkpoint.config.get("model_type", "")))
+        architecture = models.find(str(checkpoint.config.get("model_type", "")))
         config = architecture.Config.from_hf(checkpoint.config)
         capacity = _capacity(options, config.max_position_embeddings)
         packed = weights.load_packed(checkpoint, config.tensor_shapes(), architecture.IGNORED)
@@ -215,14 +213,6 @@ def _build(
     if not options.draft_tokens:
         engine.measure()
     return engine, tokenizer, drafter_config
-
-
-def _architecture(model_type: str) -> ModuleType:
-    """The module `models/<model_type>.py`; CheckpointError if there is none."""
-    name = f"{models.__name__}.{models.SAME_AS.get(model_type, model_type)}"
-    if not model_type.isidentifier() or find_spec(name) is None:
-        raise CheckpointError(f"targets of type {model_type!r} are not supported yet")
-    return import_module(name)
 
 
 def _capacity(options: EngineOptions, limit: int) -> int:

@@ -88,13 +88,15 @@ def _published_forward(c: module.Config, w: dict[str, Tensor], embed: Tensor, fe
     return _norm(x, w["norm.weight"], c.rms_norm_eps)
 
 
-@pytest.mark.parametrize(("window", "causal"), [(0, False), (0, True), (4, True), (4, False)])
-@pytest.mark.parametrize("context", [1, 4, 23])
-def test_the_block_equals_the_published_forward(window: int, causal: bool, context: int) -> None:
+SCALE = 32**0.5  # what a Gemma target multiplies its embeddings by
+
+
+def _assert_published(
+    c: module.Config, drafter: module.Drafter, features: Tensor, scale: float = 1.0
+) -> None:
+    """The drafter's block after `features` is the one the algorithm's description gives."""
     target = tiny.target()
-    c = tiny.drafter_config(window, causal)
     packed = tiny.weights(c.tensor_shapes(32), seed=1, scale=0.2)
-    drafter = tiny.drafter(target, window=window, causal=causal)
     seen: list[Tensor] = []
 
     class Head:
@@ -103,16 +105,58 @@ def test_the_block_equals_the_published_forward(window: int, causal: bool, conte
             return target.lm_head.matmul(x)
 
     drafter.head = Head()  # type: ignore[assignment]
-    features = torch.randn(context, 64, generator=torch.Generator().manual_seed(2))
+    drafter.embed = lambda ids: target.embed(ids) * scale
     with torch.inference_mode():
-        for row in features:  # one by one, as plain decoding would bring them
-            drafter.observe(row[None])
         drafted = drafter.draft(9, 4)
     weights = {name: weight.dequantize().double() for name, weight in packed.items()}
     embed = target.embed_tokens.dequantize()
-    truth = _published_forward(c, weights, embed, features, anchor=9)
+    truth = _published_forward(c, weights, embed * scale, features, anchor=9)
     torch.testing.assert_close(seen[0].double(), truth[1:], rtol=1e-4, atol=1e-5)
     assert drafted.argmax(-1).tolist() == (truth[1:] @ embed.double().T).argmax(-1).tolist()
+
+
+def _features(rows: int) -> Tensor:
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(("window", "causal"), [(0, False), (0, True), (4, True), (4, False)])
+@pytest.mark.parametrize("context", [1, 4, 23])
+def test_the_block_equals_the_published_forward(window: int, causal: bool, context: int) -> None:
+    c = tiny.drafter_config(window, causal)
+    drafter, features = (
+        tiny.drafter(tiny.target(), window=window, causal=causal),
+        _features(context),
+    )
+    with torch.inference_mode():
+        for row in features:  # one by one, as plain decoding would bring them
+            drafter.observe(row[None])
+    _assert_published(c, drafter, features)
+
+
+@pytest.mark.parametrize("context", [3, 12, 20, 21, 47])
+def test_a_block_for_gemma_equals_the_published_forward(context: int) -> None:
+    """4 sliding layers, causal, on rings of 12 + 8 rows; 1 full layer, not causal."""
+    shape: dict[str, Any] = {"window": 12, "causal": None, "sliding": 4}
+    c = tiny.drafter_config(**shape)
+    assert c.causal == (True, True, True, True, False)
+    drafter, features = tiny.drafter(tiny.target(), **shape, largest_block=8), _features(context)
+    assert [len(keys[0]) for keys in drafter.cache.keys] == [20, 20, 20, 20, 261]
+    with torch.inference_mode():
+        drafter.observe(features[: context // 2])
+        drafter.draft(9, 4)  # leaves its block in the rings
+        drafter.observe(features[context // 2 :])
+    _assert_published(c, drafter, features, SCALE)
+
+
+def test_tokens_that_only_wait_are_forgotten_without_being_projected() -> None:
+    drafter, features = tiny.drafter(tiny.target()), _features(9)
+    with torch.inference_mode():
+        drafter.observe(features[:4])
+        drafter.flush()
+        drafter.observe(features[4:])
+        drafter.truncate(6)
+        assert (drafter.length, drafter.cache.length) == (6, 4)
+    _assert_published(tiny.drafter_config(), drafter, features[:6])
 
 
 def test_fewer_tokens_are_a_prefix_of_the_whole_block() -> None:
@@ -156,6 +200,8 @@ def test_block_size_may_live_in_dflash_config() -> None:
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 0}, "sliding_window"),
         ({"block_size": 1}, "block_size"),
         ({"hidden_size": "many"}, "many"),
         ({"head_dim": None, "num_attention_heads": 0}, "heads = 0"),
@@ -191,3 +237,24 @@ def test_the_published_sizes_come_out_of_the_shapes() -> None:
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert len(shapes) == 58
     assert round(count / 1e6, 1) == 1048.6
+
+
+def test_a_published_config_for_gemma_is_read() -> None:
+    raw = {
+        "architectures": ["DFlashDraftModel"], "attention_bias": False, "attention_dropout": 0.0,
+        "block_size": 16, "bos_token_id": 2, "dtype": "bfloat16", "eos_token_id": 1,
+        "dflash_config": {"mask_token_id": 4, "target_layer_ids": [1, 6, 11, 17, 22, 27]},
+        "final_logit_softcapping": 30.0, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2816, "intermediate_size": 5632, "max_position_embeddings": 262144,
+        "layer_types": ["sliding_attention"] * 4 + ["full_attention"], "max_window_layers": 5,
+        "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 5,
+        "num_key_value_heads": 8, "num_target_layers": 30, "pad_token_id": 0,
+        "rms_norm_eps": 1e-06, "sliding_window": 2048, "tie_word_embeddings": False,
+        "use_cache": True, "use_sliding_window": True, "vocab_size": 262144,
+        "rope_theta": 1000000, "rope_scaling": None,
+    }  # fmt: skip
+    config = module.Config.from_raw(raw)
+    assert config.windows == (2048, 2048, 2048, 2048, 0)
+    assert config.causal == (True, True, True, True, False)
+    shapes = config.tensor_shapes(2816)
+    assert round(sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6, 1) == 429.7

@@ -191,3 +191,56 @@ def test_closing_the_generator_after_any_step_keeps_the_caches_usable() -> None:
         lengths = [len(engine.log), engine.cache.length, engine.drafter.length]
         assert all(a == b for a, b in pairwise(lengths))
     assert tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=40))) == plain
+
+
+def test_a_drafter_still_drafts_where_its_block_ends_behind_the_context() -> None:
+    target = tiny.target()
+    drafter = tiny.drafter(target, capacity=32)
+    engine = Engine(target, target.new_cache(32), drafter, tiny.TAPS, 4, frozenset())
+    steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=60))
+    assert steps[-1].reason == "context"
+    assert tiny.tokens(steps) == _plain(27)
+
+
+# ── rings: a target of sliding and full layers, windows far shorter than the answer ─────────────
+
+CHUNK = BLOCK + 1  # rows of the largest forward: rings of 8 + 8 rows
+
+
+def _hybrid(drafter: BlockDrafter | None = None, rings: bool = True) -> Engine:
+    target = tiny.hybrid(window=8)
+    if drafter is None:
+        drafter = tiny.drafter(target, window=8, largest_block=CHUNK)
+    cache = target.new_cache(256, CHUNK) if rings else target.new_cache(256)
+    assert (cache.slots(8) == 16) == rings
+    k = BLOCK if isinstance(drafter, tiny.ScriptedDrafter) else 4
+    return Engine(target, cache, drafter, tiny.TAPS, k, frozenset())
+
+
+def _hybrid_answer(prompt: list[int], n: int) -> list[int]:
+    engine = _hybrid(rings=False)
+    return tiny.tokens(tiny.run(engine, prompt, SamplingParams(max_tokens=n), draft=False))
+
+
+@pytest.mark.parametrize("script", [[0], [3], [7], [0, 7, 3, 1, 6, 2, 5, 4]], ids=str)
+def test_rings_do_not_change_an_answer(script: list[int]) -> None:
+    plain = _hybrid_answer(PROMPT, 100)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), script)
+    steps = tiny.run(_hybrid(drafter), PROMPT, SamplingParams(max_tokens=100))
+    assert tiny.tokens(steps) == plain
+    drafted = [step.stats.accepted for step in steps if step.stats is not None]
+    assert drafted[: len(script)] == script
+
+
+@pytest.mark.parametrize(("kept", "reused"), [(30, True), (26, True), (25, False), (10, False)])
+def test_a_second_turn_reuses_what_the_rings_still_hold(kept: int, reused: bool) -> None:
+    """The first turn reaches row 36, so the rings hold rows 20 to 35 and a cut may be at 27."""
+    engine = _hybrid()
+    first = tiny.tokens(tiny.run(engine, PROMPT, SamplingParams(max_tokens=31), draft=False))
+    assert engine.cache.length == len(PROMPT) + 30
+    second = [*([*PROMPT, *first][: kept + 1]), 7, 7, 3]
+    head = next(iter(engine.generate(second, SamplingParams(max_tokens=20))))
+    assert isinstance(head, Prefilled)
+    assert head.cached == (kept + 1 if reused else 0)
+    again = tiny.tokens(tiny.run(engine, second, SamplingParams(max_tokens=20)))
+    assert again == _hybrid_answer(second, 20)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dflash_chat.runtime import drafter as drafter_module
 from dflash_chat.runtime.api import SamplingParams
+from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
-from dflash_chat.runtime.models import llama
+from dflash_chat.runtime.models import gemma4, llama
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.dense import DenseWeight
 
@@ -27,6 +28,18 @@ def config(vocab: int = VOCAB) -> llama.Config:
     )  # fmt: skip
 
 
+def hybrid(window: int = 8, seed: int = 0, capacity: int = 256) -> gemma4.Target:
+    """A target of sliding and full layers, some experts included."""
+    c = gemma4.Config(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=VOCAB,
+        rms_norm_eps=1e-6, max_position_embeddings=512, tie_word_embeddings=True,
+        final_logit_softcapping=30.0, attention_k_eq_v=True, num_experts=4, top_k_experts=2,
+        moe_intermediate_size=8, sliding_theta=1e4, full_theta=1e6, rotated=0.25, prefix="model.",
+        attention=(Geometry(2, 8, window), Geometry(1, 16), Geometry(2, 8, window)),
+    )  # fmt: skip
+    return gemma4.Target(c, weights(c.tensor_shapes(), seed, 0.3), capacity, torch.float32, CPU)
+
+
 def weights(shapes: dict[str, tuple[int, ...]], seed: int, scale: float) -> dict[str, Packed]:
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Packed] = {}
@@ -41,22 +54,33 @@ def target(seed: int = 0, capacity: int = 256, vocab: int = VOCAB) -> llama.Targ
     return llama.Target(c, weights(c.tensor_shapes(), seed, 0.3), capacity, torch.float32, CPU)
 
 
-def drafter_config(window: int = 0, causal: bool = False) -> drafter_module.Config:
+def drafter_config(
+    window: int = 0, causal: bool | None = False, sliding: int = 1
+) -> drafter_module.Config:
+    """`sliding` layers of `window` (full ones if it is 0), then one full layer."""
+    kind = "sliding_attention" if window else "full_attention"
     return drafter_module.Config.from_raw(
         {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": sliding + 1,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
             "rms_norm_eps": 1e-6, "rope_theta": 1e4, "block_size": 5, "vocab_size": VOCAB,
             "num_target_layers": 3, "sliding_window": window, "is_causal": causal,
-            "layer_types": ["sliding_attention" if window else "full_attention", "full_attention"],
+            "layer_types": [kind] * sliding + ["full_attention"],
             "dflash_config": {"mask_token_id": 3, "target_layer_ids": list(TAPS)},
         }
     )  # fmt: skip
 
 
-def drafter(of: llama.Target, seed: int = 1, capacity: int = 256, window: int = 0,
-            causal: bool = False) -> drafter_module.Drafter:  # fmt: skip
-    c = drafter_config(window, causal)
+def drafter(
+    of: llama.Target | gemma4.Target,
+    seed: int = 1,
+    capacity: int = 256,
+    window: int = 0,
+    causal: bool | None = False,
+    sliding: int = 1,
+    largest_block: int = PREFILL_CHUNK,
+) -> drafter_module.Drafter:
+    c = drafter_config(window, causal, sliding)
     return drafter_module.Drafter(
         c,
         weights(c.tensor_shapes(32), seed, 0.2),
@@ -65,6 +89,7 @@ def drafter(of: llama.Target, seed: int = 1, capacity: int = 256, window: int = 
         capacity,
         torch.float32,
         CPU,
+        largest_block,
     )
 
 

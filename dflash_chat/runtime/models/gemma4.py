@@ -28,7 +28,10 @@ from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
 from dflash_chat.runtime.parts import AttentionParts, LayerParts, MoeParts
 from dflash_chat.runtime.quant import Packed, Ready
 
-IGNORED = ("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.")
+IGNORED = (
+    "model.vision_tower.", "model.vision_embedder.", "model.embed_vision.", "model.audio_tower.",
+    "model.embed_audio.",
+)  # fmt: skip
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # the first is meant where the key is absent
     "hidden_activation": ("gelu_pytorch_tanh",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dflash_chat.errors import CheckpointError, WeightsMismatchError
-from dflash_chat.runtime import layers, weights
+from dflash_chat.runtime import layers, models, weights
 from dflash_chat.runtime.models import gemma4
 from tests.runtime import tiny
 
@@ -163,6 +164,26 @@ def test_a_multimodal_checkpoint_gives_its_text_model(tmp_path: Path) -> None:
     assert _relative(hidden, truth) < 1e-5
 
 
+def test_a_unified_checkpoint_gives_its_text_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers.models.gemma4_unified", reason="this transformers lacks it")
+    from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
+
+    text = {k: v for k, v in DENSE.items() if k != "hidden_size_per_layer_input"}
+    vision = {"patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 16, "mm_posemb_size": 8}
+    config = Gemma4UnifiedConfig(
+        text_config=text,
+        vision_config=vision | {"output_proj_dims": 16},
+        audio_config={"audio_embed_dim": 16},
+    )
+    reference = _shaken(Gemma4UnifiedForConditionalGeneration(config))
+    reference.save_pretrained(tmp_path)
+    ids, target = _prompt(40), _load(tmp_path)
+    with torch.inference_mode():
+        truth = reference.model.language_model(ids[None]).last_hidden_state[0]
+        hidden, _ = target.forward(ids, target.new_cache(CAPACITY))
+    assert _relative(hidden, truth) < 1e-5
+
+
 def test_a_tensor_outside_the_towers_is_not_skipped(tmp_path: Path) -> None:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -232,6 +253,17 @@ def test_the_published_sizes_come_out_of_the_shapes() -> None:
     assert _parameters(GEMMA_26B) == 25_233_141_760
     assert _parameters(GEMMA_31B) == 30_697_345_280
     assert round(_parameters(GEMMA_12B) / 1e9, 2) == 11.91
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"])
+def test_every_published_type_finds_this_file(name: str) -> None:
+    assert models.find(name) is gemma4
+
+
+@pytest.mark.parametrize("name", ["gemma3", "", "..quant", "a b"])
+def test_another_type_is_refused_by_name(name: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(repr(name))):
+        models.find(name)
 
 
 def test_published_shapes_of_26b() -> None:

@@ -31,6 +31,7 @@ from dflash_chat.settings import (
     SOURCES,
     BenchArgs,
     OnceArgs,
+    RandomBenchArgs,
     parse_options,
     suggest,
 )
@@ -174,6 +175,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_options(bench, default=argparse.SUPPRESS)
     bench.add_argument("--seed", metavar="N", default=argparse.SUPPRESS, help="same as -o seed=N")
     bench.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+    bench.add_argument(
+        "--random-weights", metavar="PAIR", help="time the real step on published shapes (CUDA)"
+    )
+    bench.add_argument("--quant", choices=("bf16", "fp8", "int4"), default="bf16")
+    bench.add_argument("--context", metavar="TOKENS", type=int, default=2048)
+    bench.add_argument("--widths", metavar="N,N,…", type=_whole_numbers, default=())
+    law = bench.add_mutually_exclusive_group()
+    law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
+    law.add_argument("--accept-curve", metavar="A1,R", type=_curve, default=(0.0, 0.0))
 
     shell = _command(commands, "completion", _completion, "print a completion script")
     shell.add_argument("shell", metavar="SHELL", choices=completion.SHELLS, help="bash, zsh, fish")
@@ -265,7 +275,29 @@ def _once(args: argparse.Namespace) -> int:
     )
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _curve(text: str) -> tuple[float, float]:
+    first, ratio = (float(part) for part in text.split(","))
+    return first, ratio
+
+
+def _bench_random(args: argparse.Namespace) -> int:
+    from dflash_chat import bench_random
+
+    return bench_random.run(
+        RandomBenchArgs(
+            args.random_weights, args.quant, args.context, args.widths, args.accept_length,
+            args.accept_curve, args.json,
+        )
+    )  # fmt: skip
+
+
 def _bench(args: argparse.Namespace) -> int:
+    if args.random_weights:
+        return _bench_random(args)
     if args.limit < 0:
         raise UsageError("--limit must not be negative")
     settings = parse_options(_options(args))

@@ -52,6 +52,22 @@ class BenchArgs:
 
 
 @dataclass(frozen=True)
+class RandomBenchArgs:
+    """`dflash-chat bench --random-weights`. Acceptance is dictated: by a mean length (bonus
+    included), or by a1 and r, position i being accepted with chance a1·r^i; both 0 takes the three
+    lengths of the benchmark notes. `widths` empty takes every captured one.
+    """
+
+    pair: str
+    quant: str = "bf16"
+    context: int = 2048
+    widths: tuple[int, ...] = ()
+    accept_length: float = 0.0
+    accept_curve: tuple[float, float] = (0.0, 0.0)
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class _Number:
     """Range of one key; `above` excludes the lower end."""
 

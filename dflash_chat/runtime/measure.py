@@ -12,13 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dflash_chat.runtime import random_weights
+from dflash_chat.runtime import models, random_weights, timing
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
@@ -26,6 +26,7 @@ from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
 
 SCRIPT_STEPS = 4096
+LOOP_STEPS = 60  # few enough that the context stays what it is called
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class Subject:
 def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
     """Random weights of a published pair, with room for `context` tokens and the runs behind."""
     shapes = random_weights.shapes(name)
-    kind = str(shapes.target["model_type"]).removesuffix("_text")
-    module = import_module(f"dflash_chat.runtime.models.{kind}")
+    module = models.find(str(shapes.target["model_type"]))
     config = module.Config.from_hf(shapes.target)
     capacity = context + 1024
     dtype = torch.bfloat16
@@ -102,14 +102,10 @@ def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
     plain, features = subject.target.forward(ids, subject.cache, step.taps)
     subject.cache.commit(0)
     out = {"hidden": _relative(fused_hidden, plain.float())}
-    for i, (a, b) in enumerate(
-        zip(
-            fused_features.chunk(len(step.taps), -1),
-            features.float().chunk(len(step.taps), -1),
-            strict=True,
-        )  # fmt: skip
-    ):
-        out[f"tap{step.taps[i]}"] = _relative(a, b)
+    taps = len(step.taps)
+    ours, theirs = fused_features.chunk(taps, -1), features.float().chunk(taps, -1)
+    for layer, a, b in zip(step.taps, ours, theirs, strict=True):
+        out[f"tap{layer}"] = _relative(a, b)
     return out
 
 
@@ -122,17 +118,19 @@ def _place(subject: Subject, context: int) -> None:
     state = subject.step.state
     state.length.fill_(context)
     state.start.fill_(context - 1)
-    state.count.fill_(1)
+    state.committed.fill_(1)
     state.step.zero_()
 
 
 def run(
     name: str, quant: str, context: int, widths: Sequence[int], laws: dict[str, tuple[Law, int]],
-    bandwidth: float, say: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure everything once. `laws` maps a label to a law and the width it is run at."""
     device = torch.device("cuda")
     with torch.inference_mode():
+        bandwidth = copy_bandwidth()
+        say(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s")
         subject = build(name, quant, context, device)
         step = subject.step
         free, total = torch.cuda.mem_get_info()
@@ -144,7 +142,7 @@ def run(
         step.state.block[:1].random_(1000, vocab)
         graphs = Graphs()
         step.script = torch.zeros(SCRIPT_STEPS, dtype=torch.int32, device=device)
-        report: dict[str, Any] = {"check": check, "verify": {}}
+        report: dict[str, Any] = {"copy_tb_s": bandwidth / 1e12, "check": check, "verify": {}}
         _place(subject, context)
 
         def draft() -> None:
@@ -178,13 +176,12 @@ def run(
         _place(subject, context)
         ms = replay_ms(lambda: graphs.replay("draft"))
         report["draft"] = {"ms": ms, "gb": size / 1e9}
-        say(
-            f"draft      {ms:7.3f} ms  {size / 1e9:6.2f} GB  {size / bandwidth * 1e3 / ms:5.1%} of bound"
-        )
+        share = size / bandwidth * 1e3 / ms
+        say(f"draft      {ms:7.3f} ms  {size / 1e9:6.2f} GB  {share:5.1%} of bound")
         for label, (law, n) in laws.items():
             step.script.copy_(torch.tensor(law.script(), dtype=torch.int32))
             _place(subject, context)
-            steps = min(200, 900 // 16)
+            steps = LOOP_STEPS
             wall, committed = loop(step, graphs, n, steps)
             busy = report["draft"]["ms"] + report["verify"][n]["ms"]
             gap = wall * 1e3 / steps - busy
@@ -203,8 +200,7 @@ def run(
 def loop(step: Step, graphs: Graphs, n: int, steps: int) -> tuple[float, int]:
     """Seconds and committed tokens of `steps` draft-and-verify steps, read one step late."""
     slots = [torch.zeros_like(step.record, device="cpu").pin_memory() for _ in range(2)]
-    events = [torch.cuda.Event() for _ in range(2)]
-    committed = 0
+    events = [timing.event() for _ in slots]
 
     def launch(i: int) -> None:
         graphs.replay("draft")
@@ -225,17 +221,25 @@ def loop(step: Step, graphs: Graphs, n: int, steps: int) -> tuple[float, int]:
     return time.perf_counter() - started, committed
 
 
-def replay_ms(replay: Callable[[], None], repeats: int = 30) -> float:
-    """Median milliseconds between events around one replay, with a queue ahead of it."""
+def copy_bandwidth(gigabytes: float = 4.0) -> float:
+    """Bytes per second of a large device copy, read and written bytes counted."""
+    source = torch.randn(int(gigabytes * 1e9) // 4, device="cuda")
+    target = torch.empty_like(source)
+    ms = replay_ms(lambda: torch.neg(source, out=target))
+    return 2 * source.nbytes / ms * 1e3
+
+
+def replay_ms(replay: Callable[[], object], repeats: int = 30) -> float:
+    """Median milliseconds of one replay among many in a queue."""
     for _ in range(3):
         replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
+    marks = [timing.event() for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
         replay()
-        event.record()
+        mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return float(statistics.median(a.elapsed_time(b) for a, b in pairwise(marks)))
 
 
 def distinct_experts(subject: Subject, context: int, n: int) -> float:

@@ -58,7 +58,7 @@ class Step:
         self.state = State(
             ids=torch.zeros(MAX_ROWS, dtype=torch.int64, device=device),
             block=torch.full((block_size,), mask_id, dtype=torch.int64, device=device),
-            length=counter(), start=counter(), count=counter(), step=counter(),
+            length=counter(), start=counter(), committed=counter(), step=counter(),
         )  # fmt: skip
         width = target.table.shape[1]
         self.features = torch.zeros(MAX_ROWS, len(self.taps) * width, dtype=dtype, device=device)
@@ -130,7 +130,7 @@ class Drafting:
         state.ids[1 : len(tokens) + 1].copy_(tokens)
 
     def project(self) -> None:
-        """Context keys and values of the rows committed last, `count` of them."""
+        """Context keys and values of the rows committed last, `committed` of them."""
         state, eps = self.step.state, self.config.rms_norm_eps
         projected = Branch(linear.partials(self.step.features, self.fc, pdl=self.pdl))
         assert self.hidden_norm is not None
@@ -140,7 +140,7 @@ class Drafting:
         caches = list(zip(self.cache.keys, self.cache.values, strict=True))
         rope.context_write(
             linear.partials(context, self.context_kv, pdl=self.pdl), self.k_norms, self.turns.cos,
-            self.turns.sin, caches, state.start, state.count, eps=eps, pdl=self.pdl,
+            self.turns.sin, caches, state.start, state.committed, eps=eps, pdl=self.pdl,
         )  # fmt: skip
 
 
@@ -148,12 +148,12 @@ class Graphs:
     """Captured passes by name, in one memory pool."""
 
     def __init__(self) -> None:
-        self._pool: object | None = None
+        self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
 
     def capture(self, name: str, run: Callable[[], None]) -> None:
         """Run twice to compile and settle, then record. The runs' effects on the state remain."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
@@ -163,7 +163,6 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             run()
-        self._pool = self._pool or graph.pool()
         self._graphs[name] = graph
 
     def replay(self, name: str) -> None:

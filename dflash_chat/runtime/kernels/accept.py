@@ -3,7 +3,7 @@
     n = length of the longest prefix with ids[1 + i] == chosen[i]
 
     ids    int64 [T]: the anchor and T − 1 drafted tokens       chosen  int64 [T]: one per row
-    length int32 [1] += n + 1        start, count int32 [1]: the rows just committed
+    length int32 [1] += n + 1        start, committed int32 [1]: the rows just committed
     ids[0], block[0] = chosen[n]: the next anchor
     record int32 [1 + T] = n, chosen
 
@@ -31,7 +31,7 @@ class State(NamedTuple):
     block: Tensor  # int64 [B], the anchor and mask tokens
     length: Tensor  # int32 [1], committed rows
     start: Tensor  # int32 [1], position of the first row committed last
-    count: Tensor  # int32 [1], rows committed last
+    committed: Tensor  # int32 [1], rows committed last
     step: Tensor  # int32 [1]
 
 
@@ -46,7 +46,7 @@ def reference(ids: Tensor, chosen: Tensor) -> int:
 
 @triton.jit
 def _accept_kernel(
-    ids_ptr, block_ptr, length_ptr, start_ptr, count_ptr, step_ptr, chosen_ptr, record_ptr,
+    ids_ptr, block_ptr, length_ptr, start_ptr, committed_ptr, step_ptr, chosen_ptr, record_ptr,
     script_ptr, STEPS: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, ROWS)
@@ -62,7 +62,7 @@ def _accept_kernel(
     tl.store(ids_ptr, anchor)
     tl.store(block_ptr, anchor)
     tl.store(start_ptr, length)
-    tl.store(count_ptr, n + 1)
+    tl.store(committed_ptr, n + 1)
     tl.store(length_ptr, length + n + 1)
     tl.store(step_ptr, step + 1)
     tl.store(record_ptr, n)
@@ -75,6 +75,6 @@ def accept(state: State, chosen: Tensor, record: Tensor, script: Tensor | None =
     assert len(record) >= 1 + rows, f"record of {len(record)}"
     assert chosen.dtype == state.ids.dtype == torch.int64, f"{chosen.dtype}, {state.ids.dtype}"
     _accept_kernel[(1,)](
-        state.ids, state.block, state.length, state.start, state.count, state.step, chosen, record,
+        state.ids, state.block, state.length, state.start, state.committed, state.step, chosen, record,
         script, STEPS=1 if script is None else len(script), T=rows, ROWS=32, num_warps=1,
     )  # fmt: skip

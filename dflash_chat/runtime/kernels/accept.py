@@ -75,6 +75,6 @@ def accept(state: State, chosen: Tensor, record: Tensor, script: Tensor | None =
     assert len(record) >= 1 + rows, f"record of {len(record)}"
     assert chosen.dtype == state.ids.dtype == torch.int64, f"{chosen.dtype}, {state.ids.dtype}"
     _accept_kernel[(1,)](
-        state.ids, state.block, state.length, state.start, state.committed, state.step, chosen, record,
-        script, STEPS=1 if script is None else len(script), T=rows, ROWS=32, num_warps=1,
+        state.ids, state.block, state.length, state.start, state.committed, state.step, chosen,
+        record, script, STEPS=1 if script is None else len(script), T=rows, ROWS=32, num_warps=1,
     )  # fmt: skip

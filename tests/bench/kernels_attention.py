@@ -124,8 +124,6 @@ def candidates(case: Case) -> Iterator[Config]:
     c = case.default
     yield c
     yield c._replace(warps=12 - c.warps)
-    if case.rows == 1:
-        yield c._replace(fused=not c.fused)
     if c.splits * c.block_n >= case.visible:  # one tile for each share
         yield c._replace(block_n=c.block_n // 2, splits=2 * c.splits)
         yield c._replace(splits=math.ceil(c.splits / 2), stages=3)

@@ -39,8 +39,8 @@ class RouteConfig(NamedTuple):
     """Experts and columns of a CTA's tile, warps of a CTA."""
 
     bn: int = 16
-    bk: int = 256
-    warps: int = 4
+    bk: int = 512
+    warps: int = 8
 
 
 def reference(

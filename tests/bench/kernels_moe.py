@@ -33,7 +33,9 @@ CALLS = 24  # of one graph
 LAYERS = {"plain": 3, "fp8": 5, "int4": 10}  # 4 GB each: no weight survives in L2 until its turn
 ROUTER_LAYERS = 600
 
-ROUTE = [RouteConfig(16, 256, 4), RouteConfig(16, 512, 8), RouteConfig(16, 256, 8)]
+ROUTE = [
+    RouteConfig(*c) for c in ((16, 512, 8), (16, 256, 8), (32, 256, 8), (16, 128, 8), (16, 256, 16))
+]
 GATE_UP = {
     "plain": [
         (16, 128, 4, 6), (16, 128, 4, 4), (16, 256, 4, 4), (32, 64, 4, 6), (32, 128, 4, 5),

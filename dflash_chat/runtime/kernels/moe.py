@@ -46,13 +46,13 @@ class MoeConfig(NamedTuple):
     stages: int
 
 
-CONFIGS = {  # (launch, format of the experts)
-    ("gate_up", "plain"): MoeConfig(16, 128, 4, 6),
-    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 6),
-    ("gate_up", "int4"): MoeConfig(32, 128, 4, 7),
-    ("down", "plain"): MoeConfig(64, 64, 4, 8),
+CONFIGS = {  # (launch, format of the experts), measured on an H200
+    ("gate_up", "plain"): MoeConfig(32, 128, 4, 5),
+    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 4),
+    ("gate_up", "int4"): MoeConfig(64, 128, 4, 5),
+    ("down", "plain"): MoeConfig(128, 64, 4, 5),
     ("down", "fp8"): MoeConfig(64, 64, 4, 8),
-    ("down", "int4"): MoeConfig(64, 64, 4, 8),
+    ("down", "int4"): MoeConfig(128, 64, 4, 8),
 }
 
 

@@ -12,7 +12,9 @@ so a captured graph stays valid as the context grows. The T · H/G rows of a kv 
 M dimension of each dot (row m = t · H/G + j), so keys and values are read once. A share leaves its
 normalised output in q's dtype (fp32 would cost as many bytes as the cache itself) and its
 log₂-sum-exp in fp32; a second kernel merges the shares. bf16 in and out, fp32 softmax. Bound by
-reading keys and values; at short contexts by the chain length → keys → partial → merge.
+reading keys and values; at short contexts by the chain length → keys → partial → merge. With PDL
+the keys travel to L2 while the rope kernel still runs: a prefetch reads nothing, so neither rows
+that are being written nor a length that is about to change can make it wrong.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -65,38 +67,77 @@ def reference(
 
 
 @triton.jit
+def _slots(start, slots, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where positions [start, start + BLOCK_N) stand; only a windowed cache may be a ring."""
+    if WINDOW:
+        slot = start % slots + tl.arange(0, BLOCK_N)
+        return tl.where(slot >= slots, slot - slots, slot)
+    else:
+        return start + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def attend_tile(
-    q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
+    q, p, first_p, last_p, k_base, v_base, start, hi, slots, scale, top, total, acc,
     D: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: queries [M, D] at p [M] see keys [start, min(hi, +BLOCK_N)).
 
-    top, total [M] and acc [M, D] are the running maximum, sum and weighted values; scores are in
-    powers of two, hence `scale` holds log₂ e.
+    first_p and last_p bound p: between them lies every edge of what rows may see. top, total [M]
+    and acc [M, D] are the running maximum, sum and weighted values; scores are in powers of two,
+    hence `scale` holds log₂ e.
     """
-    d = tl.arange(0, D)
     n = start + tl.arange(0, BLOCK_N)
-    slot = n
-    if WINDOW:
-        slot = start % slots + tl.arange(0, BLOCK_N)
-        slot = tl.where(slot >= slots, slot - slots, slot)
-    at = slot[:, None] * D + d[None, :]
+    at = _slots(start, slots, WINDOW, BLOCK_N)[:, None] * D + tl.arange(0, D)[None, :]
     inside = n < hi
     k = tl.load(k_base + at, mask=inside[:, None], other=0.0)
     v = tl.load(v_base + at, mask=inside[:, None], other=0.0)
     s = tl.dot(q, tl.trans(k)) * scale  # [M, BLOCK_N]
-    seen = inside[None, :]
+    last = hi - 1
     if CAUSAL:
-        seen = seen & (n[None, :] <= p[:, None])
+        last = tl.minimum(last, first_p)
+    edge = start + BLOCK_N - 1 > last
     if WINDOW:
-        seen = seen & (n[None, :] > p[:, None] - WINDOW)
-    s = tl.where(seen, s, float("-inf"))
+        edge = edge | (start <= last_p - WINDOW)
+    if edge:  # elsewhere every row sees every key
+        seen = inside[None, :]
+        if CAUSAL:
+            seen = seen & (n[None, :] <= p[:, None])
+        if WINDOW:
+            seen = seen & (n[None, :] > p[:, None] - WINDOW)
+        s = tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
     w = tl.exp2(s - safe[:, None])
     keep = tl.exp2(top - safe)
     acc = tl.dot(w.to(v.dtype), v, acc * keep[:, None])
     return new_top, total * keep + tl.sum(w, 1), acc
+
+
+@triton.jit
+def _share(split, length, T, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
+    """The positions [lo, hi) of one share."""
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - (WINDOW - 1), 0)
+    end = length + T
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), GRAIN) * GRAIN
+    lo = first + split * share
+    return lo, tl.minimum(lo + share, end)
+
+
+@triton.jit
+def _prefetch(base, start, hi, slots, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask L2 for rows [start, min(hi, +BLOCK_N)) of a [S, D] cache, one request per line."""
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # elements
+    slot = _slots(start, slots, WINDOW, BLOCK_N)
+    slot = tl.where(start + tl.arange(0, BLOCK_N) < hi, slot, start % slots)
+    column = tl.arange(0, (D + LINE - 1) // LINE) * LINE
+    line = base + slot[:, None] * D + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -134,42 +175,39 @@ def _attention_kernel(
     """Grid (SPLITS, M tiles, G)."""
     split, g = tl.program_id(0), tl.program_id(2)
     GROUP: tl.constexpr = H // G
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(1) * BLOCK_M
+    m = begin + tl.arange(0, BLOCK_M)
     used = m < T * GROUP
     t = m // GROUP
     row = t * H + g * GROUP + m % GROUP  # of [T · H, D]
-    d = tl.arange(0, D)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    length = tl.load(length_ptr)
-    q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
-    p = length + t
-    end = length + T
-    first = 0
-    if WINDOW:
-        first = tl.maximum(length - (WINDOW - 1), 0)
-    share = tl.cdiv(tl.cdiv(end - first, SPLITS), GRAIN) * GRAIN
-    lo = first + split * share
-    hi = tl.minimum(lo + share, end)
-
+    at = row[:, None] * D + tl.arange(0, D)[None, :]
     k_base = keys_ptr + g.to(tl.int64) * slots * D
     v_base = values_ptr + g.to(tl.int64) * slots * D
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        lo, hi = _share(split, tl.load(length_ptr, cache_modifier=".cg"), T, WINDOW, SPLITS)
+        for start in range(lo, tl.minimum(hi, lo + 2 * BLOCK_N), BLOCK_N):
+            _prefetch(k_base, start, hi, slots, D, WINDOW, BLOCK_N)
+            _prefetch(v_base, start, hi, slots, D, WINDOW, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
+    length = tl.load(length_ptr, cache_modifier=".cg")
+    q = tl.load(q_ptr + at, mask=used[:, None], other=0.0)
+    lo, hi = _share(split, length, T, WINDOW, SPLITS)
+
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         top, total, acc = attend_tile(
-            q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
-            D, WINDOW, CAUSAL, BLOCK_N,
+            q, length + t, length + begin // GROUP, length + T - 1, k_base, v_base, start, hi,
+            slots, scale, top, total, acc, D, WINDOW, CAUSAL, BLOCK_N,
         )  # fmt: skip
 
-    at = split * (T * H) + row
     total = tl.where(total == 0.0, 1.0, total)  # a row without a key here: top is −inf, acc 0
-    tl.store(lse_ptr + at, top + tl.log2(total), mask=used)
+    tl.store(lse_ptr + split * (T * H) + row, top + tl.log2(total), mask=used)
     if lo < hi:
-        part = (acc / total[:, None]).to(partial_ptr.dtype.element_ty)
-        tl.store(partial_ptr + at[:, None] * D + d[None, :], part, mask=used[:, None])
+        part = (acc * (1.0 / total)[:, None]).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + split * (T * H * D) + at, part, mask=used[:, None])
 
 
 class Card(NamedTuple):
@@ -191,7 +229,8 @@ def card(device: torch.device) -> Card:
 def default_config(q: Tensor, keys: Tensor, window: int) -> Config:
     """Tiles of 64 KB of keys and values, and as many shares as run at once, none without a tile.
 
-    Tiles 64 rows high go through wgmma; half as many keys leave room for a third stage.
+    Tiles 64 rows high go through wgmma, whose buffers are one more than the others'. A share of one
+    tile has nothing to run ahead for.
     """
     (rows, heads, dim), (groups, slots, _) = q.shape, keys.shape
     sms, roomy = card(q.device)
@@ -202,11 +241,12 @@ def default_config(q: Tensor, keys: Tensor, window: int) -> Config:
     tiles = triton.cdiv(visible, block_n)
     if block_m > 16 and window:
         tiles = triton.cdiv(tiles, 2)  # many rows: fewer partials to write and read
-    splits = min(tiles, sms // (groups * triton.cdiv(m, block_m)))
+    at_once = 2 * sms if roomy and window and block_m < 64 else sms
+    splits = min(tiles, at_once // (groups * triton.cdiv(m, block_m)))
     return Config(
         block_m, block_n, max(1, splits),
         warps=8 if block_m > 16 and block_m * dim >= 8192 else 4,
-        stages=3 if roomy and block_m * dim < 32768 else 2,
+        stages=3 if roomy and splits * block_n < visible and (block_m < 64 or dim <= 128) else 2,
     )  # fmt: skip
 
 
@@ -247,9 +287,9 @@ def block_attention(
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, STAGES=c.stages, PDL=pdl,
         num_warps=c.warps, num_stages=c.stages, launch_pdl=pdl,
     )  # fmt: skip
-    block_d = min(dim, max(32, 8192 // pow2))
+    block_d = min(dim, 64 if pow2 <= 32 else 32)  # so that one warp does without a barrier
     _merge_kernel[(rows * heads, dim // block_d)](
         partial, lse, out, SPLITS=c.splits, POW2=pow2, D=dim, BLOCK_D=block_d, PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        num_warps=max(1, pow2 * block_d // 4096), launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -229,7 +229,8 @@ def card(device: torch.device) -> Card:
 def default_config(q: Tensor, keys: Tensor, window: int) -> Config:
     """Tiles of 64 KB of keys and values, and as many shares as run at once, none without a tile.
 
-    Tiles 64 rows high go through wgmma; half as many keys leave room for a third stage.
+    Tiles 64 rows high go through wgmma, whose buffers are one more than the others'. A share of one
+    tile has nothing to run ahead for.
     """
     (rows, heads, dim), (groups, slots, _) = q.shape, keys.shape
     sms, roomy = card(q.device)
@@ -240,11 +241,12 @@ def default_config(q: Tensor, keys: Tensor, window: int) -> Config:
     tiles = triton.cdiv(visible, block_n)
     if block_m > 16 and window:
         tiles = triton.cdiv(tiles, 2)  # many rows: fewer partials to write and read
-    splits = min(tiles, sms // (groups * triton.cdiv(m, block_m)))
+    at_once = 2 * sms if roomy and window and block_m < 64 else sms
+    splits = min(tiles, at_once // (groups * triton.cdiv(m, block_m)))
     return Config(
         block_m, block_n, max(1, splits),
         warps=8 if block_m > 16 and block_m * dim >= 8192 else 4,
-        stages=3 if roomy and block_m * dim < 32768 and splits * block_n < visible else 2,
+        stages=3 if roomy and splits * block_n < visible and (block_m < 64 or dim <= 128) else 2,
     )  # fmt: skip
 
 
@@ -285,9 +287,9 @@ def block_attention(
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, STAGES=c.stages, PDL=pdl,
         num_warps=c.warps, num_stages=c.stages, launch_pdl=pdl,
     )  # fmt: skip
-    block_d = min(dim, 64)
+    block_d = min(dim, 64 if pow2 <= 32 else 32)  # so that one warp does without a barrier
     _merge_kernel[(rows * heads, dim // block_d)](
         partial, lse, out, SPLITS=c.splits, POW2=pow2, D=dim, BLOCK_D=block_d, PDL=pdl,
-        num_warps=min(4, max(1, pow2 // 32)), launch_pdl=pdl,
+        num_warps=max(1, pow2 * block_d // 4096), launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -76,7 +76,7 @@ def test_a_window_looks_back_its_own_width_through_a_ring(
 ) -> None:
     rows = 9
     x = block(rows, heads=4, groups=2, dim=16, slots=window + rows + 3, end=length + rows)
-    check(x, length, window, causal, 0.25, CONFIGS["2 shares"])
+    check(x, length, window, causal, 0.25, CONFIGS["3 shares"])
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,9 @@ def test_large_logits_stay_finite() -> None:
     check([q * 50, keys, values], 40, 0, True, 1.0, CONFIGS["3 shares"])
 
 
+HOPPER = pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90"
+)
 SHAPES = {  # heads, kv heads, head dim, window, causal, scale
     "gemma sliding": (16, 8, 256, 1024, True, 1.0),
     "gemma full": (16, 2, 512, 0, True, 1.0),
@@ -103,16 +106,19 @@ SHAPES = {  # heads, kv heads, head dim, window, causal, scale
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=HOPPER)])
 @pytest.mark.parametrize("rows", [1, 4, 16, 17])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_captured_graph_follows_length(shape: str, rows: int) -> None:
+def test_a_captured_graph_follows_length(shape: str, rows: int, pdl: bool) -> None:
     heads, groups, dim, window, causal, scale = SHAPES[shape]
     slots = window + 32 if window else 9000
     x = block(rows, heads, groups, dim, slots, end=slots)
     length = ints(0)
 
     def step() -> Tensor:
-        return attention.block_attention(*x, length, window=window, causal=causal, scale=scale / 4)
+        return attention.block_attention(
+            *x, length, window=window, causal=causal, scale=scale / 4, pdl=pdl
+        )
 
     step()
     graph = torch.cuda.CUDAGraph()

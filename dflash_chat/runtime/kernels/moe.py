@@ -56,6 +56,15 @@ CONFIGS = {  # (launch, format of the experts), measured on an H200
 }
 
 
+FEW = 8
+CONFIGS_OF_FEW = {  # for up to eight rows, which the narrow formats multiply differently
+    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 5),
+    ("gate_up", "int4"): MoeConfig(32, 128, 2, 7),
+    ("down", "fp8"): MoeConfig(64, 128, 4, 5),
+    ("down", "int4"): MoeConfig(32, 128, 2, 5),
+}
+
+
 def reference_gate_up(
     h_dense: Tensor, dense_w: Tensor, h_moe: Tensor, experts_w: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +218,7 @@ def gate_up(
     assert h_dense.is_contiguous(), f"h_dense {h_dense.stride()}"
     assert h_moe.is_contiguous(), f"h_moe {h_moe.stride()}"
     assert dense_w.shape[1] == experts_w.shape[2] == width, f"{dense_w.shape} {experts_w.shape}"
-    config = config or CONFIGS["gate_up", experts_w.format]
+    config = config or _config("gate_up", rows, experts_w)
     places = routing.experts.numel()
     dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
@@ -240,7 +249,7 @@ def down(
     assert dense_w.shape == (width, dense), f"{dense_w.shape}, activation {dense_act.shape}"
     assert experts_w.shape[1:] == (width, inner), f"{experts_w.shape}, {expert_act.shape}"
     assert places == routing.experts.numel(), f"{places} of {routing.experts.numel()} experts"
-    config = config or CONFIGS["down", experts_w.format]
+    config = config or _config("down", rows, experts_w)
     splits, top_k = triton.cdiv(dense, inner), routing.slots.shape[1]
     device = dense_act.device
     dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
@@ -253,6 +262,11 @@ def down(
         PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_out, routed
+
+
+def _config(launch: str, rows: int, experts_w: MoeWeight) -> MoeConfig:
+    key = launch, experts_w.format
+    return CONFIGS_OF_FEW[key] if rows <= FEW and key in CONFIGS_OF_FEW else CONFIGS[key]
 
 
 def _parts(weight: MoeWeight) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,6 +287,7 @@ def _constants(
     top_k = routing.slots.shape[1]
     assert routing.slots.shape[0] == rows <= 32, f"slots {routing.slots.shape}, {rows} rows"
     assert config.bk % 64 == 0 or "int4" not in (dense_w.format, experts_w.format), f"{config}"
+    few = rows <= FEW and "plain" not in (dense_w.format, experts_w.format)
     return {
         "W_STRIDE": experts_w.data.stride(0),
         "SCALE_STRIDE": _parts(experts_w)[1].stride(0),
@@ -282,7 +297,7 @@ def _constants(
         "DENSE_ZERO": dense_w.zero is not None,
         "FORMAT": experts_w.format,
         "ZERO": experts_w.zero is not None,
-        "ROWS": 16 if rows <= 16 else 32,
+        "ROWS": 8 if few else 16 if rows <= 16 else 32,
         "BN": config.bn,
         "BK": config.bk,
         "STAGES": config.stages,

@@ -257,3 +257,22 @@ def test_the_real_shapes_follow_their_routing_on_replay(format_name: str, rows: 
     graph.replay()
     for replayed, eager in zip(captured, half(), strict=True):
         assert torch.equal(replayed, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("format_name", ["plain", "fp8", "int4"])
+def test_dependent_launch_changes_no_bit(format_name: str, rows: int) -> None:
+    gate_up_w = weight(format_name, 4224, 2816), weight(format_name, 128, 1408, 2816)
+    down_w = weight(format_name, 2816, 2112), weight(format_name, 128, 2816, 704)
+    h, proj = activations(rows, 2816), activations(128, 2816)
+    scale = torch.ones(128, device=DEVICE, dtype=LOW)
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+    def run(pdl: bool) -> tuple[Tensor, Tensor]:
+        routing = router.route(h, proj, scale, counter, pdl=pdl)
+        dense, routed = moe.gate_up(h, gate_up_w[0], h, gate_up_w[1], routing, pdl=pdl)
+        return moe.down(dense, down_w[0], routed, down_w[1], routing, pdl=pdl)
+
+    for one, other in zip(run(False), run(True), strict=True):
+        assert torch.equal(one, other)

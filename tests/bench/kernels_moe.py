@@ -106,9 +106,9 @@ def check(name: str, out: Tensor, truth: Tensor) -> None:
 
 
 def self_check(format_name: str, gate_up: list[MoeWeight], down: list[MoeWeight]) -> None:
-    """Every row's output of both launches, at one and at seven rows."""
+    """Every row's output of both launches, at one, seven and sixteen rows."""
     wide = [w.dequantize() for w in (*gate_up, *down)]
-    for rows in (1, 7):
+    for rows in (1, 7, 16):
         routing, h = random_routing(rows), act(rows, WIDTH)
         dense_act, expert_act = moe.gate_up(h, gate_up[0], h, gate_up[1], routing)
         dense, routed = moe.down(dense_act, down[0], expert_act, down[1], routing)

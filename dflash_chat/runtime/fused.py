@@ -107,6 +107,7 @@ class Experts:
         device = parts.moe.proj.device
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self.active = self.arrivals  # int32 [1], distinct experts of the last block
+        self.dictated: Tensor | None = None  # [17, C] for the router instead of its own input
 
     def __call__(
         self, x: Tensor, attended: Branch, next_norm: Tensor, tap: Tensor | None
@@ -115,6 +116,8 @@ class Experts:
         p, m, pdl = self.parts, self.moe, self.pdl
         inputs = [p.mlp_input_norm, m.input_norm, m.router_norm]
         r, (h_dense, h_moe, h_router) = norms.residual_norms(x, [attended], inputs, p.eps, pdl=pdl)
+        if self.dictated is not None:
+            h_router = self.dictated[: len(x)]
         routing = router.route(
             h_router, m.proj, m.per_expert_scale, self.arrivals, top_k=m.top_k, pdl=pdl
         )

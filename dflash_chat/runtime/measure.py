@@ -22,6 +22,7 @@ from dflash_chat.runtime import models, random_weights, timing
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
+from dflash_chat.runtime.fused import MAX_ROWS
 from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
 
@@ -62,7 +63,7 @@ class Subject:
     step: Step
 
 
-def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
+def build(name: str, quant: str, context: int, device: torch.device, pdl: bool) -> Subject:
     """Random weights of a published pair, with room for `context` tokens and the runs behind."""
     shapes = random_weights.shapes(name)
     module = models.find(str(shapes.target["model_type"]))
@@ -85,9 +86,8 @@ def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
         target.parts(), target.norm.weight, target.embed_tokens.weight,
         float(getattr(target, "embed_scale", 1.0)), target.lm_head,
     )  # fmt: skip
-    return Subject(
-        target, drafter, cache, Step(parts, cache, drafter, drafter_config.target_layer_ids)
-    )
+    step = Step(parts, cache, drafter, drafter_config.target_layer_ids, pdl)
+    return Subject(target, drafter, cache, step)
 
 
 def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
@@ -124,19 +124,20 @@ def _place(subject: Subject, context: int) -> None:
 
 def run(
     name: str, quant: str, context: int, widths: Sequence[int], laws: dict[str, tuple[Law, int]],
-    say: Callable[[str], None],
+    say: Callable[[str], None], pdl: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure everything once. `laws` maps a label to a law and the width it is run at."""
     device = torch.device("cuda")
     with torch.inference_mode():
         bandwidth = copy_bandwidth()
         say(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s")
-        subject = build(name, quant, context, device)
+        subject = build(name, quant, context, device, pdl)
         step = subject.step
         free, total = torch.cuda.mem_get_info()
         say(f"{name} {quant}: {(total - free) / 1e9:.1f} GB in use")
         check = self_check(subject, context)
         say("self-check " + " ".join(f"{k} {v:.2e}" for k, v in check.items()))
+        route_at_random(subject)
         vocab = step.target.table.shape[0]
         step.state.ids.random_(1000, vocab)
         step.state.block[:1].random_(1000, vocab)
@@ -240,6 +241,15 @@ def replay_ms(replay: Callable[[], object], repeats: int = 30) -> float:
         mark.record()
     torch.cuda.synchronize()
     return float(statistics.median(a.elapsed_time(b) for a, b in pairwise(marks)))
+
+
+def route_at_random(subject: Subject) -> None:
+    """Every row of every layer to experts of its own: random weights would route rows alike."""
+    for layer in subject.step.stack.layers:
+        if layer.experts is not None:
+            width = layer.experts.moe.proj.shape[1]
+            noise = torch.randn(MAX_ROWS, width, device=layer.experts.moe.proj.device)
+            layer.experts.dictated = noise.to(layer.experts.moe.proj.dtype)
 
 
 def distinct_experts(subject: Subject, context: int, n: int) -> float:

@@ -42,11 +42,15 @@ class Step:
     """A target, its drafter and their buffers. `taps` are the layers the drafter observes."""
 
     def __init__(
-        self, target: TargetParts, cache: KVCache, drafter: Drafter | None, taps: Sequence[int]
+        self,
+        target: TargetParts,
+        cache: KVCache,
+        drafter: Drafter | None,
+        taps: Sequence[int],
+        pdl: bool = False,
     ) -> None:
         device, dtype = target.table.device, target.table.dtype
-        self.target, self.taps = target, tuple(taps)
-        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.target, self.taps, self.pdl = target, tuple(taps), pdl
         self.stack = Stack(target.layers, target.norm, cache, cache.capacity, self.pdl)
         self.head = kernel_weights.linear(target.head)
         block_size = 1 if drafter is None else drafter.config.block_size

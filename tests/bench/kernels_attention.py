@@ -3,8 +3,9 @@
     python -m tests.bench.kernels_attention [--seconds 60] [--pdl]
 
 First a check against the reference, then one row per (shape, rows, context): µs, GB/s of the
-visible keys and values, % of a copy's bandwidth measured in the same run. Then a short sweep around
-the default config, in order of promise, until --seconds are over; it prints the best of each.
+visible keys and values, % of a copy's bandwidth measured in the same run; with --pdl also rope,
+attention and merge as a chain, with and without. Then a short sweep around the default config, in
+order of promise, until --seconds are over; it prints the best of each.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ class Case:
         self.length = torch.tensor([context], dtype=torch.int32, device="cuda")
         self.default = attention.default_config(self.q, self.caches[0, 0], shape.window)
 
-    def call(self, cache: Tensor, config: Config | None = None) -> Tensor:
+    def call(self, cache: Tensor, config: Config | None = None, q: Tensor | None = None) -> Tensor:
         return attention.block_attention(
-            self.q, *cache, self.length, window=self.shape.window, causal=self.shape.causal,
-            scale=self.scale, config=config, pdl=self.pdl,
+            self.q if q is None else q, *cache, self.length, window=self.shape.window,
+            causal=self.shape.causal, scale=self.scale, config=config, pdl=self.pdl,
         )  # fmt: skip
 
     def seconds(self, config: Config | None = None) -> float:
@@ -124,15 +125,10 @@ def candidates(case: Case) -> Iterator[Config]:
     c = case.default
     yield c
     yield c._replace(warps=12 - c.warps)
-    if case.rows == 1:
-        yield c._replace(fused=not c.fused)
-    if c.splits * c.block_n >= case.visible:  # one tile for each share
-        yield c._replace(block_n=c.block_n // 2, splits=2 * c.splits)
-        yield c._replace(splits=math.ceil(c.splits / 2), stages=3)
-    else:
-        yield c._replace(block_n=c.block_n // 2, stages=3)
-        yield c._replace(block_n=c.block_n // 2, stages=4)
-        yield c._replace(splits=2 * c.splits)
+    yield c._replace(block_n=c.block_n // 2, splits=2 * c.splits, warps=max(2, c.warps // 2))
+    yield c._replace(splits=max(1, c.splits // 2), stages=3)
+    yield c._replace(splits=2 * c.splits)
+    yield c._replace(block_n=c.block_n // 2, stages=c.stages + 1)
 
 
 def compile_all(calls: Sequence[Callable[[], object]]) -> list[bool]:
@@ -194,6 +190,36 @@ def sweep(deadline: float, pdl: bool) -> None:
                 timed = [(case.seconds(c), c) for c, ok in zip(configs, able, strict=True) if ok]
                 line = "  ".join(f"{tuple(c)} {s * 1e6:.1f}" for s, c in sorted(timed))
                 say(f"{shape.name} T {rows} context {context}: {line}")
+
+
+def chain_rows() -> None:
+    """Rope, attention and merge in a row, launched plainly and programmatically dependent."""
+    for shape in SHAPES:
+        for rows in (1, 16):
+            plain, dependent = (
+                graph_seconds(chain(Case(shape, rows, CONTEXTS[0], pdl))) * 1e6
+                for pdl in (False, True)
+            )
+            say(
+                f"rope, attention, merge {shape.name:14s} T {rows:2d} context {CONTEXTS[0]} "
+                f"{plain:8.1f} µs   PDL {dependent:8.1f} µs"
+            )
+
+
+def chain(case: Case) -> list[Callable[[], object]]:
+    """One call for each of the case's caches."""
+    shape = case.shape
+    cos, sin = torch.rand(2, CONTEXTS[0] + SPARE, shape.dim // 2, device="cuda")
+    qkv = torch.randn(4, case.rows, (shape.heads + 2 * shape.groups) * shape.dim, device="cuda")
+    norm = randn(shape.dim)
+
+    def step(cache: Tensor) -> Tensor:
+        q = rope.qk_rope_write(
+            qkv, norm, norm, cos, sin, *cache, case.length, eps=1e-6, pdl=case.pdl
+        )
+        return case.call(cache, q=q)
+
+    return [lambda c=cache: step(c) for cache in case.caches]
 
 
 def chunk_rows(rows: int = 2048) -> None:
@@ -271,6 +297,8 @@ def main() -> None:
     say(f"{machine()}; copy {roof / 1e9:.0f} GB/s; PDL {'on' if args.pdl else 'off'}")
     block_rows(roof, args.pdl)
     rope_rows(args.pdl)
+    if args.pdl:
+        chain_rows()
     chunk_rows()
     sweep(deadline, args.pdl)
 

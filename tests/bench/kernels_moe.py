@@ -33,18 +33,20 @@ CALLS = 24  # of one graph
 LAYERS = {"plain": 3, "fp8": 5, "int4": 10}  # 4 GB each: no weight survives in L2 until its turn
 ROUTER_LAYERS = 600
 
-ROUTE = [RouteConfig(16, 256, 4), RouteConfig(16, 512, 8), RouteConfig(16, 256, 8)]
+ROUTE = [
+    RouteConfig(*c) for c in ((16, 512, 8), (16, 256, 8), (32, 256, 8), (16, 128, 8), (16, 256, 16))
+]
 GATE_UP = {
     "plain": [
         (16, 128, 4, 6), (16, 128, 4, 4), (16, 256, 4, 4), (32, 64, 4, 6), (32, 128, 4, 5),
         (64, 64, 4, 5),
     ],
     "fp8": [
-        (32, 128, 4, 6), (16, 256, 4, 5), (32, 256, 4, 4), (32, 128, 4, 4), (64, 128, 4, 5),
-        (32, 128, 8, 6),
+        (32, 128, 4, 4), (32, 128, 4, 5), (32, 128, 2, 6), (16, 256, 2, 4), (32, 256, 4, 3),
+        (64, 128, 4, 4),
     ],
     "int4": [
-        (32, 128, 4, 7), (64, 64, 4, 8), (64, 128, 4, 5), (32, 64, 4, 9), (32, 256, 4, 4),
+        (64, 128, 4, 5), (32, 128, 2, 7), (16, 128, 2, 8), (32, 256, 2, 4), (64, 64, 2, 8),
     ],
 }  # fmt: skip
 DOWN = {
@@ -52,10 +54,10 @@ DOWN = {
         (64, 64, 4, 8), (64, 64, 4, 5), (32, 64, 4, 8), (32, 128, 4, 5), (128, 64, 4, 5),
     ],
     "fp8": [
-        (64, 64, 4, 8), (64, 128, 4, 5), (128, 64, 4, 6), (32, 128, 4, 6), (128, 64, 8, 6),
+        (64, 64, 4, 8), (64, 128, 4, 5), (128, 64, 4, 6), (64, 128, 2, 5), (64, 64, 2, 8),
     ],
     "int4": [
-        (64, 64, 4, 8), (128, 64, 4, 8), (64, 128, 4, 5), (64, 64, 4, 5), (128, 128, 4, 5),
+        (128, 64, 4, 8), (64, 64, 2, 8), (64, 128, 2, 5), (32, 64, 2, 8), (32, 128, 2, 6),
     ],
 }  # fmt: skip
 
@@ -154,7 +156,9 @@ def bench_launch(
         )
 
     with ThreadPoolExecutor(8) as pool:  # compiles them all
-        list(pool.map(lambda config: launch(0, random_routing(1), config)(), candidates))
+        for rows in (1, 16):
+            routing = random_routing(rows)
+            list(pool.map(lambda c, r=routing: launch(0, r, c)(), candidates))
     best = candidates[0]
     for rows in ROWS:
         routings = [random_routing(rows) for _ in range(CALLS)]

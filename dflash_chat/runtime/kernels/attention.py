@@ -11,9 +11,10 @@ Split-KV: the visible range is cut into SPLITS equal shares, computed from `leng
 so a captured graph stays valid as the context grows. The T · H/G rows of a kv head form the
 M dimension of each dot (row m = t · H/G + j), so keys and values are read once. A share leaves its
 normalised output in q's dtype (fp32 would cost as many bytes as the cache itself) and its
-log₂-sum-exp in fp32; shares are merged by the last program of a kv head to arrive, or by a second
-kernel where that one program would have too much to read. bf16 in and out, fp32 softmax. Bound by
-reading keys and values; at short contexts by the chain length → keys → partial → merge.
+log₂-sum-exp in fp32; a second kernel merges the shares. bf16 in and out, fp32 softmax. Bound by
+reading keys and values; at short contexts by the chain length → keys → partial → merge. With PDL
+the keys travel to L2 while the rope kernel still runs: a prefetch reads nothing, so neither rows
+that are being written nor a length that is about to change can make it wrong.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -31,19 +32,17 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-ARRIVALS = 256  # counters
 GRAIN = tl.constexpr(16)  # keys; shares are multiples of it
 
 
 class Config(NamedTuple):
-    """Tile sizes and launch of one shape; `fused` merges in the last program to arrive."""
+    """Tile sizes and launch of one shape."""
 
     block_m: int
     block_n: int
     splits: int
     warps: int
     stages: int
-    fused: bool
 
 
 def reference(
@@ -68,32 +67,45 @@ def reference(
 
 
 @triton.jit
+def _slots(start, slots, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where positions [start, start + BLOCK_N) stand; only a windowed cache may be a ring."""
+    if WINDOW:
+        slot = start % slots + tl.arange(0, BLOCK_N)
+        return tl.where(slot >= slots, slot - slots, slot)
+    else:
+        return start + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def attend_tile(
-    q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
+    q, p, first_p, last_p, k_base, v_base, start, hi, slots, scale, top, total, acc,
     D: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: queries [M, D] at p [M] see keys [start, min(hi, +BLOCK_N)).
 
-    top, total [M] and acc [M, D] are the running maximum, sum and weighted values; scores are in
-    powers of two, hence `scale` holds log₂ e.
+    first_p and last_p bound p: between them lies every edge of what rows may see. top, total [M]
+    and acc [M, D] are the running maximum, sum and weighted values; scores are in powers of two,
+    hence `scale` holds log₂ e.
     """
-    d = tl.arange(0, D)
     n = start + tl.arange(0, BLOCK_N)
-    slot = n
-    if WINDOW:
-        slot = start % slots + tl.arange(0, BLOCK_N)
-        slot = tl.where(slot >= slots, slot - slots, slot)
-    at = slot[:, None] * D + d[None, :]
+    at = _slots(start, slots, WINDOW, BLOCK_N)[:, None] * D + tl.arange(0, D)[None, :]
     inside = n < hi
     k = tl.load(k_base + at, mask=inside[:, None], other=0.0)
     v = tl.load(v_base + at, mask=inside[:, None], other=0.0)
     s = tl.dot(q, tl.trans(k)) * scale  # [M, BLOCK_N]
-    seen = inside[None, :]
+    last = hi - 1
     if CAUSAL:
-        seen = seen & (n[None, :] <= p[:, None])
+        last = tl.minimum(last, first_p)
+    edge = start + BLOCK_N - 1 > last
     if WINDOW:
-        seen = seen & (n[None, :] > p[:, None] - WINDOW)
-    s = tl.where(seen, s, float("-inf"))
+        edge = edge | (start <= last_p - WINDOW)
+    if edge:  # elsewhere every row sees every key
+        seen = inside[None, :]
+        if CAUSAL:
+            seen = seen & (n[None, :] <= p[:, None])
+        if WINDOW:
+            seen = seen & (n[None, :] > p[:, None] - WINDOW)
+        s = tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
     w = tl.exp2(s - safe[:, None])
@@ -103,22 +115,29 @@ def attend_tile(
 
 
 @triton.jit
-def _merge(partial_ptr, lse_ptr, out_ptr, row, rows, d, SPLITS: tl.constexpr, POW2: tl.constexpr,
-           D: tl.constexpr):  # fmt: skip
-    """Weigh the shares of one row [D] by their sums; shares without a key have lse −inf."""
-    split = tl.arange(0, POW2)
-    at = split * rows + row
-    lse = tl.load(lse_ptr + at, mask=split < SPLITS, other=float("-inf"), cache_modifier=".cg")
-    part = tl.load(
-        partial_ptr + at[:, None] * D + d[None, :],
-        mask=(split < SPLITS)[:, None],
-        other=0.0,
-        cache_modifier=".cg",
-    ).to(tl.float32)  # [POW2, D]
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    part = tl.where((weight > 0)[:, None], part, 0.0)  # what an empty share left is not read
-    merged = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out_ptr + row * D + d, merged.to(out_ptr.dtype.element_ty))
+def _share(split, length, T, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
+    """The positions [lo, hi) of one share."""
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - (WINDOW - 1), 0)
+    end = length + T
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), GRAIN) * GRAIN
+    lo = first + split * share
+    return lo, tl.minimum(lo + share, end)
+
+
+@triton.jit
+def _prefetch(base, start, hi, slots, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask L2 for rows [start, min(hi, +BLOCK_N)) of a [S, D] cache, one request per line."""
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # elements
+    slot = _slots(start, slots, WINDOW, BLOCK_N)
+    slot = tl.where(start + tl.arange(0, BLOCK_N) < hi, slot, start % slots)
+    column = tl.arange(0, (D + LINE - 1) // LINE) * LINE
+    line = base + slot[:, None] * D + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -127,80 +146,68 @@ def _merge_kernel(
     SPLITS: tl.constexpr, POW2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T · H, D / BLOCK_D)."""
+    """Grid (T · H, D / BLOCK_D): the shares of one row, weighed by their sums."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.arange(0, POW2)
+    at = split * rows + row
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    _merge(partial_ptr, lse_ptr, out_ptr, tl.program_id(0), tl.num_programs(0), d, SPLITS, POW2, D)
+    lse = tl.load(lse_ptr + at, mask=split < SPLITS, other=float("-inf"))
+    part = tl.load(
+        partial_ptr + at[:, None] * D + d[None, :], mask=(split < SPLITS)[:, None], other=0.0
+    ).to(tl.float32)  # [POW2, BLOCK_D]
+    weight = tl.exp2(lse - tl.max(lse, 0))  # 0 for a share without a key
+    part = tl.where((weight > 0)[:, None], part, 0.0)  # what an empty share left is not read
+    merged = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out_ptr + row * D + d, merged.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["T"])
 def _attention_kernel(
-    q_ptr, keys_ptr, values_ptr, length_ptr, partial_ptr, lse_ptr, arrivals_ptr, out_ptr,
+    q_ptr, keys_ptr, values_ptr, length_ptr, partial_ptr, lse_ptr,
     slots, scale, T,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, POW2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
-    PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLITS, M tiles, G)."""
     split, g = tl.program_id(0), tl.program_id(2)
     GROUP: tl.constexpr = H // G
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(1) * BLOCK_M
+    m = begin + tl.arange(0, BLOCK_M)
     used = m < T * GROUP
     t = m // GROUP
     row = t * H + g * GROUP + m % GROUP  # of [T · H, D]
-    d = tl.arange(0, D)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    length = tl.load(length_ptr)
-    q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
-    p = length + t
-    end = length + T
-    first = 0
-    if WINDOW:
-        first = tl.maximum(length - (WINDOW - 1), 0)
-    share = tl.cdiv(tl.cdiv(end - first, SPLITS), GRAIN) * GRAIN
-    lo = first + split * share
-    hi = tl.minimum(lo + share, end)
-
+    at = row[:, None] * D + tl.arange(0, D)[None, :]
     k_base = keys_ptr + g.to(tl.int64) * slots * D
     v_base = values_ptr + g.to(tl.int64) * slots * D
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        lo, hi = _share(split, tl.load(length_ptr, cache_modifier=".cg"), T, WINDOW, SPLITS)
+        for start in range(lo, tl.minimum(hi, lo + 2 * BLOCK_N), BLOCK_N):
+            _prefetch(k_base, start, hi, slots, D, WINDOW, BLOCK_N)
+            _prefetch(v_base, start, hi, slots, D, WINDOW, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
+    length = tl.load(length_ptr, cache_modifier=".cg")
+    q = tl.load(q_ptr + at, mask=used[:, None], other=0.0)
+    lo, hi = _share(split, length, T, WINDOW, SPLITS)
+
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         top, total, acc = attend_tile(
-            q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
-            D, WINDOW, CAUSAL, BLOCK_N,
+            q, length + t, length + begin // GROUP, length + T - 1, k_base, v_base, start, hi,
+            slots, scale, top, total, acc, D, WINDOW, CAUSAL, BLOCK_N,
         )  # fmt: skip
 
-    at = split * (T * H) + row
     total = tl.where(total == 0.0, 1.0, total)  # a row without a key here: top is −inf, acc 0
-    tl.store(lse_ptr + at, top + tl.log2(total), mask=used)
+    tl.store(lse_ptr + split * (T * H) + row, top + tl.log2(total), mask=used)
     if lo < hi:
-        part = (acc / total[:, None]).to(partial_ptr.dtype.element_ty)
-        tl.store(partial_ptr + at[:, None] * D + d[None, :], part, mask=used[:, None])
-    if FUSED:
-        tl.debug_barrier()  # the whole program's stores come before its arrival
-        counter = arrivals_ptr + g * tl.num_programs(1) + tl.program_id(1)
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(counter, 0)  # clean for the next launch
-            begin = tl.program_id(1) * BLOCK_M
-            for i in range(begin, tl.minimum(begin + BLOCK_M, T * GROUP)):
-                merged = (i // GROUP) * H + g * GROUP + i % GROUP
-                _merge(partial_ptr, lse_ptr, out_ptr, merged, T * H, d, SPLITS, POW2, D)
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Arrival counters, zero between launches; launches that use them must not overlap."""
-    assert not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()), (
-        "run once before capture: the counters must outlive the graph"
-    )
-    return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+        part = (acc * (1.0 / total)[:, None]).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + split * (T * H * D) + at, part, mask=used[:, None])
 
 
 class Card(NamedTuple):
@@ -222,21 +229,24 @@ def card(device: torch.device) -> Card:
 def default_config(q: Tensor, keys: Tensor, window: int) -> Config:
     """Tiles of 64 KB of keys and values, and as many shares as run at once, none without a tile.
 
-    Tiles 64 rows high go through wgmma, whose double buffers leave a multiprocessor room for one.
+    Tiles 64 rows high go through wgmma, whose buffers are one more than the others'. A share of one
+    tile has nothing to run ahead for.
     """
     (rows, heads, dim), (groups, slots, _) = q.shape, keys.shape
     sms, roomy = card(q.device)
     m = rows * heads // groups
     block_m = min(max(16, triton.next_power_of_2(m)), 64 if roomy or dim <= 128 else 32)
-    block_n = max(16, min(128, 16384 // dim))
+    block_n = max(16, min(64 if block_m == 64 else 128, 16384 // dim))
     visible = min(slots, window - 1 + rows) if window else slots
+    tiles = triton.cdiv(visible, block_n)
+    if block_m > 16 and window:
+        tiles = triton.cdiv(tiles, 2)  # many rows: fewer partials to write and read
     at_once = 2 * sms if roomy and window and block_m < 64 else sms
-    splits = min(triton.cdiv(visible, block_n), at_once // (groups * triton.cdiv(m, block_m)))
+    splits = min(tiles, at_once // (groups * triton.cdiv(m, block_m)))
     return Config(
         block_m, block_n, max(1, splits),
-        warps=8 if block_m * dim >= 8192 else 4,
-        stages=3 if roomy and not window and block_m < 64 else 2,
-        fused=m * dim <= 512,
+        warps=8 if block_m > 16 and block_m * dim >= 8192 else 4,
+        stages=3 if roomy and splits * block_n < visible and (block_m < 64 or dim <= 128) else 2,
     )  # fmt: skip
 
 
@@ -267,21 +277,19 @@ def block_attention(
         assert x.is_contiguous(), f"{tuple(x.shape)} {x.stride()}"
     c = config or default_config(q, keys, window)
     tiles_m = triton.cdiv(rows * heads // groups, c.block_m)
-    assert groups * tiles_m <= ARRIVALS, f"{groups} kv heads in {tiles_m} tiles"
     pow2 = triton.next_power_of_2(c.splits)
     partial = torch.empty(c.splits, rows * heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(c.splits, rows * heads, dtype=torch.float32, device=q.device)
     out = torch.empty(rows, heads * dim, dtype=q.dtype, device=q.device)
     _attention_kernel[(c.splits, tiles_m, groups)](
-        q, keys, values, length, partial, lse, _arrivals(q.device), out, slots, scale * LOG2E, rows,
-        H=heads, G=groups, D=dim, WINDOW=window, CAUSAL=causal, SPLITS=c.splits, POW2=pow2,
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, STAGES=c.stages, FUSED=c.fused, PDL=pdl,
+        q, keys, values, length, partial, lse, slots, scale * LOG2E, rows,
+        H=heads, G=groups, D=dim, WINDOW=window, CAUSAL=causal, SPLITS=c.splits,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, STAGES=c.stages, PDL=pdl,
         num_warps=c.warps, num_stages=c.stages, launch_pdl=pdl,
     )  # fmt: skip
-    if not c.fused:
-        block_d = min(dim, max(32, 8192 // pow2))
-        _merge_kernel[(rows * heads, dim // block_d)](
-            partial, lse, out, SPLITS=c.splits, POW2=pow2, D=dim, BLOCK_D=block_d, PDL=pdl,
-            num_warps=4, launch_pdl=pdl,
-        )  # fmt: skip
+    block_d = min(dim, 64 if pow2 <= 32 else 32)  # so that one warp does without a barrier
+    _merge_kernel[(rows * heads, dim // block_d)](
+        partial, lse, out, SPLITS=c.splits, POW2=pow2, D=dim, BLOCK_D=block_d, PDL=pdl,
+        num_warps=max(1, pow2 * block_d // 4096), launch_pdl=pdl,
+    )  # fmt: skip
     return out

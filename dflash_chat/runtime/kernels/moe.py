@@ -13,7 +13,8 @@ output channels of one expert with all rows, padded to 16 for the tensor cores: 
 rows that go elsewhere are masked and cost no traffic. Experts stand in the grid by their place in
 the router's list, and CTAs behind its end exit at once. The dense MLP is treated as D/I more
 experts, of all rows; its down projection is split along K to the experts' I, so that all CTAs of a
-launch are equal. gate and up rows alternate in a tile, which puts each pair into one thread.
+launch are equal. gate and up rows alternate in a tile. With `pdl` the dense tiles, which come
+first, ask for weights before they wait for the previous kernel; the experts' tiles need its list.
 
 Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`, which
 `tile_product.py` reads.
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.router import Routing
-from dflash_chat.runtime.kernels.tile_product import tile_product
+from dflash_chat.runtime.kernels.tile_product import prefetch, tile_product
 
 
 class MoeConfig(NamedTuple):
@@ -46,13 +47,21 @@ class MoeConfig(NamedTuple):
     stages: int
 
 
-CONFIGS = {  # (launch, format of the experts)
-    ("gate_up", "plain"): MoeConfig(16, 128, 4, 6),
-    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 6),
-    ("gate_up", "int4"): MoeConfig(32, 128, 4, 7),
-    ("down", "plain"): MoeConfig(64, 64, 4, 8),
+CONFIGS = {  # (launch, format of the experts), measured on an H200
+    ("gate_up", "plain"): MoeConfig(32, 128, 4, 5),
+    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 4),
+    ("gate_up", "int4"): MoeConfig(64, 128, 4, 5),
+    ("down", "plain"): MoeConfig(128, 64, 4, 5),
     ("down", "fp8"): MoeConfig(64, 64, 4, 8),
-    ("down", "int4"): MoeConfig(64, 64, 4, 8),
+    ("down", "int4"): MoeConfig(128, 64, 4, 8),
+}
+
+
+CONFIGS_OF_FEW = {  # up to eight rows, which the narrow formats multiply in another order
+    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 5),
+    ("gate_up", "int4"): MoeConfig(32, 128, 2, 7),
+    ("down", "fp8"): MoeConfig(64, 64, 4, 8),
+    ("down", "int4"): MoeConfig(64, 64, 2, 8),
 }
 
 
@@ -118,7 +127,6 @@ def _gate_up_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     DENSE_TILES: tl.constexpr = (D + BN - 1) // BN
     TILES: tl.constexpr = (I + BN - 1) // BN
@@ -128,12 +136,17 @@ def _gate_up_kernel(
     column = tl.arange(0, BN)
     if tile < DENSE_TILES:
         n = tl.minimum(tile * BN + pair // 2, D - 1) + pair % 2 * D
+        if PDL:
+            prefetch(dense_w_ptr, n, 0, 2 * D, C, DENSE_FORMAT)
+            tl.extra.cuda.gdc_wait()
         acc = tile_product(
             h_dense_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, 0,
             2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, ROWS, 2 * BN, BK, STAGES,
         )  # fmt: skip
         _store_activation(acc, dense_act_ptr, row, row < T, tile * BN + column, D, BN)
     else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         i = (tile - DENSE_TILES) // TILES
         first = (tile - DENSE_TILES) % TILES * BN
         expert = tl.load(experts_ptr + i)
@@ -162,7 +175,6 @@ def _down_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     SPLITS: tl.constexpr = (D + I - 1) // I
     TILES: tl.constexpr = (C + BN - 1) // BN
@@ -171,6 +183,9 @@ def _down_kernel(
     column = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
     n = tl.minimum(column, C - 1)
     if item < SPLITS:
+        if PDL:
+            prefetch(dense_w_ptr, n, item * I, C, D, DENSE_FORMAT)
+            tl.extra.cuda.gdc_wait()
         acc = tile_product(
             dense_act_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, item * I,
             C, D, I, DENSE_FORMAT, DENSE_ZERO, ROWS, BN, BK, STAGES,
@@ -178,6 +193,8 @@ def _down_kernel(
         out = dense_ptr + (item * T + row[:, None]) * C + column[None, :]
         tl.store(out, acc, mask=(row[:, None] < T) & (column[None, :] < C))
     else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         i = item - SPLITS
         expert = tl.load(experts_ptr + i)
         taken, rank = _rank(slots_ptr, row, expert, T, TOP, RANKS)
@@ -209,7 +226,7 @@ def gate_up(
     assert h_dense.is_contiguous(), f"h_dense {h_dense.stride()}"
     assert h_moe.is_contiguous(), f"h_moe {h_moe.stride()}"
     assert dense_w.shape[1] == experts_w.shape[2] == width, f"{dense_w.shape} {experts_w.shape}"
-    config = config or CONFIGS["gate_up", experts_w.format]
+    config = config or _config("gate_up", rows, dense_w, experts_w)
     places = routing.experts.numel()
     dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
@@ -240,7 +257,7 @@ def down(
     assert dense_w.shape == (width, dense), f"{dense_w.shape}, activation {dense_act.shape}"
     assert experts_w.shape[1:] == (width, inner), f"{experts_w.shape}, {expert_act.shape}"
     assert places == routing.experts.numel(), f"{places} of {routing.experts.numel()} experts"
-    config = config or CONFIGS["down", experts_w.format]
+    config = config or _config("down", rows, dense_w, experts_w)
     splits, top_k = triton.cdiv(dense, inner), routing.slots.shape[1]
     device = dense_act.device
     dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
@@ -253,6 +270,16 @@ def down(
         PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_out, routed
+
+
+def _few(rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> bool:
+    """Whether eight rows are enough: the plain format has the same instructions for sixteen."""
+    return rows <= 8 and "plain" not in (dense_w.format, experts_w.format)
+
+
+def _config(launch: str, rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> MoeConfig:
+    configs = CONFIGS_OF_FEW if _few(rows, dense_w, experts_w) else CONFIGS
+    return configs[launch, experts_w.format]
 
 
 def _parts(weight: MoeWeight) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,6 +300,7 @@ def _constants(
     top_k = routing.slots.shape[1]
     assert routing.slots.shape[0] == rows <= 32, f"slots {routing.slots.shape}, {rows} rows"
     assert config.bk % 64 == 0 or "int4" not in (dense_w.format, experts_w.format), f"{config}"
+    padded = 8 if _few(rows, dense_w, experts_w) else 16 if rows <= 16 else 32
     return {
         "W_STRIDE": experts_w.data.stride(0),
         "SCALE_STRIDE": _parts(experts_w)[1].stride(0),
@@ -282,7 +310,7 @@ def _constants(
         "DENSE_ZERO": dense_w.zero is not None,
         "FORMAT": experts_w.format,
         "ZERO": experts_w.zero is not None,
-        "ROWS": 16 if rows <= 16 else 32,
+        "ROWS": padded,
         "BN": config.bn,
         "BK": config.bk,
         "STAGES": config.stages,

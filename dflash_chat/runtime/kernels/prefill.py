@@ -72,8 +72,8 @@ def _chunk_attention_kernel(
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         top, total, acc = attend_tile(
-            q, p, k_base, v_base, start, hi, slots, scale, top, total, acc,
-            D, WINDOW, True, BLOCK_N,
+            q, p, length + begin // GROUP, hi - 1, k_base, v_base, start, hi,
+            slots, scale, top, total, acc, D, WINDOW, True, BLOCK_N,
         )  # fmt: skip
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=used[:, None])
 

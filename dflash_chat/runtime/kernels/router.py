@@ -10,7 +10,10 @@ The softmax's denominator cancels, so only the chosen logits are exponentiated.
 
 Bound by latency: 720 kB for E = 128, C = 2816. A CTA multiplies one [BN, BK] tile of proj without
 a loop and leaves fp32 partial logits; the CTA that arrives last sums them in fixed order and does
-the rest for all rows, so the result does not depend on the order of arrival.
+the rest for all rows, so the result does not depend on the order of arrival. There a row of 128
+experts belongs to one warp, and a logit is compared by its bits, as integers of the same order: a
+maximum over the warp is then one instruction, and nothing waits for a barrier or for memory until
+the list of experts is made.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -39,8 +42,8 @@ class RouteConfig(NamedTuple):
     """Experts and columns of a CTA's tile, warps of a CTA."""
 
     bn: int = 16
-    bk: int = 256
-    warps: int = 4
+    bk: int = 512
+    warps: int = 8
 
 
 def reference(
@@ -54,20 +57,38 @@ def reference(
     return slots, top / top.sum(-1, keepdim=True) * per_expert_scale.to(wide)[slots]
 
 
+@triton.jit
+def _order(logits, e, TOP: tl.constexpr):
+    """Each logit's place among the TOP largest of its row, TOP for the others: int32 [ROWS, E]."""
+    bits = logits.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered as the logits are
+    order = tl.full(key.shape, TOP, tl.int32)
+    for r in tl.static_range(TOP):
+        largest = key == tl.max(key, axis=1)[:, None]
+        first = tl.min(tl.where(largest, e[None, :], e.shape[0]), axis=1)  # ties: the lower index
+        here = e[None, :] == first[:, None]
+        order = tl.where(here, r, order)
+        key = tl.where(here, -(2**31), key)
+    return order
+
+
 @triton.jit(do_not_specialize=["T"])
 def _route_kernel(
     x_ptr, w_ptr, scale_ptr, partial_ptr, counter_ptr,
     experts_ptr, active_ptr, slots_ptr, weights_ptr, T,
-    C: tl.constexpr, E: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     row = tl.arange(0, ROWS)
+    e = tl.arange(0, E)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     w = tl.load(w_ptr + n[None, :] * C + k[:, None], mask=k[:, None] < C, other=0.0)  # [BK, BN]
+    scale = tl.load(scale_ptr + e).to(tl.float32)  # here, so that the last CTA need not wait
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     inside = (row[:, None] < T) & (k[None, :] < C)
     x = tl.load(x_ptr + row[:, None] * C + k[None, :], mask=inside, other=0.0)  # [ROWS, BK]
     out_ptr = partial_ptr + (tl.program_id(1) * T + row[:, None]) * E
@@ -77,34 +98,21 @@ def _route_kernel(
     SPLITS: tl.constexpr = (C + BK - 1) // BK
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLITS * (E // BN) - 1:
         tl.store(counter_ptr, 0)
-        e = tl.arange(0, E)
-        rank = tl.arange(0, RANKS)
         used = row[:, None] < T
         logits = tl.zeros([ROWS, E], tl.float32)
         for s in tl.static_range(SPLITS):
             in_ptr = partial_ptr + (s * T + row[:, None]) * E + e[None, :]
             logits += tl.load(in_ptr, mask=used, other=0.0, cache_modifier=".cg")
 
-        chosen = tl.zeros([ROWS, E], tl.int32)
-        top = tl.full([ROWS, RANKS], float("-inf"), tl.float32)
-        slots = tl.zeros([ROWS, RANKS], tl.int32)
-        for r in tl.static_range(TOP):
-            value, best = tl.max(logits, axis=1, return_indices=True)  # ties: the lower index
-            here = rank[None, :] == r
-            top = tl.where(here, value[:, None], top)
-            slots = tl.where(here, best[:, None].to(tl.int32), slots)
-            taken = e[None, :] == best[:, None]
-            chosen = tl.where(taken & used, 1, chosen)
-            logits = tl.where(taken, float("-inf"), logits)
+        order = _order(logits, e, TOP)
+        chosen = used & (order < TOP)
+        p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        total = tl.sum(tl.where(chosen, p, 0.0), axis=1)
+        at = row[:, None] * TOP + order
+        tl.store(slots_ptr + at, tl.broadcast_to(e[None, :], (ROWS, E)), mask=chosen)
+        tl.store(weights_ptr + at, p / total[:, None] * scale[None, :], mask=chosen)
 
-        p = tl.exp(top - tl.max(top, axis=1)[:, None])
-        p = p / tl.sum(p, axis=1)[:, None] * tl.load(scale_ptr + slots).to(tl.float32)
-        at = row[:, None] * TOP + rank[None, :]
-        valid = used & (rank[None, :] < TOP)
-        tl.store(slots_ptr + at, slots, mask=valid)
-        tl.store(weights_ptr + at, p, mask=valid)
-
-        hit = tl.max(chosen, axis=0)  # [E]
+        hit = tl.max(chosen.to(tl.int32), axis=0)  # [E]
         tl.store(experts_ptr + tl.cumsum(hit, 0) - 1, e, mask=hit > 0)
         tl.store(active_ptr, tl.sum(hit, axis=0))
 
@@ -147,7 +155,7 @@ def route(
     _route_kernel[(experts // config.bn, splits)](
         h_router, proj, per_expert_scale, partial, counter, *routing, rows,
         C=width, E=experts, TOP=top_k, ROWS=16 if rows <= 16 else 32,
-        RANKS=triton.next_power_of_2(top_k), BN=config.bn, BK=config.bk, PDL=pdl,
+        BN=config.bn, BK=config.bk, PDL=pdl,
         num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return routing

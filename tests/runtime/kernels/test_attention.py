@@ -1,4 +1,4 @@
-"""Block attention against plain torch and fp64: windows, rings, shares, the merge."""
+"""Block attention against plain torch and fp64: windows, rings, shares."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dflash_chat.runtime.kernels.attention import Config
 from tests.runtime.kernels.conftest import DEVICE, LOW
 from tests.runtime.kernels.truth import assert_as_good
 
-MERGES = {  # small tiles, so that a few rows already span shares and tiles, whole and partial
-    "fused": Config(16, 16, 3, 4, 2, fused=True),
-    "two kernels": Config(16, 32, 2, 4, 2, fused=False),
+CONFIGS = {  # small tiles, so that a few rows already span shares and tiles, whole and partial
+    "3 shares": Config(16, 16, 3, 4, 2),
+    "2 shares": Config(16, 32, 2, 4, 2),
 }
 
 
@@ -43,27 +43,27 @@ def check(
     assert_as_good(out, plain, truth)
 
 
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 17])
-def test_rows_of_a_block(rows: int, causal: bool, merge: str) -> None:
+def test_rows_of_a_block(rows: int, causal: bool, config: str) -> None:
     x = block(rows, heads=4, groups=2, dim=32, slots=96, end=50 + rows)
-    check(x, 50, 0, causal, 0.2, MERGES[merge])
+    check(x, 50, 0, causal, 0.2, CONFIGS[config])
 
 
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 32, 79])
-def test_lengths_from_empty_to_full(length: int, merge: str) -> None:
+def test_lengths_from_empty_to_full(length: int, config: str) -> None:
     x = block(7, heads=2, groups=1, dim=16, slots=86, end=length + 7)
-    check(x, length, 0, True, 0.25, MERGES[merge])
+    check(x, length, 0, True, 0.25, CONFIGS[config])
 
 
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("share", [1, 2, 4, 8])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_query_heads_share_a_kv_head(groups: int, share: int, merge: str) -> None:
+def test_query_heads_share_a_kv_head(groups: int, share: int, config: str) -> None:
     x = block(5, share * groups, groups, dim=16, slots=64, end=45)
-    check(x, 40, 0, True, 0.25, MERGES[merge])
+    check(x, 40, 0, True, 0.25, CONFIGS[config])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -76,7 +76,7 @@ def test_a_window_looks_back_its_own_width_through_a_ring(
 ) -> None:
     rows = 9
     x = block(rows, heads=4, groups=2, dim=16, slots=window + rows + 3, end=length + rows)
-    check(x, length, window, causal, 0.25, MERGES["two kernels"])
+    check(x, length, window, causal, 0.25, CONFIGS["3 shares"])
 
 
 @pytest.mark.parametrize(
@@ -89,22 +89,12 @@ def test_default_config(rows: int, dim: int, window: int) -> None:
 
 def test_large_logits_stay_finite() -> None:
     q, keys, values = block(4, heads=2, groups=1, dim=16, slots=64, end=44)
-    check([q * 50, keys, values], 40, 0, True, 1.0, MERGES["fused"])
+    check([q * 50, keys, values], 40, 0, True, 1.0, CONFIGS["3 shares"])
 
 
-@pytest.mark.parametrize("merge", MERGES)
-def test_a_launch_leaves_nothing_behind(merge: str) -> None:
-    q, keys, values = block(7, heads=4, groups=2, dim=16, slots=64, end=47)
-    first, second = (
-        attention.block_attention(
-            q, keys, values, ints(40), window=0, causal=True, scale=0.25, config=MERGES[merge]
-        )
-        for _ in range(2)
-    )
-    assert torch.equal(first, second)
-    assert not attention._arrivals(q.device).any()
-
-
+HOPPER = pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90"
+)
 SHAPES = {  # heads, kv heads, head dim, window, causal, scale
     "gemma sliding": (16, 8, 256, 1024, True, 1.0),
     "gemma full": (16, 2, 512, 0, True, 1.0),
@@ -116,16 +106,19 @@ SHAPES = {  # heads, kv heads, head dim, window, causal, scale
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=HOPPER)])
 @pytest.mark.parametrize("rows", [1, 4, 16, 17])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_captured_graph_follows_length(shape: str, rows: int) -> None:
+def test_a_captured_graph_follows_length(shape: str, rows: int, pdl: bool) -> None:
     heads, groups, dim, window, causal, scale = SHAPES[shape]
     slots = window + 32 if window else 9000
     x = block(rows, heads, groups, dim, slots, end=slots)
     length = ints(0)
 
     def step() -> Tensor:
-        return attention.block_attention(*x, length, window=window, causal=causal, scale=scale / 4)
+        return attention.block_attention(
+            *x, length, window=window, causal=causal, scale=scale / 4, pdl=pdl
+        )
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -138,22 +131,3 @@ def test_a_captured_graph_follows_length(shape: str, rows: int) -> None:
         truth = attention.reference(x[0].double(), *x[1:], at, window, causal, scale / 4)
         assert_as_good(out, plain, truth)
         assert torch.equal(out, step())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 16])
-def test_the_last_to_arrive_sees_every_share(rows: int) -> None:
-    x = block(rows, 16, 8, 256, 4096, end=4096)
-    default = attention.default_config(x[0], x[1], 0)
-    outs = {
-        fused: torch.stack([
-            attention.block_attention(
-                *x, ints(4000), window=0, causal=True, scale=0.1,
-                config=default._replace(fused=fused),
-            )
-            for _ in range(200)
-        ])
-        for fused in (True, False)
-    }  # fmt: skip
-    assert torch.equal(outs[True], outs[False])
-    assert (outs[True] == outs[True][0]).all()

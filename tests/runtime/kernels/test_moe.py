@@ -151,26 +151,28 @@ def dense_down(x: Tensor, dense_w: MoeWeight) -> Tensor:
     """x [T, K] · Wᵀ by the down launch's dense part."""
     routing = routing_of(torch.zeros(x.shape[0], 1, dtype=torch.long))
     expert_act = activations(routing.experts.numel(), x.shape[0], 64)
-    experts_w = weight("plain", EXPERTS, dense_w.shape[0], 64)
+    experts_w = weight(dense_w.format, EXPERTS, dense_w.shape[0], 64)
     out, _ = moe.down(x, dense_w, expert_act, experts_w, routing, config=SMALL)
     return out.sum(0)
 
 
-def test_every_fp8_code_is_widened_exactly() -> None:
+@pytest.mark.parametrize("rows", [1, 16])
+def test_every_fp8_code_is_widened_exactly(rows: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes[codes & 127 == 127] = 0  # NaN
     values = codes.view(torch.float8_e4m3fn)
     dense_w = MoeWeight(values[:, None].repeat(1, 64).to(DEVICE), torch.ones(256, device=DEVICE))
-    out = dense_down(torch.eye(1, 64, dtype=LOW, device=DEVICE), dense_w)
-    assert torch.equal(out[0].cpu(), values.float())
+    out = dense_down(torch.eye(rows, 64, dtype=LOW, device=DEVICE), dense_w)
+    assert torch.equal(out.cpu(), values.float().expand(rows, 256))
 
 
-def test_every_int4_code_is_widened_exactly_at_every_place() -> None:
+@pytest.mark.parametrize("rows", [8, 16])
+def test_every_int4_code_is_widened_exactly_at_every_place(rows: int) -> None:
     q = ((torch.arange(16)[:, None] + torch.arange(64)) % 16).to(torch.uint8)
     dense_w = pack_int4_experts(q.to(DEVICE), torch.ones(16, 2, device=DEVICE))
-    for rows in torch.eye(64, dtype=LOW, device=DEVICE).split(16):
-        out = dense_down(rows, dense_w)
-        assert torch.equal(out, rows.float() @ (q.float() - 8).T.to(DEVICE))
+    for x in torch.eye(64, dtype=LOW, device=DEVICE).split(rows):
+        out = dense_down(x, dense_w)
+        assert torch.equal(out, x.float() @ (q.float() - 8).T.to(DEVICE))
 
 
 def test_rows_that_go_elsewhere_are_not_written() -> None:
@@ -255,3 +257,22 @@ def test_the_real_shapes_follow_their_routing_on_replay(format_name: str, rows: 
     graph.replay()
     for replayed, eager in zip(captured, half(), strict=True):
         assert torch.equal(replayed, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("format_name", ["plain", "fp8", "int4"])
+def test_dependent_launch_changes_no_bit(format_name: str, rows: int) -> None:
+    gate_up_w = weight(format_name, 4224, 2816), weight(format_name, 128, 1408, 2816)
+    down_w = weight(format_name, 2816, 2112), weight(format_name, 128, 2816, 704)
+    h, proj = activations(rows, 2816), activations(128, 2816)
+    scale = torch.ones(128, device=DEVICE, dtype=LOW)
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+    def run(pdl: bool) -> tuple[Tensor, Tensor]:
+        routing = router.route(h, proj, scale, counter, pdl=pdl)
+        dense, routed = moe.gate_up(h, gate_up_w[0], h, gate_up_w[1], routing, pdl=pdl)
+        return moe.down(dense, down_w[0], routed, down_w[1], routing, pdl=pdl)
+
+    for one, other in zip(run(False), run(True), strict=True):
+        assert torch.equal(one, other)

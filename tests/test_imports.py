@@ -29,10 +29,12 @@ LIGHT = [
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "safetensors", "triton"}
+ON_TRITON = {"kernels", "fused", "step", "measure", "kernel_weights"}  # folders and files
 RUNTIME = [
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
     for path in sorted(ROOT.glob("runtime/**/*.py"))
-    if path.stem != "__init__" and (path.parent.stem != "kernels" or find_spec("triton"))
+    if path.stem != "__init__"
+    and (find_spec("triton") or not ON_TRITON & {path.parent.stem, path.stem})
 ]
 
 

@@ -160,6 +160,8 @@ class Engine:
         ]
         passes.append(partial(self.drafter.draft, 0, self.draft_tokens))
         *verify_ms, draft_ms = quickest_ms(passes, self.target.device)
+        for n in range(len(verify_ms) - 1, 0, -1):  # fewer rows cannot take longer
+            verify_ms[n - 1] = min(verify_ms[n - 1], verify_ms[n])
         self.chooser = WidthChooser(verify_ms, draft_ms)
 
     def _dry_verify(self, n: int) -> Tensor:

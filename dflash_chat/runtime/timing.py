@@ -60,7 +60,7 @@ class StepTimer:
 
 
 def quickest_ms(
-    passes: Sequence[Callable[[], object]], device: torch.device, rounds: int = 3
+    passes: Sequence[Callable[[], object]], device: torch.device, rounds: int = 5
 ) -> list[float]:
     """The least wall time of each pass in milliseconds, all taking turns so that a disturbance of
     the machine does not single one out.

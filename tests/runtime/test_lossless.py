@@ -88,6 +88,7 @@ def test_measuring_leaves_the_engine_as_it_was() -> None:
     assert engine.chooser is not None
     assert len(engine.chooser.verify_ms) == 5
     assert min(*engine.chooser.verify_ms, engine.chooser.draft_ms) > 0
+    assert list(engine.chooser.verify_ms) == sorted(engine.chooser.verify_ms)
     steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=60))
     assert tiny.tokens(steps) == _plain(60)
 

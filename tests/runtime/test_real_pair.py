@@ -34,7 +34,7 @@ def _load(gguf: Path, dtype: str) -> Session:
     installed = hub.Installed(
         pair, pair.sources[0], gguf, pair.drafter.path, bytes=gguf.stat().st_size
     )
-    options = EngineOptions(device="cpu", dtype=dtype, context_tokens=2048)
+    options = EngineOptions(device="cpu", dtype=dtype, context_tokens=2048, draft_tokens=7)
     return Session.load(installed, options, lambda _: None)
 
 

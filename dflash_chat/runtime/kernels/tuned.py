@@ -34,7 +34,33 @@ _TILES = {  # (kernel, form of w): bn, bk, warps, stages
     ("head", "int4"): (128, 128, 2, 5),
 }
 
-_MEASURED: dict[tuple[str, str, int, int], Config] = {}  # (kernel, form of w, N, K)
+_MEASURED: dict[tuple[str, str, int, int], Config] = {  # (kernel, form of w, N, K), on an H200
+    ("linear", "bf16", 2816, 4096): Config(64, 128, 4, 4, 4),
+    ("gated", "bf16", 4224, 2816): Config(64, 64, 4, 8, 2),
+    ("gated", "bf16", 24576, 4096): Config(128, 128, 8, 3, 1),
+    ("linear", "fp8", 9216, 2816): Config(128, 128, 2, 4, 3),
+    ("linear", "fp8", 2816, 2112): Config(32, 256, 2, 5, 3),
+    ("gated", "fp8", 11264, 2816): Config(128, 128, 2, 4, 3),
+    ("linear", "fp8", 2816, 16896): Config(64, 256, 2, 4, 6),
+    ("head", "fp8", 262144, 2816): Config(64, 256, 2, 4, 1),
+    ("linear", "fp8", 6144, 4096): Config(128, 128, 2, 4, 5),
+    ("head", "fp8", 151936, 4096): Config(64, 256, 2, 4, 1),
+    ("linear", "int4", 8192, 2816): Config(64, 256, 2, 4, 2),
+    ("linear", "int4", 9216, 2816): Config(128, 128, 2, 5, 3),
+    ("linear", "int4", 2816, 4096): Config(128, 128, 2, 5, 8),
+    ("linear", "int4", 2816, 8192): Config(64, 256, 2, 4, 5),
+    ("linear", "int4", 2816, 2112): Config(64, 256, 2, 4, 3),
+    ("linear", "int4", 6144, 2816): Config(128, 128, 2, 5, 4),
+    ("gated", "int4", 11264, 2816): Config(128, 128, 2, 5, 3),
+    ("linear", "int4", 2816, 5632): Config(64, 256, 2, 4, 6),
+    ("linear", "int4", 2816, 16896): Config(64, 256, 2, 4, 6),
+    ("head", "int4", 262144, 2816): Config(64, 256, 2, 4, 1),
+    ("linear", "int4", 6144, 4096): Config(128, 128, 2, 5, 5),
+    ("linear", "int4", 4096, 4096): Config(128, 128, 2, 5, 8),
+    ("gated", "int4", 24576, 4096): Config(64, 256, 2, 4, 1),
+    ("linear", "int4", 4096, 12288): Config(64, 256, 2, 4, 4),
+    ("head", "int4", 151936, 4096): Config(64, 256, 2, 4, 1),
+}
 
 
 def linear(form: str, n: int, k: int) -> Config:

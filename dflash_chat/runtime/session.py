@@ -58,6 +58,7 @@ class Session:
         """
         started = time.perf_counter()
         device, dtype = _placement(options)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
         if options.threads:
             torch.set_num_threads(options.threads)
         try:

@@ -35,12 +35,15 @@ from dflash_chat.runtime.api import (
     Progress,
     Ready,
     Shutdown,
+    Tokens,
     decode,
     encode,
 )
 
 GRACE_S = 1.0  # how long the main loop may take to come back once nobody listens any more
 PROGRESS_PERIOD_S = 0.05
+_FEW_CORES = len(os.sched_getaffinity(0)) <= 2 if hasattr(os, "sched_getaffinity") else False
+FLUSH_PERIOD_S = 0.15 if _FEW_CORES else 0.05  # a flush wakes the reader, who may share our cores
 PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
@@ -104,18 +107,29 @@ class Inbox:
 
 
 class Outbox:
-    """Events, one flushed line each; progress is thinned to what an eye can follow."""
+    """Events, one line each; tokens leave in groups, progress is thinned to what an eye can
+    follow.
+    """
 
     def __init__(self, events: BinaryIO, inbox: Inbox) -> None:
         self._events = events
         self._inbox = inbox
         self._stage = ""
         self._next_progress = 0.0
+        self._next_flush = 0.0
 
     def send(self, event: Event) -> None:
-        """Write one event."""
+        """Write one event, and what still waited before it."""
         self._events.write(encode(event))
         self._events.flush()
+
+    def stream(self, event: Tokens) -> None:
+        """Write tokens; the next event may have to push them out."""
+        self._events.write(encode(event))
+        now = time.monotonic()
+        if now >= self._next_flush:
+            self._next_flush = now + FLUSH_PERIOD_S
+            self._events.flush()
 
     def progress(self, event: Progress) -> None:
         """Write a progress event if it is news; ends a load that nobody waits for."""
@@ -162,7 +176,10 @@ def _answer(pair: LoadedPair | None, request: Generate, inbox: Inbox, outbox: Ou
     if pair is None:
         raise UserError("No pair is loaded.", "Wait for the engine to load one.")
     for event in pair.generate(request, lambda: inbox.cancelled(request.id)):
-        outbox.send(event)
+        if isinstance(event, Tokens):
+            outbox.stream(event)
+        else:
+            outbox.send(event)
 
 
 def load_session(request: Load, progress: Callable[[Progress], None]) -> LoadedPair:

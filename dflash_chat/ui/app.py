@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from textual.app import App, SystemCommand
 from textual.screen import Screen
 
 from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
 from dflash_chat.runtime.client import EngineClient
+from dflash_chat.ui import pace
 from dflash_chat.ui.chat_screen import ChatScreen
 
 
 class ChatApp(App[None]):
-    """One chat with one engine."""
+    """One chat with one engine. `on_started` is called once the engine's process runs."""
 
     CSS_PATH = "app.tcss"
     TITLE = "dflash-chat"
 
-    def __init__(self, client: EngineClient, chat: ChatScreen) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        chat: ChatScreen,
+        on_started: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self._client = client
         self._chat = chat
+        self._on_started = on_started
 
     async def on_load(self) -> None:
         """Start the engine before anything is drawn, so that both start at once."""
         await self._client.start()
+        self._on_started()
 
     def get_default_screen(self) -> Screen[None]:
         """The chat."""
@@ -82,6 +90,6 @@ def run(
     gc.disable()  # until the first paint
     client = EngineClient()
     chat = ChatScreen(client, Load(pair, source, options), params, system, draft)
-    app = ChatApp(client, chat)
+    app = ChatApp(client, chat, pace.give_way)
     app.run()
     return app.return_code or chat.exit_code

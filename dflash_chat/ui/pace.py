@@ -2,7 +2,7 @@
 
 On two cores every millisecond of drawing is one that the engine's threads wait for each other, and
 a new line, which moves everything above it, costs the most. There text comes less often and the
-view moves four lines at a time.
+view moves six lines at a time.
 """
 
 from __future__ import annotations
@@ -17,5 +17,15 @@ def _cores() -> int:
 
 
 _FEW_CORES = _cores() <= 2
-FRAME_S = 1 / 8 if _FEW_CORES else 1 / 18
-SCROLL_ROWS = 4 if _FEW_CORES else 1
+FRAME_S = 1 / 5 if _FEW_CORES else 1 / 18
+SCROLL_ROWS = 6 if _FEW_CORES else 1
+_NICENESS = 10
+
+
+def give_way() -> None:
+    """Let the engine, which was started before, go first where both share few cores.
+
+    Measured on two: 94 % of the speed without a screen instead of 84 %.
+    """
+    if _FEW_CORES and hasattr(os, "nice"):
+        os.nice(_NICENESS)

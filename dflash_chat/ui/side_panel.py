@@ -44,7 +44,7 @@ def draft_words(info: ModelInfo, draft: bool) -> str:
     """Whether drafting is on, and if not, why."""
     if not info.drafter:
         return "draft OFF: no drafter"
-    return f"draft ON k={info.draft_tokens}" if draft else "draft OFF: switched off"
+    return f"draft ON k≤{info.draft_tokens}" if draft else "draft OFF: switched off"
 
 
 class SidePanel(VerticalScroll, can_focus=False):

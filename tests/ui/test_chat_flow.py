@@ -567,7 +567,7 @@ async def test_the_panel_shows_every_number(loaded: Chat) -> None:
     assert "tau 2.5 = 1.5 drafted + 1" in loaded.shown("#acceptance")
     assert "BLOCK  35.1 ms" in loaded.shown("#block")
     assert "of 8 192" in loaded.shown("#context")
-    assert "draft ON k=7" in loaded.shown("#engine")
+    assert "draft ON k≤7" in loaded.shown("#engine")
 
 
 async def test_a_pair_without_a_drafter_says_so() -> None:

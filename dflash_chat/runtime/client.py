@@ -55,13 +55,10 @@ def exit_reason(code: int) -> str:
 
 
 def log_path() -> Path:
-    """The engine's log file; its folder is created."""
-    folder = os.environ.get("DFLASH_CHAT_STATE", "")
-    if not folder:
-        from platformdirs import user_state_dir
+    """The engine's log file, in the platform's folder for state, which is created."""
+    from platformdirs import user_state_dir
 
-        folder = user_state_dir("dflash-chat")
-    path = Path(folder) / "engine.log"
+    path = Path(user_state_dir("dflash-chat")) / "engine.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

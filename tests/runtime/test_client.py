@@ -49,8 +49,10 @@ asyncio.run(main())
 
 @pytest.fixture(autouse=True)
 def state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DFLASH_CHAT_STATE", str(tmp_path))
-    return tmp_path
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = tmp_path / "dflash-chat"
+    folder.mkdir()
+    return folder
 
 
 @pytest_asyncio.fixture

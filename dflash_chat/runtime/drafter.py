@@ -23,7 +23,7 @@ from torch import Tensor
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
 from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
-from dflash_chat.runtime.parts import AttentionParts, LayerParts
+from dflash_chat.runtime.parts import LayerParts, pre_norm
 from dflash_chat.runtime.quant import Packed, Ready
 
 _IGNORED_KEYS = {
@@ -216,36 +216,6 @@ class Layer:
         gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))
         return x + self.down_proj.matmul(layers.gated_silu(gate_up))
 
-    def parts(self, frequencies: Tensor) -> LayerParts:
-        """The layer in terms of `parts.py`."""
-        attention = AttentionParts(
-            qkv=self.qkv,
-            o_proj=self.o_proj,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            v_norm=False,
-            values_are_keys=False,
-            frequencies=frequencies,
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            causal=self.causal,
-        )
-        assert self.input_layernorm.weight is not None
-        assert self.post_attention_layernorm.weight is not None
-        return LayerParts(
-            attention=attention,
-            gate_up=self.gate_up,
-            down=self.down_proj,
-            activation="silu",
-            input_norm=self.input_layernorm.weight,
-            attention_output_norm=None,
-            mlp_input_norm=self.post_attention_layernorm.weight,
-            mlp_output_norm=None,
-            scalar=None,
-            moe=None,
-            eps=self.input_layernorm.eps,
-        )
-
 
 class Drafter:
     """Proposes blocks; follows the target's committed tokens through `observe`.
@@ -303,7 +273,7 @@ class Drafter:
     def parts(self) -> list[LayerParts]:
         """All layers in terms of `parts.py`."""
         frequencies = layers.inverse_frequencies(self.config.head_dim, self.config.rope_theta)
-        return [layer.parts(frequencies) for layer in self.layers]
+        return [pre_norm(layer, frequencies, layer.window, layer.causal) for layer in self.layers]
 
     @property
     def nbytes(self) -> int:

@@ -7,9 +7,11 @@ our kernels. Knows names and tensors; computes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
+from dflash_chat.runtime.layers import RMSNorm
 from dflash_chat.runtime.quant import Experts, Packed
 
 
@@ -63,3 +65,59 @@ class LayerParts:
     scalar: Tensor | None  # one element
     moe: MoeParts | None
     eps: float
+
+
+class PreNormLayer(Protocol):
+    """What the layers of Llama, Qwen3 and the drafter have in common."""
+
+    qkv: Packed
+    o_proj: Packed
+    gate_up: Packed
+    down_proj: Packed
+    head_dim: int
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+
+    @property
+    def q_norm(self) -> Tensor | None:
+        """[D], or None without such norms."""
+
+    @property
+    def k_norm(self) -> Tensor | None:
+        """[D], or None without such norms."""
+
+
+def pre_norm(
+    layer: PreNormLayer, frequencies: Tensor, window: int = 0, causal: bool = True
+) -> LayerParts:
+    """Such a layer: two norms, gated SiLU, scores over √D."""
+    return LayerParts(
+        attention=AttentionParts(
+            qkv=layer.qkv,
+            o_proj=layer.o_proj,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            v_norm=False,
+            values_are_keys=False,
+            frequencies=frequencies,
+            scale=layer.head_dim**-0.5,
+            window=window,
+            causal=causal,
+        ),
+        gate_up=layer.gate_up,
+        down=layer.down_proj,
+        activation="silu",
+        input_norm=weight_of(layer.input_layernorm),
+        attention_output_norm=None,
+        mlp_input_norm=weight_of(layer.post_attention_layernorm),
+        mlp_output_norm=None,
+        scalar=None,
+        moe=None,
+        eps=layer.input_layernorm.eps,
+    )
+
+
+def weight_of(norm: RMSNorm) -> Tensor:
+    """The weight of a norm that has one."""
+    assert norm.weight is not None
+    return norm.weight

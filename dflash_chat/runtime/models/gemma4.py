@@ -25,7 +25,7 @@ from torch import Tensor
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
 from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
-from dflash_chat.runtime.parts import AttentionParts, LayerParts, MoeParts
+from dflash_chat.runtime.parts import AttentionParts, LayerParts, MoeParts, weight_of
 from dflash_chat.runtime.quant import Packed, Ready
 
 IGNORED = (
@@ -322,21 +322,16 @@ class Experts:
         """The same in terms of `parts.py`."""
         router = self.router
         return MoeParts(
-            router_norm=_weight(router.norm) * router.root_size,
+            router_norm=weight_of(router.norm) * router.root_size,
             proj=router.proj.dequantize(dense_output_norm.dtype),
             per_expert_scale=router.per_expert_scale,
             top_k=router.top_k,
-            input_norm=_weight(self.pre_feedforward_layernorm_2),
-            output_norm=_weight(self.post_feedforward_layernorm_2),
+            input_norm=weight_of(self.pre_feedforward_layernorm_2),
+            output_norm=weight_of(self.post_feedforward_layernorm_2),
             dense_output_norm=dense_output_norm,
             gate_up=self.gate_up_proj,
             down=self.down_proj,
         )
-
-
-def _weight(norm: layers.RMSNorm) -> Tensor:
-    assert norm.weight is not None
-    return norm.weight
 
 
 class Layer:
@@ -375,16 +370,16 @@ class Layer:
         """The layer in terms of `parts.py`."""
         moe = None
         if self.experts is not None:
-            moe = self.experts.parts(_weight(self.post_feedforward_layernorm_1))
+            moe = self.experts.parts(weight_of(self.post_feedforward_layernorm_1))
         return LayerParts(
             attention=self.self_attn.parts(),
             gate_up=self.gate_up,
             down=self.down_proj,
             activation="gelu_tanh",
-            input_norm=_weight(self.input_layernorm),
-            attention_output_norm=_weight(self.post_attention_layernorm),
-            mlp_input_norm=_weight(self.pre_feedforward_layernorm),
-            mlp_output_norm=_weight(self.post_feedforward_layernorm),
+            input_norm=weight_of(self.input_layernorm),
+            attention_output_norm=weight_of(self.post_attention_layernorm),
+            mlp_input_norm=weight_of(self.pre_feedforward_layernorm),
+            mlp_output_norm=weight_of(self.post_feedforward_layernorm),
             scalar=self.layer_scalar,
             moe=moe,
             eps=self.input_layernorm.eps,

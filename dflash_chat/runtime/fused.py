@@ -151,12 +151,12 @@ class Stack:
         positions: int,
         pdl: bool = False,
     ) -> None:
-        turns: dict[int, Tables] = {}  # by the frequencies' identity: few, and shared by layers
+        turns: dict[tuple[float, ...], Tables] = {}  # by frequencies: few, and shared by layers
         self.cache, self.norm, self.eps = cache, norm, layers[0].eps
         self.layers = []
         for parts in layers:
             frequencies = parts.attention.frequencies
-            key = hash(tuple(frequencies.tolist()))
+            key = tuple(frequencies.tolist())
             if key not in turns:
                 turns[key] = tables(frequencies, positions, norm.device)
             self.layers.append(Layer(parts, turns[key], pdl))

@@ -36,7 +36,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.params = params
-        self._seed = secrets.randbits(32) if params.seed is None else params.seed
+        seed = secrets.randbits(32) if params.seed is None else params.seed
+        self._seed_key = int(mix(torch.tensor(seed & _MASK)))
         self._prompt = tuple(prompt)
         self._output: list[int] = []
         self._penalises = (
@@ -97,7 +98,7 @@ class Sampler:
         """One key per answer position, int64 [n]."""
         begin = len(self._output) + first
         positions = torch.arange(begin, begin + n, dtype=torch.int64, device=device)
-        return mix(positions * 0x9E3779B1 + mix(torch.tensor(self._seed & _MASK, device=device)))
+        return mix(positions * 0x9E3779B1 + self._seed_key)
 
     @property
     def length(self) -> int:

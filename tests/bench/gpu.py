@@ -8,22 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 
+from dflash_chat.runtime.measure import copy_bandwidth
+
+__all__ = ["copy_bandwidth", "graph_seconds", "machine"]
+
 
 def machine() -> str:
     """GPU and versions, for a note's first line."""
     name = torch.cuda.get_device_name()
     return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
-
-
-def copy_bandwidth(gigabytes: float = 4.0) -> float:
-    """Bytes per second of a large device copy, read and written bytes counted.
-
-    An elementwise kernel: inside a graph, a memcpy node may take a slower engine.
-    """
-    source = torch.randn(int(gigabytes * 1e9) // 4, device="cuda")
-    target = torch.empty_like(source)
-    seconds = graph_seconds([lambda: torch.neg(source, out=target)], repeats=20)
-    return 2 * source.nbytes / seconds
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:

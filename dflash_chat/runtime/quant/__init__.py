@@ -20,11 +20,8 @@ from dflash_chat.errors import CheckpointError
 Parts = dict[str, Tensor]
 
 
-class Packed(Protocol):
-    """A weight in memory. `shape` is (N, K) for a matmul, (N,) for a norm's scale.
-
-    Stacked experts have (E, N, K) and are not multiplied by as a whole: see `Experts`.
-    """
+class Held(Protocol):
+    """Numbers in memory, whatever they are used for."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,6 +34,13 @@ class Packed(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes held now, copies made for matmul included."""
+
+
+class Packed(Held, Protocol):
+    """A weight in memory. `shape` is (N, K) for a matmul, (N,) for a norm's scale.
+
+    Stacked experts have (E, N, K) and are not multiplied by as a whole: see `Experts`.
+    """
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K], exact in fp32: the truth for tests and the fallback of everything."""
@@ -55,20 +59,8 @@ class Packed(Protocol):
 
 
 @runtime_checkable
-class Experts(Protocol):
+class Experts(Held, Protocol):
     """E weights in one tensor. `shape` is (E, N, K)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(E, N, K)."""
-
-    @property
-    def kernel(self) -> str:
-        """What multiplies, in a word."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held now."""
 
     def expert(self, e: int) -> Packed:
         """Expert e's weight [N, K], a view."""

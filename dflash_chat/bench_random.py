@@ -9,9 +9,8 @@ import json
 import sys
 
 from dflash_chat.errors import EXIT_OK, DoesNotFitError, UsageError
+from dflash_chat.runtime.width import WIDTHS
 from dflash_chat.settings import RandomBenchArgs
-
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 
 def run(args: RandomBenchArgs) -> int:

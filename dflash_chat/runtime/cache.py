@@ -124,6 +124,11 @@ class KVCache:
         self.length += n
         self.provisional = 0
 
+    def advance(self, rows: int, n: int) -> None:
+        """A block of `rows` was written by somebody else; keep the first n."""
+        self.reserve(rows)
+        self.commit(n)
+
     def rewindable(self, n: int) -> int:
         """The longest prefix of at most n rows that `truncate` can cut back to: n or nothing.
 

@@ -15,9 +15,10 @@ Token ids only: the engine knows no text, no templates and no processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.sampling import Sampler, accepted
 from dflash_chat.runtime.timing import StepTimer, quickest_ms
 from dflash_chat.runtime.width import WidthChooser
+
+if TYPE_CHECKING:
+    from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
 
 
 class Target(Protocol):
@@ -96,6 +100,9 @@ class Step:
     reason: str = ""
 
 
+_Steps = Generator[tuple[list[int], StepStats], None, None]  # chosen tokens of each step
+
+
 class Engine:
     """One target, its drafter and their caches; one sequence at a time.
 
@@ -118,6 +125,8 @@ class Engine:
         self.draft_tokens = draft_tokens
         self.stop_ids = stop_ids
         self.chooser: WidthChooser | None = None
+        self.graphed: GraphedSteps | None = None  # runs the steps, if there
+        self.eager_because = ""  # why it is not there
         self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
 
     @torch.inference_mode()
@@ -135,10 +144,15 @@ class Engine:
         chosen = sampler.choose(self.target.logits(last_hidden), _no_tokens(self.target.device))
         step = self._clip([int(chosen[0])], None, sampler)
         yield step
-        timer = StepTimer(self.target.device)
-        while not step.reason:
-            step = self._step(step.tokens[-1], sampler, timer, draft)
-            yield step
+        if step.reason:
+            return
+        run = self._steps if self.graphed is None else self._graphed_steps
+        with closing(run(step.tokens[-1], sampler, draft)) as steps:
+            for tokens, stats in steps:
+                step = self._clip(tokens, stats, sampler)
+                yield step
+                if step.reason:
+                    return
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -153,6 +167,9 @@ class Engine:
     @torch.inference_mode()
     def measure(self) -> None:
         """Time the draft and every verify width; from then on verify only the prefix that pays."""
+        if self.graphed is not None:
+            self.graphed.measure()
+            return
         if self.drafter is None:
             return
         passes: list[Callable[[], object]] = [
@@ -205,34 +222,54 @@ class Engine:
             self.drafter.truncate(n)
         return n
 
-    def _step(self, anchor: int, sampler: Sampler, timer: StepTimer, draft: bool) -> Step:
-        """One draft–verify cycle; without drafting (or room for it) a plain decoding step."""
-        timer.start()
-        drafted = self._propose(anchor, sampler) if draft else self._tensor([])
-        width = len(drafted)
-        block = torch.cat([self._tensor([anchor]), drafted])
-        timer.mark("draft")
-        hidden, features = self.target.forward(block, self.cache, self.taps)
-        logits = self.target.logits(hidden)
-        timer.mark("verify")
-        outcome = torch.cat([drafted, sampler.choose(logits, drafted)])
-        timer.mark("sample")
-        rows = outcome.tolist()  # the step's only sync; every mark has completed behind it
-        proposals, choices = rows[:width], rows[width:]
-        n = accepted(proposals, choices)
-        self._commit([anchor, *proposals[:n]], features[: n + 1])
-        ms = timer.read()
-        stats = StepStats(
-            drafted=width,
-            accepted=n,
-            committed=n + 1,
-            draft_ms=ms["draft"],
-            verify_ms=ms["verify"],
-            sample_ms=ms["sample"],
-            host_ms=ms["host"],
-            context_tokens=self.cache.length,
-        )
-        return self._clip(choices[: n + 1], stats, sampler)
+    def _steps(self, anchor: int, sampler: Sampler, draft: bool) -> _Steps:
+        """Draft–verify cycles; without drafting (or room for it) plain decoding steps."""
+        timer = StepTimer(self.target.device)
+        while True:
+            timer.start()
+            drafted = self._propose(anchor, sampler) if draft else self._tensor([])
+            width = len(drafted)
+            block = torch.cat([self._tensor([anchor]), drafted])
+            timer.mark("draft")
+            hidden, features = self.target.forward(block, self.cache, self.taps)
+            logits = self.target.logits(hidden)
+            timer.mark("verify")
+            outcome = torch.cat([drafted, sampler.choose(logits, drafted)])
+            timer.mark("sample")
+            rows = outcome.tolist()  # the step's only sync; every mark has completed behind it
+            proposals, choices = rows[:width], rows[width:]
+            n = accepted(proposals, choices)
+            self._commit([anchor, *proposals[:n]], features[: n + 1])
+            ms = timer.read()
+            stats = StepStats(
+                drafted=width,
+                accepted=n,
+                committed=n + 1,
+                draft_ms=ms["draft"],
+                verify_ms=ms["verify"],
+                sample_ms=ms["sample"],
+                host_ms=ms["host"],
+                context_tokens=self.cache.length,
+            )
+            yield choices[: n + 1], stats
+            anchor = choices[n]
+
+    def _graphed_steps(self, anchor: int, sampler: Sampler, draft: bool) -> _Steps:
+        """The same as CUDA graphs, which keep both caches themselves."""
+        assert self.graphed is not None
+        with closing(self.graphed.decode(anchor, sampler, draft, self.log.extend)) as outcomes:
+            for outcome in outcomes:
+                stats = StepStats(
+                    drafted=outcome.width - 1,
+                    accepted=len(outcome.choices) - 1,
+                    committed=len(outcome.choices),
+                    draft_ms=outcome.draft_ms,
+                    verify_ms=outcome.verify_ms,
+                    sample_ms=outcome.sample_ms,
+                    host_ms=outcome.idle_ms,
+                    context_tokens=self.cache.length,
+                )
+                yield outcome.choices, stats
 
     def _propose(self, anchor: int, sampler: Sampler) -> Tensor:
         """The drafted tokens worth verifying, int64 [≤ draft_tokens]; none without room for

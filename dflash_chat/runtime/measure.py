@@ -82,10 +82,7 @@ def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
     for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):
         for tensor in tensors:
             tensor.normal_(0, tensor.shape[-1] ** -0.25)
-    parts = TargetParts(
-        target.parts(), target.norm.weight, target.embed_tokens.weight,
-        float(getattr(target, "embed_scale", 1.0)), target.lm_head,
-    )  # fmt: skip
+    parts = TargetParts.of(target)
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     pdl = hopper and quant == "bf16"  # fp8 and int4 lose by it, as the benchmark notes say
     step = Step(parts, cache, drafter, drafter_config.target_layer_ids, pdl)

@@ -40,64 +40,72 @@ class Sampler:
         self._seed_key = int(mix(torch.tensor(seed & _MASK)))
         self._prompt = tuple(prompt)
         self._output: list[int] = []
-        self._penalises = (
+        self.penalises = (
             params.repetition_penalty != 1.0
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
 
-    def choose(self, logits: Tensor, drafted: Tensor) -> Tensor:
+    @property
+    def greedy(self) -> bool:
+        """Whether a row's choice is its likeliest token and nothing else."""
+        return self.params.temperature <= 0 and not self.penalises
+
+    def choose(self, logits: Tensor, drafted: Tensor, at: Tensor | int | None = None) -> Tensor:
         """The token each row chooses, int64 [n]; UNREAD where no caller may look.
 
-        logits: [n, V]; drafted: [n-1], the tokens rows 1.. were fed with. Row k's penalties count
-        the answer so far and drafted[:k], which is its true history if row k is reached at all.
+        logits: [n, V]; drafted: [n-1], the tokens rows 1.. were fed with. Row 0 stands at the
+        answer's position `at`, a number or int64 [1] on the logits' device; None is behind the
+        answer so far. Row k's penalties count the answer so far and drafted[:k], which is its true
+        history if row k is reached at all.
         """
-        if self._penalises:
+        if self.penalises:
             logits = self._penalised(logits.float(), drafted)
         if self.params.temperature <= 0:
             return logits.float().argmax(-1)  # a CPU's argmax of bf16 is three times slower
+        at = len(self._output) if at is None else at
         if logits.is_cuda:
-            return self._draw(logits, 0)
-        return self._one_by_one(logits, drafted.tolist())
+            return self._draw(logits, at)
+        return self._one_by_one(logits, drafted.tolist(), at)
 
-    def guess(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def guess(self, logits: Tensor, at: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """What the target will choose, as far as the drafter's logits [n, V] tell.
 
-        Row k stands at the answer's k-th position from here. Returns the tokens, int64 [n], and
-        for each a rough chance that it is right, fp32 [n].
+        Row 0 stands where `choose`'s does. Returns the tokens, int64 [n], and for each a rough
+        chance that it is right, fp32 [n].
         """
         logits = logits.float()
         if self.params.temperature <= 0:
             best = logits.max(-1)
             return best.indices, (best.values - logits.logsumexp(-1)).exp()
         top, ids = logits.topk(min(_HEAD, logits.shape[-1]), -1)
-        noise = gumbel(self._keys(0, len(ids), ids.device)[:, None], ids)
+        at = len(self._output) if at is None else at
+        noise = gumbel(self._keys(at, len(ids), ids.device)[:, None], ids)
         scores = filtered(top, self.params).log() + noise
         best = scores.max(-1)
         chance = (best.values * _SHARPNESS - (scores * _SHARPNESS).logsumexp(-1)).exp()
         return ids.gather(-1, best.indices[:, None])[:, 0], chance
 
-    def _one_by_one(self, logits: Tensor, drafted: list[int]) -> Tensor:
+    def _one_by_one(self, logits: Tensor, drafted: list[int], at: Tensor | int) -> Tensor:
         """The choices up to the first that contradicts its draft, then UNREAD: nobody looks there.
 
         On a CPU a row costs its arithmetic, not a launch, and most rows are never reached.
         """
         chosen = torch.full((len(logits),), UNREAD)
         for i in range(len(logits)):
-            chosen[i] = self._draw(logits[i : i + 1], i)[0]
+            chosen[i] = self._draw(logits[i : i + 1], at + i)[0]
             if i < len(drafted) and int(chosen[i]) != drafted[i]:
                 break
         return chosen
 
-    def _draw(self, logits: Tensor, first: int) -> Tensor:
-        """One token per row; row 0 stands `first` positions behind the answer so far."""
+    def _draw(self, logits: Tensor, at: Tensor | int) -> Tensor:
+        """One token per row; row 0 stands at the answer's position `at`."""
         weights = filtered(logits.float(), self.params)
-        return draw(weights, self._keys(first, len(weights), weights.device))
+        return draw(weights, self._keys(at, len(weights), weights.device))
 
-    def _keys(self, first: int, n: int, device: torch.device) -> Tensor:
-        """One key per answer position, int64 [n]."""
-        begin = len(self._output) + first
-        positions = torch.arange(begin, begin + n, dtype=torch.int64, device=device)
+    def _keys(self, at: Tensor | int, n: int, device: torch.device) -> Tensor:
+        """One key per answer position from `at` on, int64 [n]."""
+        positions = torch.arange(n, dtype=torch.int64, device=device) + at
         return mix(positions * 0x9E3779B1 + self._seed_key)
 
     @property
@@ -138,19 +146,21 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
         logits = logits.masked_fill(logits < kth, float("-inf"))
     weights = logits.softmax(-1)
     if params.top_p < 1.0:
-        weights = weights.masked_fill(weights < _nucleus_floor(weights, params.top_p), 0.0)
+        few = 0 < params.top_k <= _TOP_P_CANDIDATES
+        weights = weights.masked_fill(weights < _nucleus_floor(weights, params.top_p, few), 0.0)
     if params.min_p > 0.0:
         floor = params.min_p * weights.amax(-1, keepdim=True)
         weights = weights.masked_fill(weights < floor, 0.0)
     return weights
 
 
-def _nucleus_floor(weights: Tensor, top_p: float) -> Tensor:
+def _nucleus_floor(weights: Tensor, top_p: float, few: bool) -> Tensor:
     """Smallest probability inside the nucleus of each row, [n, 1] (Holtzman et al., arXiv
-    1904.09751).
+    1904.09751). `few` says that no more tokens than the candidates have any weight.
     """
     top = weights.topk(min(_TOP_P_CANDIDATES, weights.shape[-1]), -1).values  # [n, ≤512]
-    if not bool((top.sum(-1) >= top_p).all()):
+    # a GPU would have to be waited for to know whether the candidates suffice
+    if not few and (weights.is_cuda or not bool((top.sum(-1) >= top_p).all())):
         top = weights.sort(-1, descending=True).values  # [n, V]
     before = top.cumsum(-1) - top  # mass that stands ahead of each candidate
     last = (before < top_p).sum(-1, keepdim=True) - 1

@@ -6,10 +6,11 @@ it for the TUI; `--once` and `bench` use it in their own process.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -33,6 +34,11 @@ from dflash_chat.runtime.api import (
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
+
+if TYPE_CHECKING:
+    from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
+
+log = logging.getLogger(__name__)
 
 CONTEXT_LIMIT = 8192  # tokens reserved unless the options say otherwise
 
@@ -211,9 +217,31 @@ def _build(
     )
     progress(Progress("warming up", 0, 0))
     engine.warm_up()
+    if device.type == "cuda":
+        progress(Progress("capturing CUDA graphs", 0, 0))
+        engine.graphed, engine.eager_because = _graphs(engine)
     if not options.draft_tokens:
         engine.measure()
     return engine, tokenizer, drafter_config
+
+
+def _graphs(engine: Engine) -> tuple[GraphedSteps | None, str]:
+    """The engine's steps as CUDA graphs, or why there are none."""
+    if engine.cache.dtype != torch.bfloat16:
+        return None, "the kernels compute in bf16"
+    if torch.cuda.get_device_capability(engine.cache.device) < (8, 0):
+        return None, "the kernels need compute capability 8.0"
+    try:
+        from dflash_chat.runtime import graphed
+    except ImportError:
+        return None, "Triton is not installed"
+    try:
+        return graphed.captured(engine), ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler or a driver: the eager path is right, only slower
+        log.exception("CUDA graphs could not be captured")
+        return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _capacity(options: EngineOptions, limit: int) -> int:
@@ -269,7 +297,7 @@ def _info(
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",
-        kernels=engine.target.kernels,
+        kernels=_kernels(engine),
         context_tokens=engine.cache.capacity,
         block_size=config.block_size,
         draft_tokens=engine.draft_tokens,
@@ -283,3 +311,11 @@ def _info(
             "transformers": metadata.version("transformers"),
         },
     )
+
+
+def _kernels(engine: Engine) -> str:
+    """What computes, in words."""
+    if engine.graphed is not None:
+        return "CUDA graphs of own kernels"
+    because = f", eager: {engine.eager_because}" if engine.eager_because else ""
+    return engine.target.kernels + because

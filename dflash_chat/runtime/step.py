@@ -13,29 +13,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import MAX_ROWS, Stack, Tables
 from dflash_chat.runtime.kernels import accept, linear, norms, rope
 from dflash_chat.runtime.kernels.accept import State
 from dflash_chat.runtime.kernels.norms import Branch
-from dflash_chat.runtime.parts import LayerParts
+from dflash_chat.runtime.layers import RMSNorm
+from dflash_chat.runtime.parts import LayerParts, weight_of
 from dflash_chat.runtime.quant import Packed, kernel_weights
+from dflash_chat.runtime.quant.dense import DenseWeight
 
 
 @dataclass(frozen=True)
 class TargetParts:
-    """A target for the fused path. `table` [V, C] holds the input embeddings."""
+    """A target for the fused path. `table` [V, C] holds the input embeddings; `softcap` 0: none."""
 
     layers: Sequence[LayerParts]
     norm: Tensor
     table: Tensor
     embed_scale: float
     head: Packed
+    softcap: float = 0.0
+
+    @classmethod
+    def of(cls, target: Describable) -> TargetParts:
+        """An architecture's own description. Raises CheckpointError for a table of another format
+        than bf16.
+        """
+        table = target.embed_tokens
+        if not isinstance(table, DenseWeight):
+            raise CheckpointError("a table of embeddings that is not dense has no CUDA kernel")
+        return cls(
+            target.parts(), weight_of(target.norm), table.weight,
+            float(getattr(target, "embed_scale", 1.0)), target.lm_head,
+            float(getattr(target.config, "final_logit_softcapping", None) or 0.0),
+        )  # fmt: skip
+
+
+class Describable(Protocol):
+    """An architecture (see `models/`) that can say what its layers consist of."""
+
+    config: Any
+    norm: RMSNorm
+    embed_tokens: Packed
+    lm_head: Packed
+
+    def parts(self) -> list[LayerParts]:
+        """All layers in terms of `parts.py`."""
 
 
 class Step:
@@ -70,11 +101,23 @@ class Step:
         self.script: Tensor | None = None
         self.drafting = None if drafter is None else Drafting(drafter, self)
 
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """(V, C)."""
+        return self.target.head.shape
+
     def verify(self, n: int) -> None:
         """Run ids[:n] behind the committed rows, accept, and move on."""
-        hidden = self.forward(n)
-        chosen = linear.head_argmax(hidden, self.head, pdl=self.pdl)
-        accept.accept(self.state, chosen, self.record, self.script)
+        accept.accept(self.state, self.argmax(self.forward(n)), self.record, self.script)
+
+    def argmax(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of each row, int64 [n]."""
+        return linear.head_argmax(hidden, self.head, pdl=self.pdl)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [n, V], capped."""
+        logits, _ = linear.head_logits(hidden, self.head, softcap=self.target.softcap, pdl=self.pdl)
+        return logits
 
     def forward(self, n: int) -> Tensor:
         """Final normed hidden states [n, C] of ids[:n]; fills `features`."""
@@ -96,7 +139,8 @@ class Step:
     def draft(self) -> None:
         """Take the rows committed last into the drafter's context, draft, and fill ids[1:]."""
         assert self.drafting is not None
-        self.drafting()
+        self.drafting.project()
+        self.drafting.propose(self.drafting.argmax(self.drafting.forward()))
 
 
 class Drafting:
@@ -118,8 +162,8 @@ class Drafting:
         )
         self.turns: Tables = self.stack.layers[0].attention.turns
 
-    def __call__(self) -> None:
-        self.project()
+    def forward(self) -> Tensor:
+        """Final normed hidden states [B − 1, C] of the masks behind the anchor."""
         state, target = self.step.state, self.step.target
         x, h = norms.embed(
             state.block,
@@ -129,9 +173,19 @@ class Drafting:
             self.stack.eps,
             pdl=self.pdl,
         )
-        hidden = self.stack(x, h, state.length)  # [B, C]
-        tokens = linear.head_argmax(hidden[1:], self.step.head, pdl=self.pdl)
-        state.ids[1 : len(tokens) + 1].copy_(tokens)
+        return self.stack(x, h, state.length)[1:]
+
+    def argmax(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of each row, int64 [B − 1]."""
+        return linear.head_argmax(hidden, self.step.head, pdl=self.pdl)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [B − 1, V]."""
+        return self.step.logits(hidden)
+
+    def propose(self, tokens: Tensor) -> None:
+        """Fill the rows behind the anchor: int64 [B − 1]."""
+        self.step.state.ids[1 : len(tokens) + 1].copy_(tokens)
 
     def project(self) -> None:
         """Context keys and values of the rows committed last, `committed` of them."""

@@ -11,18 +11,44 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+Mark = float | torch.cuda.Event
+
 
 def event() -> torch.cuda.Event:
     """An event that tells the time."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+def mark(device: torch.device) -> Mark:
+    """This point of the device's work."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    made = event()
+    made.record()
+    return made
+
+
+def reach(point: Mark) -> None:
+    """Wait until the device has come to `point`."""
+    if not isinstance(point, float):
+        point.synchronize()
+
+
+def ms_between(begin: Mark, end: Mark) -> float:
+    """Milliseconds between two points that the device has passed."""
+    if isinstance(begin, float) and isinstance(end, float):
+        return (end - begin) * 1000
+    assert not isinstance(begin, float)
+    assert not isinstance(end, float)
+    return float(begin.elapsed_time(end))
+
+
 class StepTimer:
     """Milliseconds between marks of one step: start, then one mark at the end of each part."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._device = device
+        self._marks: list[tuple[str, Mark]] = []
         self._started = 0.0
 
     def start(self) -> None:
@@ -33,12 +59,7 @@ class StepTimer:
 
     def mark(self, part: str) -> None:
         """The part of this name ends here."""
-        if self._cuda:
-            mark = event()
-            mark.record()
-            self._marks.append((part, mark))
-        else:
-            self._marks.append((part, time.perf_counter()))
+        self._marks.append((part, mark(self._device)))
 
     def read(self) -> dict[str, float]:
         """Milliseconds by part, and "host": what of the wall time no part explains.
@@ -48,13 +69,7 @@ class StepTimer:
         wall_ms = (time.perf_counter() - self._started) * 1000
         parts: dict[str, float] = {}
         for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
-            if isinstance(begin, float) and isinstance(end, float):
-                ms = (end - begin) * 1000
-            else:
-                assert not isinstance(begin, float)
-                assert not isinstance(end, float)
-                ms = begin.elapsed_time(end)
-            parts[part] = parts.get(part, 0.0) + ms
+            parts[part] = parts.get(part, 0.0) + ms_between(begin, end)
         parts["host"] = max(0.0, wall_ms - sum(parts.values()))
         return parts
 

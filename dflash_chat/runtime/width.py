@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # for which a CUDA graph is worth its memory
+_PRIOR = 0.75  # chance of a drafted token before anything is known
+_RATE = 0.06  # how much one observation counts: some twenty steps are remembered
+_DRIFT = 0.01  # how fast a position that is not looked at returns to the prior
+
 
 class WidthChooser:
     """Picks the verify width (anchor included) that commits most tokens per millisecond.
@@ -32,3 +37,23 @@ class WidthChooser:
             if rate > best:
                 width, best = n, rate
         return width
+
+
+class Survival:
+    """Running chance of each drafted position to be right if all before it are.
+
+    For a host that launches a step before it has read the last one, so that the drafter's own
+    confidence comes too late.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self.chances = [_PRIOR] * positions
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """A pass verified `drafted` tokens and accepted the first `accepted` of them."""
+        reached = min(accepted + 1, drafted)
+        for i, chance in enumerate(self.chances):
+            if i < reached:
+                self.chances[i] += _RATE * ((i < accepted) - chance)
+            else:
+                self.chances[i] += _DRIFT * (_PRIOR - chance)

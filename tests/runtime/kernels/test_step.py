@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dflash_chat.runtime import models
-from dflash_chat.runtime.drafter import Config as DrafterConfig
-from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.kernels import accept
 from dflash_chat.runtime.kernels.accept import State
 from dflash_chat.runtime.quant import cpu
-from dflash_chat.runtime.random_weights import RandomWeights
 from dflash_chat.runtime.step import Step, TargetParts
+from tests.runtime.kernels import pairs
 from tests.runtime.kernels.conftest import DEVICE
+from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
 
-CAPACITY, PROMPT, BLOCK, VOCAB = 128, 40, 8, 61
-TAPS = (0, 2)
-LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-GEMMA: dict[str, Any] = LLAMA | {
-    "model_type": "gemma4_text", "num_hidden_layers": 4, "global_head_dim": 32,
-    "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 16,
-    "layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 5.0,
-    "rope_parameters": {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        "full_attention": {
-            "rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25,
-        },
-    },
-}  # fmt: skip
-MOE = GEMMA | {
-    "enable_moe_block": True, "num_experts": 16, "top_k_experts": 2, "moe_intermediate_size": 32,
-}  # fmt: skip
-KINDS = {"llama": LLAMA, "qwen3": LLAMA | {"model_type": "qwen3"}, "gemma4": GEMMA, "moe": MOE}
+CAPACITY, PROMPT = 128, 40
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -52,49 +26,26 @@ def _relative(a: Tensor, b: Tensor) -> float:
 class Pair:
     """A tiny target and drafter that have read a prompt, and the step over the same caches."""
 
-    def __init__(self, raw: dict[str, Any]) -> None:
-        dtype = torch.float32
-        module = models.find(raw["model_type"])
-        config = module.Config.from_hf(raw)
-        shapes = config.tensor_shapes()
-        weights = RandomWeights(shapes, "bf16", DEVICE, dtype)
-        self.target = module.Target(config, weights, CAPACITY, dtype, DEVICE)
-        c = DrafterConfig.from_raw(
-            {
-                "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-                "rms_norm_eps": 1e-6, "rope_theta": 1e4, "block_size": BLOCK, "vocab_size": VOCAB,
-                "num_target_layers": raw["num_hidden_layers"], "sliding_window": 16,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "dflash_config": {"mask_token_id": 3, "target_layer_ids": list(TAPS)},
-            }
-        )  # fmt: skip
-        drafted = RandomWeights(c.tensor_shapes(64), "bf16", DEVICE, dtype, seed=1)
-        embed, head = self.target.embed, self.target.lm_head
-        self.drafter = Drafter(c, drafted, embed, head, CAPACITY, dtype, DEVICE)
-        self.cache = self.target.new_cache(CAPACITY)
+    def __init__(self, kind: str) -> None:
+        self.target, self.cache, self.drafter = pairs.tiny(kind, CAPACITY)
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(0, VOCAB, (PROMPT,), generator=generator).to(DEVICE)
         hidden, features = self.target.forward(self.prompt, self.cache, TAPS)
         self.cache.commit(PROMPT)
         self.drafter.observe(features)
         self.drafter.flush()
-        parts = TargetParts(
-            self.target.parts(), self.target.norm.weight, self.target.embed_tokens.weight,
-            float(getattr(self.target, "embed_scale", 1.0)), self.target.lm_head,
-        )  # fmt: skip
-        self.step = Step(parts, self.cache, self.drafter, TAPS)
+        self.step = Step(TargetParts.of(self.target), self.cache, self.drafter, TAPS)
         self.step.state.length.fill_(PROMPT)
         self.step.state.start.fill_(PROMPT)
         anchor = int(self.target.logits(hidden[-1:]).argmax())
         self.step.state.ids[0] = self.step.state.block[0] = anchor
 
 
-@pytest.fixture(params=KINDS, scope="module")
+@pytest.fixture(params=pairs.KINDS, scope="module")
 def pair(request: pytest.FixtureRequest) -> Pair:
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(cpu, "prepacking_serves", lambda *_: False)  # kernels read plain tensors
-        return Pair(KINDS[request.param])
+        return Pair(request.param)
 
 
 def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:

@@ -1,0 +1,267 @@
+"""The engine on the steps that CUDA graphs replay.
+
+On a GPU these are the kernels' steps as graphs; without one, plain torch in their place, run pass
+by pass, and once the interpreted kernels.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dflash_chat.runtime.api import SamplingParams
+from dflash_chat.runtime.engine import Engine, Prefilled
+from dflash_chat.runtime.graphed import GraphedSteps, Passes
+from dflash_chat.runtime.quant import cpu
+from dflash_chat.runtime.step import Graphs, Step, TargetParts
+from dflash_chat.runtime.width import WidthChooser
+from tests.runtime import tiny
+from tests.runtime.kernels import pairs
+from tests.runtime.kernels.conftest import DEVICE
+from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
+from tests.runtime.kernels.plain_step import PlainStep
+
+PROMPT = [5, 9, 2, 33, 17, 8]
+GREEDY = SamplingParams(max_tokens=20)
+KINDS = list(pairs.KINDS) if DEVICE.type == "cuda" else ["llama", "moe"]
+
+
+class Directly:
+    """Passes that simply run."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, Callable[[], None]] = {}
+
+    def capture(self, name: str, run: Callable[[], None]) -> None:
+        run()
+        self._runs[name] = run
+
+    def replay(self, name: str) -> None:
+        self._runs[name]()
+
+
+class Scripted:
+    """Passes whose drafts are right as often as `right` says: the answer is known beforehand."""
+
+    def __init__(self, graphed: GraphedSteps, prompt: int, answer: list[int]) -> None:
+        self._passes, self._state = graphed.passes, graphed.step.state
+        self._prompt, self._answer = prompt, torch.tensor(answer, device=DEVICE)
+        self._draws = random.Random(1)
+        self.right: list[int] = []
+
+    def capture(self, name: str, run: Callable[[], None]) -> None:
+        raise AssertionError("everything is captured")
+
+    def replay(self, name: str) -> None:
+        self._passes.replay(name)
+        if name == "propose":
+            right = min(self._draws.randint(0, 3) for _ in range(2))
+            self.right.append(right)
+            done = self._state.length.long() - self._prompt + 1  # [1]
+            at = (done + torch.arange(BLOCK - 1, device=DEVICE)).clamp(max=len(self._answer) - 1)
+            wrong = torch.arange(BLOCK - 1, device=DEVICE) >= right
+            self._state.ids[1:BLOCK] = (self._answer[at] + wrong) % VOCAB
+
+
+class AnyWidth(WidthChooser):
+    """Every width in turn, whatever pays."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__([1.0] * most, 1.0)
+        self._draws, self._most = random.Random(3), most
+
+    def choose(self, chances: object) -> int:
+        return self._draws.randint(1, self._most)
+
+
+def on_graphs(kind: str, capacity: int = 96, k: int = 3, kernels: bool = False) -> Engine:
+    """A tiny pair whose steps are captured."""
+    pair = pairs.tiny(kind, capacity)
+    made = Engine(pair.target, pair.cache, pair.drafter, TAPS, k, frozenset())
+    step: Any = PlainStep(pair, TAPS)
+    if kernels or DEVICE.type == "cuda":
+        step = Step(TargetParts.of(pair.target), pair.cache, pair.drafter, TAPS)
+    passes: Passes = Graphs() if DEVICE.type == "cuda" else Directly()
+    made.graphed = GraphedSteps(step, pair.cache, pair.drafter, k, passes)
+    with torch.inference_mode():
+        made.graphed.capture()
+    return made
+
+
+def eager(kind: str, capacity: int = 96, k: int = 3) -> Engine:
+    """The same pair on the engine's own steps."""
+    pair = pairs.tiny(kind, capacity)
+    return Engine(pair.target, pair.cache, pair.drafter, TAPS, k, frozenset())
+
+
+@pytest.fixture(autouse=True)
+def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "prepacking_serves", lambda *_: False)  # kernels read plain tensors
+
+
+@pytest.fixture(scope="module")
+def llamas() -> Iterator[tuple[Engine, Engine]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "prepacking_serves", lambda *_: False)
+        yield on_graphs("llama"), eager("llama")
+
+
+def consistent(engine: Engine) -> None:
+    assert engine.drafter is not None
+    lengths = [len(engine.log), engine.cache.length, engine.drafter.length]
+    assert all(a == b for a, b in pairwise(lengths)), lengths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_eager(kind: str) -> None:
+    graphed = on_graphs(kind)
+    ours, theirs = (tiny.run(engine, PROMPT, GREEDY) for engine in (graphed, eager(kind)))
+    assert tiny.tokens(ours) == tiny.tokens(theirs)
+    widths = [[s.stats.committed for s in steps if s.stats] for steps in (ours, theirs)]
+    assert widths[0] == widths[1], "the drafter sees another context"
+    consistent(graphed)
+
+
+def test_the_kernels_own_step_equals_eager() -> None:
+    params = SamplingParams(max_tokens=4)
+    graphed = on_graphs("llama", k=2, kernels=True)
+    assert graphed.graphed is not None
+    assert isinstance(graphed.graphed.step, Step)
+    ours, theirs = (tiny.tokens(tiny.run(e, PROMPT, params)) for e in (graphed, eager("llama")))
+    assert ours == theirs
+    consistent(graphed)
+
+
+SETTINGS = {
+    "sampled": SamplingParams(temperature=0.9, seed=5),
+    "filtered": SamplingParams(temperature=1.1, top_k=20, top_p=0.9, min_p=0.02, seed=6),
+    "penalised": SamplingParams(temperature=0.8, seed=7, repetition_penalty=1.3),
+    "penalised greedily": SamplingParams(repetition_penalty=1.5, presence_penalty=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_seeded_answers_equal_eager_ones(name: str, llamas: tuple[Engine, Engine]) -> None:
+    params = replace(SETTINGS[name], max_tokens=20)
+    ours, theirs = (tiny.tokens(tiny.run(engine, PROMPT, params)) for engine in llamas)
+    assert ours == theirs
+    assert len(set(ours)) > 5, "a degenerate answer would prove nothing"
+
+
+def test_widths_that_change_at_random_do_not_change_the_answer(
+    llamas: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphed, other = llamas
+    assert graphed.graphed is not None
+    monkeypatch.setattr(graphed.graphed, "chooser", AnyWidth(4))
+    steps = tiny.run(graphed, PROMPT, GREEDY)
+    assert tiny.tokens(steps) == tiny.tokens(tiny.run(other, PROMPT, GREEDY))
+    assert {step.stats.drafted for step in steps if step.stats} == {0, 1, 2, 3}
+    consistent(graphed)
+
+
+def test_turns_of_every_kind_leave_no_hole_in_the_drafters_context(
+    llamas: tuple[Engine, Engine],
+) -> None:
+    """Drafted, plain, cut off in the middle: the next answer is the one of a fresh engine."""
+    graphed, _ = llamas
+    said = list(PROMPT)
+    for stop_after, draft in ((3, True), (5, False), (2, True), (1, False), (4, True)):
+        steps = graphed.generate(said, GREEDY, draft)
+        tokens: list[int] = []
+        for step in steps:
+            if not isinstance(step, Prefilled):
+                tokens += step.tokens
+                stop_after -= 1
+            if not stop_after:
+                break
+        steps.close()
+        consistent(graphed)
+        said += [*tokens, 7, 3]
+    ours = tiny.run(graphed, said, GREEDY)
+    for fresh in (on_graphs("llama"), eager("llama")):
+        theirs = tiny.run(fresh, said, GREEDY)
+        assert tiny.tokens(ours) == tiny.tokens(theirs)
+        accepted = [[s.stats.accepted for s in steps if s.stats] for steps in (ours, theirs)]
+        assert accepted[0] == accepted[1]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SETTINGS["sampled"]], ids=["greedy", "sampled"])
+def test_the_end_of_the_context_ends_the_answer_without_a_wrong_token(
+    params: SamplingParams,
+) -> None:
+    graphed, other = on_graphs("llama", capacity=24), eager("llama", capacity=24)
+    params = replace(params, max_tokens=60)
+    ours, theirs = (tiny.run(engine, PROMPT, params) for engine in (graphed, other))
+    assert ours[-1].reason == "context"
+    assert len(PROMPT) + len(tiny.tokens(ours)) == 24 + 1
+    assert tiny.tokens(ours) == tiny.tokens(theirs)
+    consistent(graphed)
+
+
+def test_measuring_leaves_the_answer_as_it_was() -> None:
+    graphed = on_graphs("llama")
+    with torch.inference_mode():
+        graphed.measure()
+    assert graphed.graphed is not None
+    chooser = graphed.graphed.chooser
+    assert chooser is not None
+    assert len(chooser.verify_ms) == 4
+    ours, theirs = (tiny.tokens(tiny.run(e, PROMPT, GREEDY)) for e in (graphed, eager("llama")))
+    assert ours == theirs
+
+
+def test_a_stop_id_is_found_though_the_next_step_is_under_way(
+    llamas: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphed, other = llamas
+    plain = tiny.tokens(tiny.run(other, PROMPT, GREEDY))
+    stop = plain[13]
+    monkeypatch.setattr(graphed, "stop_ids", frozenset({stop}))
+    steps = tiny.run(graphed, PROMPT, GREEDY)
+    assert tiny.tokens(steps) == plain[: plain.index(stop) + 1]
+    assert steps[-1].reason == "stop"
+    consistent(graphed)
+
+
+@pytest.mark.parametrize("kind", ["llama", "moe"])
+def test_random_accept_lengths_in_a_row_leave_what_one_reading_leaves(kind: str) -> None:
+    """The commit law: caches after many drafts of any luck equal those of one reading."""
+    tokens = 500
+    graphed = on_graphs(kind, capacity=tokens + 40)
+    params = SamplingParams(max_tokens=tokens)
+    other = eager(kind, capacity=tokens + 40)
+    answer = tiny.tokens(tiny.run(other, PROMPT, params, draft=False))
+    assert graphed.graphed is not None
+    script = Scripted(graphed.graphed, len(PROMPT), answer)
+    graphed.graphed.passes = script
+    steps = tiny.run(graphed, PROMPT, params)
+    assert tiny.tokens(steps) == answer
+    accepted = [step.stats.accepted for step in steps if step.stats]
+    assert accepted[:-1] == script.right[: len(accepted) - 1]
+    assert len(accepted) >= 200
+    consistent(graphed)
+    assert graphed.drafter is not None
+    graphed.drafter.flush()
+    fresh = pairs.tiny(kind, tokens + 40)
+    with torch.inference_mode():
+        ids = torch.tensor(graphed.log, device=DEVICE)
+        _, features = fresh.target.forward(ids, fresh.cache, TAPS)
+        fresh.cache.commit(len(ids))
+        fresh.drafter.observe(features)
+        fresh.drafter.flush()
+    held = len(graphed.log)
+    for ours, theirs in (
+        (graphed.cache, fresh.cache),
+        (graphed.drafter.cache, fresh.drafter.cache),
+    ):
+        for a, b in zip([*ours.keys, *ours.values], [*theirs.keys, *theirs.values], strict=True):
+            torch.testing.assert_close(a[:, :held], b[:, :held], rtol=1e-3, atol=1e-3)

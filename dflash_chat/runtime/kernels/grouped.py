@@ -32,7 +32,7 @@ from torch import Tensor
 from dflash_chat.runtime.kernels.attention import card
 from dflash_chat.runtime.kernels.expert_weights import BLOCK, MoeWeight
 from dflash_chat.runtime.kernels.moe import _parts
-from dflash_chat.runtime.kernels.tile_product import _widen
+from dflash_chat.runtime.kernels.tile_product import _pair, _widen
 
 
 class GroupedConfig(NamedTuple):
@@ -78,6 +78,13 @@ def reference(x: Tensor, slots: Tensor, weights: Tensor, gate_up: Tensor, down: 
 
 
 @triton.jit
+def _nibble(words, J: tl.constexpr, scale, shift):
+    """(128 + nibble J of each word [BN, 16])·scale + shift of its row, in fp32."""
+    bits = ((words >> (4 * J)) & 15) << 16 | 0x43000000
+    return bits.to(tl.float32, bitcast=True) * scale[:, None] + shift[:, None]
+
+
+@triton.jit
 def _columns(
     w_ptr, scale_ptr, zero_ptr, n, first,
     N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr,
@@ -86,18 +93,17 @@ def _columns(
     """Columns first … first + BK of rows n of one expert, [BN, BK]; fp8 without its scale."""
     if FORMAT == "int4":
         channel = first // 64 * N + n
-        i = tl.arange(0, 16)
-        j = tl.arange(0, 4)[None, None, :]
-        words = tl.load(w_ptr + channel[:, None] * 16 + i[None, :]).to(tl.int32)  # [BN, 16]
-        pair = tl.load(scale_ptr + channel)[:, None, None]  # two bf16: columns 0 … 31, 32 … 63
-        scale = tl.where(j < 2, pair << 16, pair & -65536).to(tl.float32, bitcast=True)
-        offset = -136 * scale
+        at = w_ptr + channel[:, None] * 16 + tl.arange(0, 16)[None, :]
+        words = tl.load(at).to(tl.int32)  # [BN, 16]
+        low, high = _pair(tl.load(scale_ptr + channel))  # of columns 0 … 31 and 32 … 63
+        low_shift, high_shift = -136 * low, -136 * high
         if HAS_ZERO:
-            pair = tl.load(zero_ptr + channel)[:, None, None]
-            offset += tl.where(j < 2, pair << 16, pair & -65536).to(tl.float32, bitcast=True)
-        bits = ((words[:, :, None] >> (4 * j) & 15) << 16) | 0x43000000  # 128 + q in fp32
-        w = bits.to(tl.float32, bitcast=True) * scale + offset  # [BN, 16, 4]
-        return tl.reshape(w.to(dtype), (n.shape[0], 64))
+            low_zero, high_zero = _pair(tl.load(zero_ptr + channel))
+            low_shift += low_zero
+            high_shift += high_zero
+        a = tl.join(_nibble(words, 0, low, low_shift), _nibble(words, 2, high, high_shift))
+        b = tl.join(_nibble(words, 1, low, low_shift), _nibble(words, 3, high, high_shift))
+        return tl.reshape(tl.join(a.to(dtype), b.to(dtype)), (n.shape[0], 64))
     else:
         k = first + tl.arange(0, BK)
         at = w_ptr + n[:, None] * K + k[None, :]

@@ -1,7 +1,7 @@
 """Triton kernels, one file per family: formula, layouts, plain reference, kernel, public function.
 
-Imported only where a CUDA device is used (or Triton's interpreter in tests): a CPU build of torch
-comes without Triton.
+Its files are imported only where a CUDA device is used (or Triton's interpreter in tests): a CPU
+build of torch comes without Triton.
 """
 
 from __future__ import annotations

@@ -46,12 +46,12 @@ class GroupedConfig(NamedTuple):
 
 
 CONFIGS = {  # (launch, format of the experts)
-    ("gate_up", "plain"): GroupedConfig(128, 128, 64, 8, 3),
-    ("gate_up", "fp8"): GroupedConfig(128, 128, 64, 8, 3),
-    ("gate_up", "int4"): GroupedConfig(128, 128, 64, 8, 3),
+    ("gate_up", "plain"): GroupedConfig(128, 128, 64, 8, 4),
+    ("gate_up", "fp8"): GroupedConfig(128, 128, 64, 8, 4),
+    ("gate_up", "int4"): GroupedConfig(128, 128, 64, 8, 4),
     ("down", "plain"): GroupedConfig(128, 256, 64, 8, 3),
-    ("down", "fp8"): GroupedConfig(128, 256, 64, 8, 3),
-    ("down", "int4"): GroupedConfig(128, 256, 64, 8, 3),
+    ("down", "fp8"): GroupedConfig(128, 256, 64, 8, 4),
+    ("down", "int4"): GroupedConfig(128, 256, 64, 8, 4),
 }
 NARROW_CONFIG = GroupedConfig(64, 64, 64, 4, 3)  # for cards that are not roomy
 

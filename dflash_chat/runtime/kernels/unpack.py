@@ -20,7 +20,7 @@ from dflash_chat.runtime.kernels import forms
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.forms import Int4
 
-BN, BK = 16, 256
+BN, BK = 8, 256
 
 
 def reference(w: Int4 | MoeWeight) -> Tensor:

@@ -131,7 +131,7 @@ def attention(
 class Causal:
     """Causal attention of one block in layer after layer, whatever their windows.
 
-    Our kernel where it serves, else torch's with a mask per kind of layer.
+    Our kernel for a prompt where it serves, else torch's with a mask per kind of layer.
     """
 
     def __init__(self, cache: KVCache, rows: int, heads: int, scale: float | None = None) -> None:
@@ -145,7 +145,7 @@ class Causal:
         if kernels.serve(q.device, q.dtype):
             from dflash_chat.runtime.kernels import prefill
 
-            if geometry.head_dim in prefill.CONFIGS:
+            if self.rows >= prefill.MIN_ROWS and geometry.head_dim in prefill.CONFIGS:
                 scale = geometry.head_dim**-0.5 if self.scale is None else self.scale
                 return prefill.chunk_attention(
                     q.contiguous(), cache.keys[layer], cache.values[layer], cache.length,

@@ -15,6 +15,7 @@ from dflash_chat.runtime.quant import cpu
 from dflash_chat.runtime.random_weights import RandomWeights
 from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.test_step import CAPACITY, KINDS, TAPS, VOCAB
+from tests.runtime.kernels.truth import relative_error
 
 CHUNKS = (24, 24, 1, 13)  # the sliding layers' rings wrap
 
@@ -27,6 +28,7 @@ def test_chunks_through_kernels_equal_plain_chunks(
     monkeypatch.setattr(grouped, "_config", lambda *_: GroupedConfig(16, 32, 32, 4, 2))
     tile = prefill.Config(16, 16, 4, 2)
     monkeypatch.setattr(prefill, "CONFIGS", {16: tile, 32: tile})
+    monkeypatch.setattr(prefill, "MIN_ROWS", 1)
     module = models.find(KINDS[kind]["model_type"])
     config = module.Config.from_hf(KINDS[kind])
     dtype = torch.float32
@@ -52,4 +54,4 @@ def test_chunks_through_kernels_equal_plain_chunks(
         ours = read()
     assert asked
     for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert relative_error(a, b) < (1e-2 if DEVICE.type == "cuda" else 1e-5)  # tf32 or fp32

@@ -21,6 +21,12 @@ import torch
 from torch import Tensor
 
 PREFILL_CHUNK = 512  # rows per prefill forward: bounds activations and the wait for a cancel
+CUDA_PREFILL_CHUNK = 2048  # each of 128 experts gets 128 rows where a row goes to 8 of them
+
+
+def prefill_chunk(device: torch.device) -> int:
+    """Rows per prefill forward on `device`."""
+    return CUDA_PREFILL_CHUNK if device.type == "cuda" else PREFILL_CHUNK
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class KVCache:
     """Keys and values of all layers of one sequence, allocated once.
 
     `keys[i]` and `values[i]` are layer i's [G, slots, D]. `largest_block` is the most rows that one
-    `write` may bring.
+    `write` may bring, by default a prefill chunk.
     """
 
     def __init__(
@@ -45,10 +51,10 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
-        largest_block: int = PREFILL_CHUNK,
+        largest_block: int | None = None,
     ) -> None:
         self.geometries = tuple(geometries)
-        self.capacity, self.largest_block = capacity, largest_block
+        self.capacity, self.largest_block = capacity, largest_block or prefill_chunk(device)
         self.dtype, self.device = dtype, device
         shapes = [(g.kv_heads, self.slots(g.window), g.head_dim) for g in geometries]
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]

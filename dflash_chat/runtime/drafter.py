@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
-from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
+from dflash_chat.runtime.cache import Geometry, KVCache, prefill_chunk
 from dflash_chat.runtime.parts import LayerParts, pre_norm
 from dflash_chat.runtime.quant import Packed, Ready
 
@@ -233,7 +233,7 @@ class Drafter:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
-        largest_block: int = PREFILL_CHUNK,
+        largest_block: int | None = None,
     ) -> None:
         self.config, self.embed, self.head = config, embed, head
         weights = Ready(packed, device, dtype)
@@ -265,7 +265,7 @@ class Drafter:
             room,
             dtype,
             device,
-            max(largest_block, config.block_size),
+            max(largest_block or prefill_chunk(device), config.block_size),
         )
         self._pending: list[Tensor] = []  # observed features that are not projected yet
         self._block = torch.full((config.block_size,), config.mask_token_id, device=device)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dflash_chat.runtime import kernels
+from dflash_chat.runtime.cache import Geometry, KVCache
 from dflash_chat.runtime.quant import Experts
 
 
@@ -126,6 +128,35 @@ def attention(
     return out.reshape(rows, heads * dim)
 
 
+class Causal:
+    """Causal attention of one block in layer after layer, whatever their windows.
+
+    Our kernel for a prompt where it serves, else torch's with a mask per kind of layer.
+    """
+
+    def __init__(self, cache: KVCache, rows: int, heads: int, scale: float | None = None) -> None:
+        self.cache, self.rows, self.heads, self.scale = cache, rows, heads, scale
+        self._masks: dict[Geometry, Tensor | None] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [T, H, D]; k, v: [T, G, D], which go to the cache; returns [T, H·D]."""
+        cache, geometry = self.cache, self.cache.geometries[layer]
+        keys, values = cache.write(layer, k.transpose(0, 1), v.transpose(0, 1))
+        if kernels.serve(q.device, q.dtype):
+            from dflash_chat.runtime.kernels import prefill
+
+            if self.rows >= prefill.MIN_ROWS and geometry.head_dim in prefill.CONFIGS:
+                scale = geometry.head_dim**-0.5 if self.scale is None else self.scale
+                return prefill.chunk_attention(
+                    q.contiguous(), cache.keys[layer], cache.values[layer], cache.length,
+                    window=geometry.window, scale=scale,
+                )  # fmt: skip
+        if geometry not in self._masks:
+            share = self.heads // geometry.kv_heads
+            self._masks[geometry] = cache.mask(self.rows, geometry.window, True, share)
+        return attention(q, keys, values, self._masks[geometry], self.scale)
+
+
 def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of a fused projection: [T, 2I] → [T, I]."""
     gate, up = gate_up.chunk(2, -1)
@@ -143,9 +174,16 @@ def gated_gelu_experts(
 ) -> Tensor:
     """Each row through its chosen experts, summed by their shares in fp32.
 
-    x: [T, C]; chosen: int64 [T, k]; shares: fp32 [T, k]. A row's sum runs over its experts in
-    ascending order, whatever the other rows choose.
+    x: [T, C]; chosen: int64 [T, k]; shares: fp32 [T, k]. A row's sum does not depend on what the
+    other rows choose.
     """
+    if kernels.serve(x.device, x.dtype):
+        from dflash_chat.runtime.kernels import grouped
+        from dflash_chat.runtime.quant import kernel_weights
+
+        stacks = gate_up_proj, down_proj
+        if all(map(kernel_weights.has_experts, stacks)):
+            return grouped.routed_experts(x, chosen, shares, *map(kernel_weights.experts, stacks))
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in torch.unique(chosen).tolist():
         row, place = (chosen == e).nonzero(as_tuple=True)

@@ -7,13 +7,15 @@ ones that its rows were really routed to.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +25,13 @@ from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import MAX_ROWS
+from dflash_chat.runtime.kernels import linear
 from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
 
 SCRIPT_STEPS = 4096
 LOOP_STEPS = 60  # few enough that the context stays what it is called
+PROMPT_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
     shapes = random_weights.shapes(name)
     module = models.find(str(shapes.target["model_type"]))
     config = module.Config.from_hf(shapes.target)
-    capacity = context + 1024
+    capacity = max(context, PROMPT_TOKENS) + 1024
     dtype = torch.bfloat16
     made = random_weights.RandomWeights(config.tensor_shapes(), quant, device, dtype)
     target = module.Target(config, made, capacity, dtype, device)
@@ -90,19 +94,21 @@ def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
 
 
 def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
-    """Relative difference of the fused forward from the architecture's own plain one."""
+    """Relative difference of the fused forward from the architecture's own, which is given so many
+    rows more that it multiplies by other kernels.
+    """
     step = subject.step
     _place(subject, context)
-    ids = torch.randint(1000, 100_000, (n,), device=step.state.ids.device)
-    step.state.ids[:n] = ids
+    ids = torch.randint(1000, 100_000, (n + linear.MAX_ROWS,), device=step.state.ids.device)
+    step.state.ids[:n] = ids[:n]
     fused_hidden = step.forward(n).float()
     fused_features = step.features[:n].float().clone()
     subject.cache.length = context
     plain, features = subject.target.forward(ids, subject.cache, step.taps)
     subject.cache.commit(0)
-    out = {"hidden": _relative(fused_hidden, plain.float())}
+    out = {"hidden": _relative(fused_hidden, plain[:n].float())}
     taps = len(step.taps)
-    ours, theirs = fused_features.chunk(taps, -1), features.float().chunk(taps, -1)
+    ours, theirs = fused_features.chunk(taps, -1), features[:n].float().chunk(taps, -1)
     for layer, a, b in zip(step.taps, ours, theirs, strict=True):
         out[f"tap{layer}"] = _relative(a, b)
     return out
@@ -136,13 +142,21 @@ def run(
         say(f"{name} {quant}: {(total - free) / 1e9:.1f} GB in use")
         check = self_check(subject, context)
         say("self-check " + " ".join(f"{k} {v:.2e}" for k, v in check.items()))
+        filled = prefill(subject)
+        say(
+            f"prefill {filled['ms']:7.3f} ms  {PROMPT_TOKENS} tokens  {filled['tok_s']:.0f} tok/s"
+            f"  {filled['tflop_s']:.0f} TFLOP/s of active parameters"
+            + (f"  {filled['experts']:.1f} experts a chunk" if filled["experts"] else "")
+        )
         route_at_random(subject)
         vocab = step.target.table.shape[0]
         step.state.ids.random_(1000, vocab)
         step.state.block[:1].random_(1000, vocab)
         graphs = Graphs()
         step.script = torch.zeros(SCRIPT_STEPS, dtype=torch.int32, device=device)
-        report: dict[str, Any] = {"copy_tb_s": bandwidth / 1e12, "check": check, "verify": {}}
+        report: dict[str, Any] = {
+            "copy_tb_s": bandwidth / 1e12, "check": check, "prefill": filled, "verify": {}
+        }  # fmt: skip
         _place(subject, context)
 
         def draft() -> None:
@@ -195,6 +209,84 @@ def run(
                 f"{committed / wall:.1f} tok/s, gap {gap:.3f} ms"
             )
     return report
+
+
+def prefill(subject: Subject) -> dict[str, float]:
+    """A prompt of random ids as the engine reads it: chunks through the target, their features into
+    the drafter's context, logits of the last row. The quickest of three.
+    """
+    target, cache, drafter = subject.target, subject.cache, subject.drafter
+    vocab = target.embed_tokens.shape[0]
+    ids = torch.randint(1000, vocab, (PROMPT_TOKENS,), device=target.device)
+    chunks = torch.split(ids, cache.largest_block)
+
+    def forward(chunk: Tensor) -> Tensor:
+        hidden, features = target.forward(chunk, cache, subject.step.taps)
+        cache.commit(len(chunk))
+        drafter.observe(features)
+        drafter.flush()
+        return cast(Tensor, hidden[-1:])
+
+    def read() -> float:
+        cache.truncate(0)
+        drafter.truncate(0)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for chunk in chunks:
+            last = forward(chunk)
+        target.logits(last).argmax().item()
+        return time.perf_counter() - started
+
+    read()  # compiles
+    seconds = min(read() for _ in range(3))
+    cache.truncate(0)
+    drafter.truncate(0)
+    with recorded_routes(target) as routes:
+        forward(chunks[0])
+    distinct = [torch.unique(chosen).numel() for chosen in routes]
+    return {
+        "tokens": PROMPT_TOKENS,
+        "ms": seconds * 1e3,
+        "tok_s": PROMPT_TOKENS / seconds,
+        "tflop_s": 2 * PROMPT_TOKENS * active_parameters(subject) / seconds / 1e12,
+        "experts": sum(distinct) / len(distinct) if distinct else 0.0,
+    }
+
+
+@contextmanager
+def recorded_routes(target: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401
+    """What every router chose, layer after layer: int64 [T, k] each."""
+    chosen: list[Tensor] = []
+    routed = [layer.experts for layer in target.layers if getattr(layer, "experts", None)]
+    kept = [experts.router for experts in routed]
+
+    def recording(router: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[..., object]:
+        def route(r: Tensor) -> tuple[Tensor, Tensor]:
+            slots, shares = router(r)
+            chosen.append(slots)
+            return slots, shares
+
+        return route
+
+    for experts in routed:
+        experts.router = recording(experts.router)
+    yield chosen
+    for experts, router in zip(routed, kept, strict=True):
+        experts.router = router
+
+
+def active_parameters(subject: Subject) -> int:
+    """Numbers that one row of a prompt is multiplied by: the target's layers, fc and context_kv."""
+    total = 0
+    for parts in subject.step.target.layers:
+        a = parts.attention
+        held = [a.qkv, a.o_proj, parts.gate_up, parts.down]
+        total += sum(math.prod(weight.shape) for weight in held)
+        if parts.moe is not None:
+            stacks = (parts.moe.gate_up, parts.moe.down)
+            total += sum(math.prod(stack.shape[1:]) for stack in stacks) * parts.moe.top_k
+    drafter = subject.drafter
+    return total + sum(math.prod(weight.shape) for weight in (drafter.fc, drafter.context_kv))
 
 
 def loop(step: Step, graphs: Graphs, n: int, steps: int) -> tuple[float, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dflash_chat.runtime import drafter as drafter_module
 from dflash_chat.runtime.api import SamplingParams
-from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry
+from dflash_chat.runtime.cache import Geometry
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
 from dflash_chat.runtime.models import gemma4, llama
 from dflash_chat.runtime.quant import Packed
@@ -78,7 +78,7 @@ def drafter(
     window: int = 0,
     causal: bool | None = False,
     sliding: int = 1,
-    largest_block: int = PREFILL_CHUNK,
+    largest_block: int | None = None,
 ) -> drafter_module.Drafter:
     c = drafter_config(window, causal, sliding)
     return drafter_module.Drafter(

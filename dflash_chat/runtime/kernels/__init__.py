@@ -1,5 +1,22 @@
 """Triton kernels, one file per family: formula, layouts, plain reference, kernel, public function.
 
-Imported only where a CUDA device is used (or Triton's interpreter in tests): a CPU build of torch
-comes without Triton.
+Its files are imported only where a CUDA device is used (or Triton's interpreter in tests): a CPU
+build of torch comes without Triton.
 """
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether activations of `dtype` on `device` go through these kernels."""
+    return device.type == "cuda" and dtype == torch.bfloat16 and _triton_is_there()
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None

@@ -16,6 +16,7 @@ Plain torch, so that a loader needs no Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,25 @@ class MoeWeight:
         if self.zero is not None:
             w = w + self.zero.to(dtype)[..., None]
         return w.flatten(-2).transpose(-3, -2).flatten(-2)  # [E, K/64, N, 64] -> [E, N, K]
+
+    def expert(self, e: int) -> MoeWeight:
+        """Expert e's [N, K], a view."""
+        return MoeWeight(
+            self.data[e],
+            None if self.scale is None else self.scale[e],
+            None if self.zero is None else self.zero[e],
+        )
+
+
+def stack(experts: Sequence[MoeWeight]) -> MoeWeight:
+    """[E, N, K] of experts [N, K] of one format."""
+    scales = [w.scale for w in experts if w.scale is not None]
+    zeros = [w.zero for w in experts if w.zero is not None]
+    return MoeWeight(
+        torch.stack([w.data for w in experts]),
+        torch.stack(scales) if scales else None,
+        torch.stack(zeros) if zeros else None,
+    )
 
 
 def pack_fp8_experts(weight: Tensor) -> MoeWeight:

@@ -51,6 +51,14 @@ def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
     return Int4(packed.reshape(n, k // 2), scale.T.contiguous(), zero)
 
 
+def unpack_int4(w: Int4) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `pack_int4` was given."""
+    n, k = shape(w)
+    words = w.packed.view(n, k // CHUNK, 8, 4)[..., BYTE_ORDER]
+    q = torch.stack([words & 15, words >> 4], 2).view(n, k)
+    return q, w.scale.T, None if w.zero is None else w.zero.T
+
+
 def shape(w: Weight) -> tuple[int, int]:
     """(N, K)."""
     if isinstance(w, Int4):
@@ -71,12 +79,11 @@ def dequantize(w: Weight, halves: int = 1) -> Tensor:
         rows = torch.arange(n // halves, device=scale.device) // 128
         rows = torch.cat([rows + half * (scale.shape[0] // halves) for half in range(halves)])
         return w.weight.float() * scale[rows].repeat_interleave(128, 1)[:, :k]
-    words = w.packed.view(n, k // CHUNK, 8, 4)[..., BYTE_ORDER]
-    q = torch.stack([words & 15, words >> 4], 2).view(n, k).float()
-    group = k // w.scale.shape[0]
-    zero = torch.full_like(w.scale, 8) if w.zero is None else w.zero
-    spread = [part.T.float().repeat_interleave(group, 1) for part in (zero, w.scale)]
-    return (q - spread[0]) * spread[1]
+    q, scale, zero = unpack_int4(w)
+    zero = torch.full_like(scale, 8) if zero is None else zero
+    group = k // scale.shape[1]
+    spread = [part.float().repeat_interleave(group, 1) for part in (zero, scale)]
+    return (q.float() - spread[0]) * spread[1]
 
 
 def kind(w: Weight) -> str:

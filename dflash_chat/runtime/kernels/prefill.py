@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels.attention import LOG2E, attend_tile, card
 
+MIN_ROWS = 18  # fewer have too few programs to read a long cache quickly
+
 
 class Config(NamedTuple):
     """Tile sizes and launch of one head dim."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
-from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
+from dflash_chat.runtime.cache import Geometry, KVCache
 from dflash_chat.runtime.parts import AttentionParts, LayerParts, MoeParts, weight_of
 from dflash_chat.runtime.quant import Packed, Ready
 
@@ -250,16 +250,13 @@ class Attention:
         self.frequencies = config.inverse_frequencies(geometry)
         self.v_norm = layers.RMSNorm(None, config.rms_norm_eps)
 
-    def __call__(
-        self, x: Tensor, turn: layers.Turn, cache: KVCache, index: int, mask: Tensor | None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, turn: layers.Turn, attend: layers.Causal, index: int) -> Tensor:
         """x: [T, C] → [T, C]; writes the block's keys and values into the cache."""
         heads = self.qkv.matmul(x).view(len(x), -1, self.head_dim)  # [T, H+2G or H+G, D]
         turned = turn(self.qk_norm(heads[:, : self.heads + self.groups]))  # [T, H+G, D]
         q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = self.v_norm(heads[:, -self.groups :])  # v_proj's output, or else k_proj's
-        keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
-        return self.o_proj.matmul(layers.attention(q, keys, values, mask, scale=1.0))
+        return self.o_proj.matmul(attend(index, q, k, v))
 
     def parts(self) -> AttentionParts:
         """The same in terms of `parts.py`."""
@@ -354,11 +351,9 @@ class Layer:
             self.post_feedforward_layernorm_1 = norm("post_feedforward_layernorm_1")
         self.layer_scalar = weights.vector("layer_scalar")  # [1]
 
-    def __call__(
-        self, x: Tensor, turn: layers.Turn, cache: KVCache, index: int, mask: Tensor | None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, turn: layers.Turn, attend: layers.Causal, index: int) -> Tensor:
         """x: [T, C] → [T, C]; writes the block's keys and values into the cache."""
-        attended = self.self_attn(self.input_layernorm(x), turn, cache, index, mask)
+        attended = self.self_attn(self.input_layernorm(x), turn, attend, index)
         r = x + self.post_attention_layernorm(attended)
         gate_up = self.gate_up.matmul(self.pre_feedforward_layernorm(r))  # [T, 2I]
         fed = self.down_proj.matmul(layers.gated_gelu(gate_up))
@@ -443,7 +438,7 @@ class Target:
         """All layers in terms of `parts.py`."""
         return [layer.parts() for layer in self.layers]
 
-    def new_cache(self, capacity: int, largest_block: int = PREFILL_CHUNK) -> KVCache:
+    def new_cache(self, capacity: int, largest_block: int | None = None) -> KVCache:
         """An empty cache for this geometry."""
         return KVCache(self.config.attention, capacity, self.dtype, self.device, largest_block)
 
@@ -462,11 +457,10 @@ class Target:
         rows = len(ids)
         x = self.embed(ids)  # [T, C]
         turns = {a: rope.at(cache.length, rows) for a, rope in self.ropes.items()}
-        heads = self.config.num_attention_heads
-        masks = {a: cache.mask(rows, a.window, True, heads // a.kv_heads) for a in self.ropes}
+        attend = layers.Causal(cache, rows, self.config.num_attention_heads, scale=1.0)
         tapped: dict[int, Tensor] = {}
         for i, (layer, a) in enumerate(zip(self.layers, self.config.attention, strict=True)):
-            x = layer(x, turns[a], cache, i, masks[a])
+            x = layer(x, turns[a], attend, i)
             if i in taps:
                 tapped[i] = x
         features = torch.cat([tapped[i] for i in taps], -1) if taps else x[:, :0]

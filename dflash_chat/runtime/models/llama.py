@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
-from dflash_chat.runtime.cache import PREFILL_CHUNK, Geometry, KVCache
+from dflash_chat.runtime.cache import Geometry, KVCache
 from dflash_chat.runtime.parts import LayerParts, pre_norm
 from dflash_chat.runtime.quant import Packed, Ready
 
@@ -157,17 +157,14 @@ class Layer:
             weights.vector("post_attention_layernorm.weight"), config.rms_norm_eps
         )
 
-    def __call__(
-        self, x: Tensor, turn: layers.Turn, cache: KVCache, index: int, mask: Tensor | None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, turn: layers.Turn, attend: layers.Causal, index: int) -> Tensor:
         """x: [T, C] → [T, C]; writes the block's keys and values into the cache."""
         rows = x.shape[0]
         qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [T, H+2G, D]
         turned = turn(self.normed(qkv[:, : self.heads + self.groups]))  # [T, H+G, D]
         q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = qkv[:, self.heads + self.groups :]  # [T, G, D]
-        keys, values = cache.write(index, k.transpose(0, 1), v.transpose(0, 1))
-        x = x + self.o_proj.matmul(layers.attention(q, keys, values, mask))
+        x = x + self.o_proj.matmul(attend(index, q, k, v))
         gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))  # [T, 2I]
         return x + self.down_proj.matmul(layers.gated_silu(gate_up))
 
@@ -222,7 +219,7 @@ class Target:
         frequencies = self.config.inverse_frequencies()
         return [pre_norm(layer, frequencies) for layer in self.layers]
 
-    def new_cache(self, capacity: int, largest_block: int = PREFILL_CHUNK) -> KVCache:
+    def new_cache(self, capacity: int, largest_block: int | None = None) -> KVCache:
         """An empty cache for this geometry."""
         c = self.config
         geometry = Geometry(c.num_key_value_heads, c.head_dim)
@@ -243,12 +240,11 @@ class Target:
         the residual stream after each whole layer of `taps`, in that order.
         """
         x = self.embed(ids)  # [T, C]
-        share = self.config.num_attention_heads // self.config.num_key_value_heads
-        mask = cache.mask(len(ids), 0, True, share)
+        attend = layers.Causal(cache, len(ids), self.config.num_attention_heads)
         turn = self.rope.at(cache.length, len(ids))
         tapped: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            x = layer(x, turn, cache, i, mask)
+            x = layer(x, turn, attend, i)
             if i in taps:
                 tapped[i] = x
         features = torch.cat([tapped[i] for i in taps], -1) if taps else x[:, :0]

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dflash_chat.runtime import kernels
 from dflash_chat.runtime.quant import Packed, Parts, cpu
 from dflash_chat.runtime.quant.dense import FLOATS, DenseWeight
 from dflash_chat.runtime.quant.scheme import Scheme, scheme
@@ -73,7 +74,12 @@ class Float8Weight:
             if cpu.prepacking_serves(self.shape, dtype):
                 return cpu.PrepackedWeight(self, dtype)
             return DenseWeight(self.dequantize(dtype))
-        return Float8Weight(self.weight.to(device), self.scale.to(device), self.block, dtype)
+        weight, scale = self.weight.to(device), self.scale.to(device)
+        if kernels.serve(device, dtype) and self.block == (1, self.shape[-1]):
+            from dflash_chat.runtime.quant import kernel_weights
+
+            return kernel_weights.fp8(weight, scale)
+        return Float8Weight(weight, scale, self.block, dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N], dequantising each time: correct, never quick."""

@@ -1,47 +1,164 @@
-"""Packed weights as the CUDA kernels read them. Imported only where those run: it needs Triton."""
+"""Packed weights as the CUDA kernels read them: the only copy on a GPU, for blocks and prompts.
+
+A dense weight is its own layout. A quantised one becomes a `KernelWeight` in `to`, and the file's
+layout is let go. Imported only where the kernels run: it needs Triton.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
-from dflash_chat.runtime.kernels import expert_weights, forms
+from dflash_chat.runtime.kernels import expert_weights, forms, unpack
+from dflash_chat.runtime.kernels import linear as linear_kernel
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.quant import Experts, Packed
 from dflash_chat.runtime.quant.dense import DenseWeight
-from dflash_chat.runtime.quant.float_quantized import Float8Weight
-from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
+
+
+@dataclass
+class KernelWeight:
+    """A quantised weight for bf16 activations.
+
+    `form` is `kernels.linear`'s for a projection, and a MoeWeight for stacked experts and for the
+    projection beside them, once `experts` has asked for it.
+    """
+
+    form: forms.Fp8 | forms.Int4 | MoeWeight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K) or (E, N, K)."""
+        return self.form.shape if isinstance(self.form, MoeWeight) else forms.shape(self.form)
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+        return self.form.format if isinstance(self.form, MoeWeight) else forms.kind(self.form)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        if isinstance(self.form, MoeWeight):
+            return self.form.nbytes
+        return sum(part.nbytes for part in self.form if part is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[.., N, K], formed in fp32."""
+        if isinstance(self.form, MoeWeight):
+            return self.form.dequantize().to(dtype)
+        return forms.dequantize(self.form).to(dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids [T] -> [T, K]."""
+        form = self.form
+        if isinstance(form, forms.Fp8):
+            gathered = form.weight.view(torch.uint8)[ids].view(form.weight.dtype)
+            form = forms.Fp8(gathered, form.scale[ids])
+        elif isinstance(form, forms.Int4):
+            zero = None if form.zero is None else form.zero[:, ids]
+            form = forms.Int4(form.packed[ids], form.scale[:, ids], zero)
+        else:
+            return self.dequantize(torch.bfloat16)[ids]
+        return KernelWeight(form).dequantize(torch.bfloat16)
+
+    def expert(self, e: int) -> KernelWeight:
+        """The matrix of expert `e`, a view."""
+        assert isinstance(self.form, MoeWeight), self.kernel
+        return KernelWeight(self.form.expert(e))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
+        """Already there."""
+        assert dtype == torch.bfloat16, dtype
+        return self
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N]: our kernel for a block's rows, cuBLAS for a prompt's."""
+        form = self.form
+        if isinstance(form, MoeWeight):
+            if form.scale is not None and form.format == "fp8":
+                return _linear_fp8(x, form.data, form.scale)
+            return F.linear(x, unpack.unpack(form, x.dtype))
+        if len(x) <= linear_kernel.MAX_ROWS:
+            return linear_kernel.matmul(x, form)
+        if isinstance(form, forms.Fp8):
+            return _linear_fp8(x, *form)
+        return F.linear(x, unpack.unpack(form, x.dtype))
+
+    def joined(self, others: Sequence[Packed]) -> Packed | None:
+        """Weights are joined before `to`."""
+        return None
+
+
+def fp8(weight: Tensor, scale: Tensor) -> KernelWeight:
+    """weight e4m3 [.., N, K], scale [.., N, 1]."""
+    per_row = scale.squeeze(-1).float().contiguous()
+    return KernelWeight((forms.Fp8 if weight.dim() == 2 else MoeWeight)(weight, per_row))
+
+
+def int4_fits(shape: tuple[int, ...], group: int) -> bool:
+    """Whether the kernels can read int4 [.., N, K] in such groups."""
+    groups = (32, 64, 128) if len(shape) == 2 else (32, 64)
+    return shape[-1] % forms.CHUNK == 0 and group in groups
+
+
+def int4(q: Tensor, scale: Tensor, zero: Tensor | None) -> KernelWeight:
+    """q uint8 [N, K] in 0..15, scale and zero [N, G]: w = (q − zero)·scale, zero 8 if None."""
+    return KernelWeight(forms.pack_int4(q, scale, zero))
+
+
+def int4_experts(experts: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> KernelWeight:
+    """The same for each expert, one by one, since a nibble becomes 8 bytes on the way."""
+    return KernelWeight(expert_weights.stack([_expert(*expert) for expert in experts]))
+
+
+def _expert(q: Tensor, scale: Tensor, zero: Tensor | None) -> MoeWeight:
+    offset = None if zero is None else (8 - zero.to(scale.dtype)) * scale
+    return expert_weights.pack_int4_experts(q, scale, offset)
+
+
+def _linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """One scale per row of the weight, applied to the product."""
+    return F.linear(x, weight.to(x.dtype)).mul_(scale)
 
 
 def linear(weight: Packed) -> forms.Weight:
-    """For `kernels.linear`. A dense weight is lent, not copied."""
+    """For `kernels.linear`. Nothing is copied."""
     if isinstance(weight, DenseWeight):
         return weight.weight
-    if isinstance(weight, Float8Weight):
-        rows, columns = weight.block
-        assert (rows, columns) == (1, weight.shape[-1]), f"fp8 blocks {weight.block}"
-        return forms.Fp8(weight.weight, weight.scale.flatten().float())
-    if isinstance(weight, Int4GroupWeight):
-        return forms.pack_int4(*_nibbles(weight))
+    if isinstance(weight, KernelWeight) and not isinstance(weight.form, MoeWeight):
+        return weight.form
     raise CheckpointError(f"weights of kind {type(weight).__name__} have no CUDA kernel")
 
 
+def has_experts(weight: Packed | Experts) -> bool:
+    """Whether `experts` takes the weight."""
+    return isinstance(weight, DenseWeight | KernelWeight)
+
+
 def experts(weight: Packed | Experts) -> MoeWeight:
-    """For `kernels.moe`: stacked experts [E, N, K], or the dense MLP beside them [N, K]."""
+    """For `kernels.moe` and `kernels.grouped`: stacked experts [E, N, K], or the projection [N, K]
+    beside them, which keeps this layout from then on.
+    """
     if isinstance(weight, DenseWeight):
         return MoeWeight(weight.weight)
-    if isinstance(weight, Float8Weight):
-        assert weight.block == (1, weight.shape[-1]), f"fp8 blocks {weight.block}"
-        return MoeWeight(weight.weight, weight.scale.squeeze(-1).float())
-    if isinstance(weight, Int4GroupWeight):
-        q, scale, zero = _nibbles(weight)
-        offset = None if zero is None else (8 - zero.to(scale.dtype)) * scale
-        return expert_weights.pack_int4_experts(q, scale, offset)
+    if isinstance(weight, KernelWeight):
+        weight.form = _of_experts(weight.form)
+        return weight.form
     raise CheckpointError(f"experts of kind {type(weight).__name__} have no CUDA kernel")
 
 
-def _nibbles(weight: Int4GroupWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """q uint8 [.., N, K], scale and, unless it is symmetric, zero [.., N, G]."""
-    as_bytes = weight.packed.view(torch.uint8)  # [.., N, K/2], low nibble first
-    q = torch.stack([as_bytes & 15, as_bytes >> 4], -1).flatten(-2)
-    return q[..., : weight.shape[-1]], weight.scale, weight.zero
+def _of_experts(form: forms.Fp8 | forms.Int4 | MoeWeight) -> MoeWeight:
+    if isinstance(form, MoeWeight):
+        return form
+    if isinstance(form, forms.Fp8):
+        return MoeWeight(form.weight, form.scale)
+    q, scale, zero = forms.unpack_int4(form)
+    if not int4_fits((1, *q.shape), q.shape[1] // scale.shape[1]):
+        raise CheckpointError(f"experts beside int4 in {scale.shape[1]} groups have no CUDA kernel")
+    return _expert(q, scale, zero)

@@ -9,7 +9,8 @@ nibble and 2j + 1 in its high one. In memory:
     scale   [N, G]             in the file's dtype
     zero    uint8 [N, G]       z in 0..15; None if symmetric (z = 8)
 
-Stacked experts have a leading dimension E. Four bits stay four bits, on a device as in the file.
+Stacked experts have a leading dimension E. Four bits stay four bits, on a device as in the file;
+where our kernels run, in their layout instead of this one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dflash_chat.runtime import kernels
 from dflash_chat.runtime.quant import Packed, Parts, cpu
 from dflash_chat.runtime.quant.dense import FLOATS, DenseWeight
 from dflash_chat.runtime.quant.scheme import Scheme, scheme
@@ -85,7 +87,8 @@ class Int4GroupWeight:
             return DenseWeight(self.dequantize(dtype))
         zero = None if self.zero is None else self.zero.to(device)
         packed, scale = self.packed.to(device), self.scale.to(device)
-        return Int4GroupWeight(self.shape, packed, scale, zero, dtype)
+        moved = Int4GroupWeight(self.shape, packed, scale, zero, dtype)
+        return moved._for_kernels() if kernels.serve(device, dtype) else moved
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N], dequantising each time: correct, never quick."""
@@ -103,6 +106,17 @@ class Int4GroupWeight:
         zeros = [weight.zero for weight in weights if weight.zero is not None]
         shape = (*packed.shape[:-1], self.shape[-1])
         return Int4GroupWeight(shape, packed, scale, torch.cat(zeros, -2) if zeros else None)
+
+    def _for_kernels(self) -> Packed:
+        from dflash_chat.runtime.quant import kernel_weights
+
+        if not kernel_weights.int4_fits(self.shape, self.group):
+            return self
+        if len(self.shape) == 2:
+            return kernel_weights.int4(self._q(), self.scale, self.zero)
+        return kernel_weights.int4_experts(
+            (e._q(), e.scale, e.zero) for e in map(self.expert, range(self.shape[0]))
+        )
 
     def _kind(self) -> tuple[object, ...]:
         of_scale = (self.scale.shape[-1], self.scale.dtype)

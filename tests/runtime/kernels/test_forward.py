@@ -14,7 +14,8 @@ from dflash_chat.runtime.kernels.grouped import GroupedConfig
 from dflash_chat.runtime.quant import cpu
 from dflash_chat.runtime.random_weights import RandomWeights
 from tests.runtime.kernels.conftest import DEVICE
-from tests.runtime.kernels.test_step import CAPACITY, KINDS, TAPS, VOCAB
+from tests.runtime.kernels.pairs import KINDS, TAPS, VOCAB
+from tests.runtime.kernels.test_step import CAPACITY
 from tests.runtime.kernels.truth import relative_error
 
 CHUNKS = (24, 24, 1, 13)  # the sliding layers' rings wrap

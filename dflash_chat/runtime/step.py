@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import MAX_ROWS, Stack, Tables
 from dflash_chat.runtime.kernels import accept, linear, norms, rope
 from dflash_chat.runtime.kernels.accept import State
+from dflash_chat.runtime.kernels.forms import Weight
 from dflash_chat.runtime.kernels.norms import Branch
 from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.quant import Packed, kernel_weights
@@ -108,9 +110,10 @@ class Drafting:
         norm, self.hidden_norm = drafter.norm.weight, drafter.hidden_norm.weight
         assert norm is not None
         assert self.hidden_norm is not None
-        self.pdl = step.pdl
-        self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity, self.pdl)
         self.fc = kernel_weights.linear(drafter.fc)
+        self.pdl = step.pdl and isinstance(self.fc, Tensor)  # fp8 loses by it
+        self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity, self.pdl)
+        self.draft_head = HeadKernels(drafter.head, step.head, self.pdl)
         self.context_kv = kernel_weights.linear(drafter.context_kv)
         self.k_norms = torch.stack([layer.k_norm for layer in drafter.layers])  # [L, D]
         self.nothing = torch.zeros(
@@ -130,7 +133,7 @@ class Drafting:
             pdl=self.pdl,
         )
         hidden = self.stack(x, h, state.length)  # [B, C]
-        tokens = linear.head_argmax(hidden[1:], self.step.head, pdl=self.pdl)
+        tokens = self.draft_head.argmax(hidden[1:])
         state.ids[1 : len(tokens) + 1].copy_(tokens)
 
     def project(self) -> None:
@@ -146,6 +149,23 @@ class Drafting:
             linear.partials(context, self.context_kv, pdl=self.pdl), self.k_norms, self.turns.cos,
             self.turns.sin, caches, state.start, state.committed, eps=eps, pdl=self.pdl,
         )  # fmt: skip
+
+
+class HeadKernels:
+    """A draft head by our kernels. `own` is the target's, in their form."""
+
+    def __init__(self, head: DraftHead, own: Weight, pdl: bool) -> None:
+        self.head, self.pdl = head, pdl
+        self.weight = kernel_weights.linear(head.weight) if head.copied else own
+
+    def argmax(self, hidden: Tensor) -> Tensor:
+        """The likeliest tokens, int64 [T], of normed states [T, C]."""
+        return linear.head_argmax(hidden, self.weight, ids=self.head.ids, pdl=self.pdl)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits, fp32 [T, V]; -inf for tokens without a row."""
+        logits, _ = linear.head_logits(hidden, self.weight, pdl=self.pdl)
+        return self.head.spread(logits)
 
 
 class Graphs:

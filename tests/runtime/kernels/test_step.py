@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dflash_chat.runtime import models
+from dflash_chat.runtime import draft_head, models
+from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.kernels import accept
 from dflash_chat.runtime.kernels.accept import State
 from dflash_chat.runtime.quant import cpu
+from dflash_chat.runtime.quant.float_quantized import Float8Weight
 from dflash_chat.runtime.random_weights import RandomWeights
 from dflash_chat.runtime.step import Step, TargetParts
 from tests.runtime.kernels.conftest import DEVICE
@@ -42,6 +45,12 @@ GEMMA: dict[str, Any] = LLAMA | {
 MOE = GEMMA | {
     "enable_moe_block": True, "num_experts": 16, "top_k_experts": 2, "moe_intermediate_size": 32,
 }  # fmt: skip
+HEADS = {
+    "fp8": EngineOptions(drafter="fp8", draft_head="fp8"),
+    "trimmed": EngineOptions(draft_rows=30),
+    "trimmed in fp8": EngineOptions(draft_head="fp8", draft_rows=30),
+}
+ADDED = (45, 60)
 KINDS = {"llama": LLAMA, "qwen3": LLAMA | {"model_type": "qwen3"}, "gemma4": GEMMA, "moe": MOE}
 
 
@@ -52,7 +61,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 class Pair:
     """A tiny target and drafter that have read a prompt, and the step over the same caches."""
 
-    def __init__(self, raw: dict[str, Any]) -> None:
+    def __init__(self, raw: dict[str, Any], options: EngineOptions) -> None:
         dtype = torch.float32
         module = models.find(raw["model_type"])
         config = module.Config.from_hf(raw)
@@ -69,9 +78,10 @@ class Pair:
                 "dflash_config": {"mask_token_id": 3, "target_layer_ids": list(TAPS)},
             }
         )  # fmt: skip
-        drafted = RandomWeights(c.tensor_shapes(64), "bf16", DEVICE, dtype, seed=1)
-        embed, head = self.target.embed, self.target.lm_head
-        self.drafter = Drafter(c, drafted, embed, head, CAPACITY, dtype, DEVICE)
+        quant = "fp8" if options.drafter == "fp8" else "bf16"
+        drafted = RandomWeights(c.tensor_shapes(64), quant, DEVICE, dtype, seed=1)
+        head = draft_head.of(self.target.lm_head, options, ADDED, DEVICE, dtype)
+        self.drafter = Drafter(c, drafted, self.target.embed, head, CAPACITY, dtype, DEVICE)
         self.cache = self.target.new_cache(CAPACITY)
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(0, VOCAB, (PROMPT,), generator=generator).to(DEVICE)
@@ -90,11 +100,13 @@ class Pair:
         self.step.state.ids[0] = self.step.state.block[0] = anchor
 
 
-@pytest.fixture(params=KINDS, scope="module")
+@pytest.fixture(params=[*KINDS, *HEADS], scope="module")
 def pair(request: pytest.FixtureRequest) -> Pair:
+    raw, options = KINDS.get(request.param, LLAMA), HEADS.get(request.param, EngineOptions())
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(cpu, "prepacking_serves", lambda *_: False)  # kernels read plain tensors
-        return Pair(KINDS[request.param])
+        patch.setattr(Float8Weight, "to", lambda self, _, dtype: replace(self, dtype=dtype))
+        return Pair(raw, options)
 
 
 def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:
@@ -119,6 +131,15 @@ def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:
             cache.commit(n + 1)
             drafter.observe(features[: n + 1])
             assert int(step.state.length) == cache.length
+
+
+def test_the_draft_heads_logits_equal_the_plain_ones(pair: Pair) -> None:
+    assert pair.step.drafting is not None
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.inference_mode():
+        ours = pair.step.drafting.draft_head.logits(hidden)
+        plain = pair.drafter.head.logits(hidden)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 6, 7])

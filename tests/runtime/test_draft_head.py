@@ -121,7 +121,7 @@ def test_a_drafter_counts_the_head_copied_for_it() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("name", COPIES)
 def test_drafting_from_a_copy_equals_plain(name: str, temperature: float) -> None:
-    params = SamplingParams(temperature=temperature, seed=5, max_tokens=80)
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=40)
     prompt = [5, 9, 2, 33, 17, 8]
     target = tiny.target()
     plain = Engine(target, target.new_cache(256), None, (), 0, frozenset())

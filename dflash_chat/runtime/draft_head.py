@@ -26,7 +26,10 @@ from dflash_chat.runtime.quant.float_quantized import rounded
 
 @dataclass(frozen=True)
 class DraftHead:
-    """`weight` [N, C]: row i is token `ids[i]`, int64 [N] ascending, or token i without `ids`."""
+    """`weight` [N, C]: row i is token `ids[i]`, int64 [N] ascending, or token i without `ids`.
+
+    `vocab` is V; `copied` says that the weight is not the target's own.
+    """
 
     weight: Packed
     vocab: int

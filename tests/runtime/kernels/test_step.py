@@ -139,7 +139,7 @@ def test_the_draft_heads_logits_equal_the_plain_ones(pair: Pair) -> None:
     with torch.inference_mode():
         ours = pair.step.drafting.draft_head.logits(hidden)
         plain = pair.drafter.head.logits(hidden)
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 6, 7])

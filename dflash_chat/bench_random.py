@@ -48,7 +48,7 @@ def run(args: RandomBenchArgs) -> int:
         sys.stderr.write(line + "\n")
 
     try:
-        report = measure.run(args.pair, args.quant, args.context, widths, laws, say)
+        report = measure.run(args.pair, args.quant, args.context, widths, laws, args.options, say)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
             f"{args.pair} in {args.quant} does not fit into this GPU's free memory",

@@ -181,6 +181,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--quant", choices=("bf16", "fp8", "int4"), default="bf16")
     bench.add_argument("--context", metavar="TOKENS", type=int, default=2048)
     bench.add_argument("--widths", metavar="N,N,…", type=_whole_numbers, default=())
+    bench.add_argument("--drafter", choices=("auto", "fp8"), help="same as -o drafter=…")
+    bench.add_argument("--draft-head", metavar="HEAD", help="same as -o draft_head=HEAD")
     law = bench.add_mutually_exclusive_group()
     law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
     law.add_argument("--accept-curve", metavar="A1,R", type=_curve, default=(0.0, 0.0))
@@ -226,7 +228,8 @@ def _add_options(parser: argparse.ArgumentParser, default: str | None = None) ->
 
 def _options(args: argparse.Namespace) -> list[str]:
     """All settings as key=value; the flags come last and win."""
-    flags = {"seed": args.seed, "max_tokens": args.max_tokens}
+    names = ("seed", "max_tokens", "drafter", "draft_head")
+    flags = {name: getattr(args, name, None) for name in names}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return [*(args.options or ()), *given]
 
@@ -290,7 +293,7 @@ def _bench_random(args: argparse.Namespace) -> int:
     return bench_random.run(
         RandomBenchArgs(
             args.random_weights, args.quant, args.context, args.widths, args.accept_length,
-            args.accept_curve, args.json,
+            args.accept_curve, parse_options(_options(args)).engine, args.json,
         )
     )  # fmt: skip
 

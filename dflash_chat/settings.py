@@ -55,7 +55,8 @@ class BenchArgs:
 class RandomBenchArgs:
     """`dflash-chat bench --random-weights`. Acceptance is dictated: by a mean length (bonus
     included), or by a1 and r, position i being accepted with chance a1·r^i; both 0 takes the three
-    lengths of the benchmark notes. `widths` empty takes every captured one.
+    lengths of the benchmark notes. `widths` empty takes every captured one. Of the `options`, those
+    that choose the format of the drafter and the heads count.
     """
 
     pair: str
@@ -64,6 +65,7 @@ class RandomBenchArgs:
     widths: tuple[int, ...] = ()
     accept_length: float = 0.0
     accept_curve: tuple[float, float] = (0.0, 0.0)
+    options: EngineOptions = EngineOptions()
     json: bool = False
 
 
@@ -114,9 +116,12 @@ _ENGINE_RANGES = {
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "fp32", "bf16"),
+    "drafter": ("auto", "fp8"),
+    "head": ("auto", "fp8"),
     "source": SOURCES,
 }
-KEYS = (*SAMPLING_RANGES, "stop", *_ENGINE_RANGES, *_CHOICES)
+_DRAFT_ROWS = _Number(1, 1_048_576, whole=True)
+KEYS = (*SAMPLING_RANGES, "stop", *_ENGINE_RANGES, "draft_head", *_CHOICES)
 
 
 def parse_options(options: Iterable[str], sampling: SamplingParams = SamplingParams()) -> Settings:
@@ -140,6 +145,8 @@ def _set(settings: Settings, key: str, value: str) -> Settings:
         text = value.replace("\\n", "\n").replace("\\t", "\t")
         stop = (*settings.sampling.stop, text)
         return replace(settings, sampling=replace(settings.sampling, stop=stop))
+    if key == "draft_head":
+        return replace(settings, engine=_with_draft_head(settings.engine, value))
     if key in SAMPLING_RANGES:
         number = _number(key, value, SAMPLING_RANGES[key])
         return replace(settings, sampling=replace(settings.sampling, **{key: number}))  # type: ignore[arg-type]
@@ -155,6 +162,21 @@ def _set(settings: Settings, key: str, value: str) -> Settings:
             return replace(settings, source=choice)
         return replace(settings, engine=replace(settings.engine, **{key: choice}))  # type: ignore[arg-type]
     raise UsageError(f"there is no option {key!r}", hint=suggest(key, KEYS))
+
+
+def _with_draft_head(engine: EngineOptions, value: str) -> EngineOptions:
+    """`auto`, `fp8`, the number of rows, or both: `fp8:ROWS`."""
+    word, colon, count = value.strip().lower().partition(":")
+    if word in ("auto", "fp8") and not colon:
+        return replace(engine, draft_head=word, draft_rows=0)
+    word, count = (word, count) if colon else ("auto", word)
+    rows = _DRAFT_ROWS.read(count)
+    if rows is None or word not in ("auto", "fp8"):
+        raise UsageError(
+            f"option draft_head={value}: expected fp8, a number of rows, or fp8:rows",
+            hint="e.g. draft_head=16000, or draft_head=fp8:16000",
+        )
+    return replace(engine, draft_head=word, draft_rows=int(rows))
 
 
 def _number(key: str, text: str, limits: _Number) -> float | int:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from dflash_chat import __version__, cli, completion, errors
+from dflash_chat import __version__, bench_random, cli, completion, errors
 from dflash_chat.errors import (
     EXIT_DISK,
     EXIT_INTERRUPTED,
@@ -23,8 +23,8 @@ from dflash_chat.errors import (
     EXIT_USAGE,
     DiskError,
 )
-from dflash_chat.runtime.api import SamplingParams
-from dflash_chat.settings import KEYS, BenchArgs, OnceArgs
+from dflash_chat.runtime.api import EngineOptions, SamplingParams
+from dflash_chat.settings import KEYS, BenchArgs, OnceArgs, RandomBenchArgs
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -148,6 +148,25 @@ def test_bench_gets_its_own_arguments(runners: Runners, terminal: set[str]) -> N
     assert (got.settings.sampling.max_tokens, got.settings.engine.draft_tokens) == (9, 4)
 
 
+def test_bench_takes_the_formats_of_drafter_and_heads_in_both_its_forms(
+    runners: Runners, terminal: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[RandomBenchArgs] = []
+
+    def measured(args: RandomBenchArgs) -> int:
+        given.append(args)
+        return EXIT_OK
+
+    monkeypatch.setattr(bench_random, "run", measured)
+    chosen = ["--drafter", "fp8", "--draft-head", "fp8:9", "-o", "head=fp8"]
+    assert cli.main(["bench", *chosen]) == EXIT_OK
+    assert cli.main(["bench", "--random-weights", "qwen3-8b", *chosen]) == EXIT_OK
+    (got,) = runners.got
+    assert isinstance(got, BenchArgs)
+    want = EngineOptions(drafter="fp8", draft_head="fp8", draft_rows=9, head="fp8")
+    assert got.settings.engine == given[0].options == want
+
+
 def test_the_model_may_stand_before_the_command(runners: Runners, terminal: set[str]) -> None:
     assert cli.main(["-m", "nonsense", "bench"]) == EXIT_UNKNOWN_MODEL
 
@@ -185,6 +204,8 @@ def test_the_chat_refuses_a_redirected_screen(
         (["pull", "smollm2", "--source", "ftp"], EXIT_USAGE, "invalid choice"),
         (["rm", "smollm2"], EXIT_UNKNOWN_MODEL, "not installed"),
         (["bench", "--limit", "-1"], EXIT_USAGE, "--limit"),
+        (["bench", "--drafter", "int4"], EXIT_USAGE, "invalid choice"),
+        (["bench", "--draft-head", "half"], EXIT_USAGE, "fp8, a number of rows, or fp8:rows"),
         (["bench", "--limit", "many"], EXIT_USAGE, "invalid int value"),
         (["completion", "tcsh"], EXIT_USAGE, "invalid choice"),
         (["list", "--json", "-q"], EXIT_USAGE, "not allowed with"),

@@ -28,12 +28,15 @@ def test_every_key_lands_where_it_belongs() -> None:
             "ctx=4096",
             "k=5",
             "threads=2",
+            "drafter=fp8",
+            "draft_head=FP8:16000",
+            "head=fp8",
             "source=hub",
         ]
     )
     assert settings == Settings(
         SamplingParams(0.7, 40, 0.9, 0.05, 1.1, -0.5, 0.5, 7, 64, ("END", "\n\n")),
-        EngineOptions("cpu", "fp32", 4096, 5, 2),
+        EngineOptions("cpu", "fp32", 4096, 5, 2, "fp8", "fp8", 16000, "fp8"),
         "hub",
     )
 
@@ -45,6 +48,30 @@ def test_without_options_decoding_is_greedy() -> None:
 def test_options_change_the_given_defaults_and_the_last_one_wins() -> None:
     settings = parse_options(["temperature=1", "temperature=0.5"], SamplingParams(top_p=0.9))
     assert (settings.sampling.temperature, settings.sampling.top_p) == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "rows"),
+    [
+        ("fp8", "fp8", 0),
+        ("24000", "auto", 24000),
+        ("fp8:24000", "fp8", 24000),
+        ("auto:24000", "auto", 24000),
+        ("auto", "auto", 0),
+    ],
+)
+def test_a_draft_head_is_rounded_or_trimmed_or_both(value: str, kind: str, rows: int) -> None:
+    engine = parse_options(["draft_head=fp8:7", f"draft_head={value}"]).engine
+    assert (engine.draft_head, engine.draft_rows) == (kind, rows)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "int8", "0", "-5", "1.5", "fp8:", "fp8:0", "fp8:all", ":9", "16000:fp8"]
+)
+def test_a_draft_head_that_makes_no_sense_is_refused_with_an_example(value: str) -> None:
+    with pytest.raises(UsageError, match="expected fp8, a number of rows, or fp8:rows") as caught:
+        parse_options([f"draft_head={value}"])
+    assert caught.value.hint == "e.g. draft_head=16000, or draft_head=fp8:16000"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +93,8 @@ def test_options_change_the_given_defaults_and_the_last_one_wins() -> None:
         "device=tpu",
         "dtype=int8",
         "source=ftp",
+        "drafter=int8",
+        "head=bf16",
         "stop=",
         "temperature",
         "=1",

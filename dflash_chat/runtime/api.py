@@ -56,6 +56,11 @@ class EngineOptions:
     and of unquantised weights. `context_tokens` 0 takes the target's own limit, at most 8192.
     `draft_tokens` 0 takes the pair's default; otherwise how many drafted tokens are verified, at
     most the trained block minus one. `threads` 0 leaves torch's choice.
+
+    "fp8" instead of "auto" rounds weights to e4m3 with a scale per row: the `drafter`'s matrices, a
+    copy of the head that only drafts (`draft_head`), or the target's own `head`. Only the last of
+    them changes answers. `draft_rows` keeps the rows of that many lowest ids in the copy, and those
+    of added tokens; 0 keeps all.
     """
 
     device: str = "auto"
@@ -63,6 +68,10 @@ class EngineOptions:
     context_tokens: int = 0
     draft_tokens: int = 0
     threads: int = 0
+    drafter: str = "auto"
+    draft_head: str = "auto"
+    draft_rows: int = 0
+    head: str = "auto"
 
 
 @dataclass(frozen=True)

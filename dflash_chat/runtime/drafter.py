@@ -2,9 +2,8 @@
 
 One forward over [anchor, MASK × (block − 1)] proposes block − 1 tokens. Every layer attends to
 keys and values projected from the *target's* hidden states of all committed tokens, plus the block
-itself. Only that projected context is ever kept, so a rejected draft never dirties it. Embedding
-and head are the target's, lent by reference; drafted tokens are verified, so a cheaper copy of the
-head is lossless.
+itself. Only that projected context is ever kept, so a rejected draft never dirties it. The
+embedding is the target's, lent by reference; so is the head, unless `draft_head.py` copies it.
 
 The config is read as raw JSON: transformers' Qwen3Config would silently drop the sliding window.
 """
@@ -23,6 +22,7 @@ from torch import Tensor
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import layers
 from dflash_chat.runtime.cache import Geometry, KVCache, prefill_chunk
+from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.parts import LayerParts, pre_norm
 from dflash_chat.runtime.quant import Packed, Ready
 
@@ -220,8 +220,8 @@ class Layer:
 class Drafter:
     """Proposes blocks; follows the target's committed tokens through `observe`.
 
-    `embed` maps ids [T] to the target's (scaled) input embeddings, `head` maps normed states to
-    logits before any cap. At most `largest_block` rows are projected into the context at once.
+    `embed` maps ids [T] to the target's (scaled) input embeddings. At most `largest_block` rows are
+    projected into the context at once.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Drafter:
         config: Config,
         packed: Mapping[str, Packed],
         embed: Callable[[Tensor], Tensor],
-        head: Packed,
+        head: DraftHead,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -277,11 +277,11 @@ class Drafter:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of the drafter's own matrices (the head is counted by its owner)."""
+        """Resident bytes of the drafter's own matrices and of a head copied for it."""
         parts = [self.fc, self.context_kv]
         for layer in self.layers:
             parts += [layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj]
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in parts) + self.head.nbytes
 
     @property
     def length(self) -> int:
@@ -330,7 +330,7 @@ class Drafter:
         }
         for i, layer in enumerate(self.layers):
             x = layer(x, turn, self.cache, i, masks[layer.window, layer.causal])
-        return self.head.matmul(self.norm(x[1 : n + 1]))
+        return self.head.logits(self.norm(x[1 : n + 1]))
 
     def _project(self, features: Tensor) -> None:
         """Context keys and values of all layers from features [T, K·C], committed at once."""

@@ -20,13 +20,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dflash_chat.runtime import models, random_weights, timing
+from dflash_chat.runtime import draft_head, models, random_weights, timing
+from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import MAX_ROWS
 from dflash_chat.runtime.kernels import linear
 from dflash_chat.runtime.parts import LayerParts
+from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
 
 SCRIPT_STEPS = 4096
@@ -67,8 +69,13 @@ class Subject:
     step: Step
 
 
-def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
-    """Random weights of a published pair, with room for `context` tokens and the runs behind."""
+def build(
+    name: str, quant: str, context: int, device: torch.device, options: EngineOptions
+) -> Subject:
+    """Random weights of a published pair, with room for `context` tokens and the runs behind.
+
+    Of the options, `drafter`, `head` and those of the draft head count.
+    """
     shapes = random_weights.shapes(name)
     module = models.find(str(shapes.target["model_type"]))
     config = module.Config.from_hf(shapes.target)
@@ -76,12 +83,14 @@ def build(name: str, quant: str, context: int, device: torch.device) -> Subject:
     dtype = torch.bfloat16
     made = random_weights.RandomWeights(config.tensor_shapes(), quant, device, dtype)
     target = module.Target(config, made, capacity, dtype, device)
+    if options.head == "fp8":
+        target.lm_head = rounded(target.lm_head.dequantize(dtype))
     drafter_config = DrafterConfig.from_raw(shapes.drafter)
     drafter_shapes = drafter_config.tensor_shapes(config.hidden_size)
-    drafted = random_weights.RandomWeights(drafter_shapes, "bf16", device, dtype, seed=1)
-    drafter = Drafter(
-        drafter_config, drafted, target.embed, target.lm_head, capacity, dtype, device
-    )
+    drafter_quant = "fp8" if options.drafter == "fp8" else "bf16"
+    drafted = random_weights.RandomWeights(drafter_shapes, drafter_quant, device, dtype, seed=1)
+    head = draft_head.of(target.lm_head, options, (), device, dtype)
+    drafter = Drafter(drafter_config, drafted, target.embed, head, capacity, dtype, device)
     cache = target.new_cache(capacity)
     for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):
         for tensor in tensors:
@@ -129,14 +138,14 @@ def _place(subject: Subject, context: int) -> None:
 
 def run(
     name: str, quant: str, context: int, widths: Sequence[int], laws: dict[str, tuple[Law, int]],
-    say: Callable[[str], None],
+    options: EngineOptions, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Measure everything once. `laws` maps a label to a law and the width it is run at."""
     device = torch.device("cuda")
     with torch.inference_mode():
         bandwidth = copy_bandwidth()
         say(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s")
-        subject = build(name, quant, context, device)
+        subject = build(name, quant, context, device, options)
         step = subject.step
         free, total = torch.cuda.mem_get_info()
         say(f"{name} {quant}: {(total - free) / 1e9:.1f} GB in use")
@@ -375,6 +384,7 @@ def verify_bytes(subject: Subject, context: int, n: int, experts: float) -> floa
 
 
 def draft_bytes(subject: Subject, context: int) -> float:
-    """Bytes a draft must read: the drafter, the head and the drafter's cache once."""
-    head = subject.step.target.head.nbytes
-    return subject.drafter.nbytes + head + _cache_bytes(subject.drafter.cache, context)
+    """Bytes a draft must read: the drafter, its head and its cache once."""
+    drafter, head = subject.drafter, subject.drafter.head
+    lent = 0 if head.copied else head.weight.nbytes  # a copy is among the drafter's own
+    return drafter.nbytes + lent + _cache_bytes(drafter.cache, context)

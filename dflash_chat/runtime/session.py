@@ -17,7 +17,7 @@ import torch
 from dflash_chat import __version__
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import models, text, weights
+from dflash_chat.runtime import draft_head, models, text, weights
 from dflash_chat.runtime.api import (
     EngineOptions,
     Event,
@@ -31,9 +31,12 @@ from dflash_chat.runtime.api import (
     Tokens,
     Usage,
 )
+from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
+from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime.quant.float_quantized import rounded
 
 if TYPE_CHECKING:
     from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
@@ -75,7 +78,8 @@ class Session:
                 f"{installed.pair.name} does not fit into this GPU's free memory",
                 "close other programs, or try a smaller -o ctx, or -o device=cpu",
             ) from error
-        info = _info(installed, engine, config, device, dtype, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        info = _info(installed, options, engine, config, device, dtype, took)
         return cls(engine, tokenizer, info)
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
@@ -193,6 +197,8 @@ def _build(
         capacity = _capacity(options, config.max_position_embeddings)
         packed = weights.load_packed(checkpoint, config.tensor_shapes(), architecture.IGNORED)
         target = architecture.Target(config, packed, capacity, dtype, device)
+        if options.head == "fp8":
+            target.lm_head = rounded(target.lm_head.dequantize(dtype)).to(device, dtype)
         tokenizer = text.Tokenizer.from_checkpoint(installed.target)
     finally:
         checkpoint.close()
@@ -202,9 +208,10 @@ def _build(
     drafter_file = weights.open_checkpoint(installed.drafter)
     try:
         packed = weights.load_packed(drafter_file, drafter_config.tensor_shapes(config.hidden_size))
-        drafter = Drafter(
-            drafter_config, packed, target.embed, target.lm_head, capacity, dtype, device
-        )
+        if options.drafter == "fp8":
+            packed = {name: _in_fp8(weight) for name, weight in packed.items()}
+        head = draft_head.of(target.lm_head, options, tokenizer.added_ids, device, dtype)
+        drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
     finally:
         drafter_file.close()
     engine = Engine(
@@ -244,6 +251,11 @@ def _graphs(engine: Engine) -> tuple[GraphedSteps | None, str]:
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
+def _in_fp8(weight: Packed) -> Packed:
+    """A matrix rounded; a norm's scale as it is."""
+    return rounded(weight.dequantize()) if len(weight.shape) > 1 else weight
+
+
 def _capacity(options: EngineOptions, limit: int) -> int:
     if options.context_tokens > limit:
         raise UsageError(
@@ -280,8 +292,19 @@ def _draft_tokens(
     return options.draft_tokens or min(default, most)
 
 
+def _rounded_words(options: EngineOptions, head: DraftHead) -> list[str]:
+    """What the options made coarser than the files are."""
+    words = ["fp8 target head"] if options.head == "fp8" else []
+    words += ["fp8 drafter"] if options.drafter == "fp8" else []
+    if head.copied:
+        kind = "fp8 draft head" if options.draft_head == "fp8" else "draft head"
+        words.append(f"{kind} of {head.weight.shape[0]} rows")
+    return words
+
+
 def _info(
     installed: Installed,
+    options: EngineOptions,
     engine: Engine,
     config: DrafterConfig,
     device: torch.device,
@@ -297,7 +320,7 @@ def _info(
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",
-        kernels=_kernels(engine),
+        kernels=", ".join([_kernels(engine), *_rounded_words(options, drafter.head)]),
         context_tokens=engine.cache.capacity,
         block_size=config.block_size,
         draft_tokens=engine.draft_tokens,

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import MAX_ROWS, Stack, Tables
 from dflash_chat.runtime.kernels import accept, linear, norms, rope
 from dflash_chat.runtime.kernels.accept import State
+from dflash_chat.runtime.kernels.forms import Weight
 from dflash_chat.runtime.kernels.norms import Branch
 from dflash_chat.runtime.layers import RMSNorm
 from dflash_chat.runtime.parts import LayerParts, weight_of
@@ -152,9 +154,10 @@ class Drafting:
         norm, self.hidden_norm = drafter.norm.weight, drafter.hidden_norm.weight
         assert norm is not None
         assert self.hidden_norm is not None
-        self.pdl = step.pdl
-        self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity, self.pdl)
         self.fc = kernel_weights.linear(drafter.fc)
+        self.pdl = step.pdl and isinstance(self.fc, Tensor)  # fp8 loses by it
+        self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity, self.pdl)
+        self.draft_head = HeadKernels(drafter.head, step.head, self.pdl)
         self.context_kv = kernel_weights.linear(drafter.context_kv)
         self.k_norms = torch.stack([layer.k_norm for layer in drafter.layers])  # [L, D]
         self.nothing = torch.zeros(
@@ -177,11 +180,11 @@ class Drafting:
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """The likeliest token of each row, int64 [B − 1]."""
-        return linear.head_argmax(hidden, self.step.head, pdl=self.pdl)
+        return self.draft_head.argmax(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 [B − 1, V]."""
-        return self.step.logits(hidden)
+        """fp32 [B − 1, V], −inf for tokens without a row in the draft head."""
+        return self.draft_head.logits(hidden)
 
     def propose(self, tokens: Tensor) -> None:
         """Fill the rows behind the anchor: int64 [B − 1]."""
@@ -200,6 +203,23 @@ class Drafting:
             linear.partials(context, self.context_kv, pdl=self.pdl), self.k_norms, self.turns.cos,
             self.turns.sin, caches, state.start, state.committed, eps=eps, pdl=self.pdl,
         )  # fmt: skip
+
+
+class HeadKernels:
+    """A draft head by our kernels. `own` is the target's, in their form."""
+
+    def __init__(self, head: DraftHead, own: Weight, pdl: bool) -> None:
+        self.head, self.pdl = head, pdl
+        self.weight = kernel_weights.linear(head.weight) if head.copied else own
+
+    def argmax(self, hidden: Tensor) -> Tensor:
+        """The likeliest tokens, int64 [T], of normed states [T, C]."""
+        return linear.head_argmax(hidden, self.weight, ids=self.head.ids, pdl=self.pdl)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits, fp32 [T, V]; -inf for tokens without a row."""
+        logits, _ = linear.head_logits(hidden, self.weight, pdl=self.pdl)
+        return self.head.spread(logits)
 
 
 class Graphs:

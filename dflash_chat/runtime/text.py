@@ -25,15 +25,19 @@ _END_OF_TURN = "<|im_end|>"
 
 
 class Tokenizer:
-    """A chat tokenizer. `stop_ids` end an answer: of sequence, of turn, `<|im_end|>`."""
+    """A chat tokenizer. `stop_ids` end an answer: of sequence, of turn, `<|im_end|>`.
+
+    `added_ids` are those and every token added beside the merges.
+    """
 
     def __init__(self, fast: Any, stop_ids: Iterable[int]) -> None:  # noqa: ANN401
         """fast: transformers' `PreTrainedTokenizerFast`. CheckpointError for its decoder."""
         end_of_turn = fast.get_vocab().get(_END_OF_TURN)
         self._fast = fast
         self.stop_ids = frozenset(stop_ids) | ({end_of_turn} if end_of_turn is not None else set())
-        added = fast.added_tokens_decoder.items()
-        self._special_ids = self.stop_ids | {i for i, token in added if token.special}
+        added = fast.added_tokens_decoder
+        self.added_ids = self.stop_ids | added.keys()
+        self._special_ids = self.stop_ids | {i for i, token in added.items() if token.special}
         decoder = json.loads(fast.backend_tokenizer.to_str())["decoder"]
         if not decoder or decoder.get("type") != "ByteLevel":
             kind = decoder and decoder.get("type")

@@ -47,6 +47,7 @@ SHAPES = [  # kernel, N, K, where from
     ("linear", 2816, 5632, "drafter down"),
     ("linear", 2816, 16896, "drafter fc"),
     ("head", 262144, 2816, "gemma head"),
+    ("head", 32768, 2816, "gemma draft head"),
     ("linear", 6144, 4096, "qwen qkv"),
     ("linear", 4096, 4096, "qwen o_proj"),
     ("gated", 24576, 4096, "qwen gate_up"),

@@ -100,7 +100,7 @@ def _assert_published(
     seen: list[Tensor] = []
 
     class Head:
-        def matmul(self, x: Tensor) -> Tensor:
+        def logits(self, x: Tensor) -> Tensor:
             seen.append(x)
             return target.lm_head.matmul(x)
 

@@ -29,12 +29,12 @@ pytestmark = [pytest.mark.weights, pytest.mark.slow]
 TAPS = (1, 8, 14, 20, 27)
 
 
-def _load(gguf: Path, dtype: str) -> Session:
+def _load(gguf: Path, dtype: str, **chosen: str | int) -> Session:
     pair = pairs.find("smollm2-135m")
     installed = hub.Installed(
         pair, pair.sources[0], gguf, pair.drafter.path, bytes=gguf.stat().st_size
     )
-    options = EngineOptions(device="cpu", dtype=dtype, context_tokens=2048, draft_tokens=7)
+    options = EngineOptions("cpu", dtype, context_tokens=2048, draft_tokens=7, **chosen)  # type: ignore[arg-type]
     return Session.load(installed, options, lambda _: None)
 
 
@@ -107,6 +107,28 @@ def test_greedy_answers_in_fp32_are_identical_with_and_without_drafting(
     assert drafted == plain
     assert with_draft.usage.completion == without.usage.completion
     assert with_draft.spec.steps < without.spec.steps
+
+
+def test_coarse_drafting_changes_no_answer_and_its_costs_are_told(
+    exact: Session, smollm2_gguf: Path
+) -> None:
+    coarse = _load(smollm2_gguf, "fp32", drafter="fp8", draft_head="fp8", draft_rows=24000)
+    prompt, params = _ask(read_prompts(None)[2]), SamplingParams(max_tokens=48)
+    drafted, with_draft, _ = _answer(coarse, prompt, params=params)
+    assert drafted == _answer(exact, prompt, draft=False, params=params)[0]
+    assert with_draft.spec.tau > 1.5
+    added = {i for i in coarse.tokenizer.added_ids if i >= 24000}
+    words = f"fp8 drafter, fp8 draft head of {24000 + len(added)} rows"
+    assert coarse.info.kernels == f"{exact.info.kernels}, {words}"
+    assert coarse.info.target_bytes == exact.info.target_bytes
+
+
+def test_a_rounded_target_head_is_told_and_still_drafts_losslessly(smollm2_gguf: Path) -> None:
+    session = _load(smollm2_gguf, "fp32", head="fp8", draft_head="fp8")
+    assert session.info.kernels.endswith(", fp8 target head")
+    prompt, params = _ask(read_prompts(None)[3]), SamplingParams(max_tokens=32)
+    drafted, _, _ = _answer(session, prompt, params=params)
+    assert drafted == _answer(session, prompt, draft=False, params=params)[0]
 
 
 def test_every_emitted_token_is_the_argmax_of_its_verify_row(

@@ -145,6 +145,15 @@ def test_stop_ids_are_every_end_the_file_names() -> None:
     assert Tokenizer.from_gguf(metadata).stop_ids == {0, 2, 3}  # type: ignore[arg-type]
 
 
+def test_added_ids_are_the_stops_and_all_that_is_no_merge() -> None:
+    metadata = tokenizer_metadata()
+    kinds = list(metadata["tokenizer.ggml.token_type"])  # type: ignore[call-overload]
+    kinds[9] = 4  # user-defined
+    metadata |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.eot_token_id": 7}
+    special = {i for i, kind in enumerate(kinds) if kind == 3}
+    assert Tokenizer.from_gguf(metadata).added_ids == {*special, 7, 9}  # type: ignore[arg-type]
+
+
 def test_a_folder_gives_the_same_tokenizer(tiny: Tokenizer, tmp_path: Path) -> None:
     tiny._fast.save_pretrained(str(tmp_path))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))

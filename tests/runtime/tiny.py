@@ -10,6 +10,7 @@ from torch import Tensor
 from dflash_chat.runtime import drafter as drafter_module
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.cache import Geometry
+from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
 from dflash_chat.runtime.models import gemma4, llama
 from dflash_chat.runtime.quant import Packed
@@ -85,7 +86,7 @@ def drafter(
         c,
         weights(c.tensor_shapes(32), seed, 0.2),
         of.embed,
-        of.lm_head,
+        DraftHead(of.lm_head, of.lm_head.shape[0]),
         capacity,
         torch.float32,
         CPU,

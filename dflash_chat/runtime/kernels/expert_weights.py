@@ -24,7 +24,6 @@ from torch import Tensor
 
 BLOCK = 64
 GROUP = 32
-FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,6 @@ def stack(experts: Sequence[MoeWeight]) -> MoeWeight:
         torch.stack(scales) if scales else None,
         torch.stack(zeros) if zeros else None,
     )
-
-
-def pack_fp8_experts(weight: Tensor) -> MoeWeight:
-    """weight [E, N, K] of a float dtype, rounded to e4m3 with one scale per output channel."""
-    scale = weight.float().abs().amax(-1).clamp(min=1e-12) / FP8_MAX  # [E, N]
-    data = (weight.float() / scale[..., None]).to(torch.float8_e4m3fn)
-    return MoeWeight(data, scale)
 
 
 def pack_int4_experts(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> MoeWeight:

@@ -7,7 +7,8 @@ belongs to a row (channel), a matrix (tensor) or a block of 128×128. In memory,
     scale   [⌈N/R⌉, ⌈K/C⌉]           in the file's dtype; (R, C) is (1, K) or (128, 128)
 
 A scale per tensor becomes one per row. Stacked experts have a leading dimension E. Eight bits stay
-eight bits on a device; activations are never rounded to FP8.
+eight bits on a device; activations are never rounded to FP8. `rounded` makes a weight of this kind
+of a dense one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dflash_chat.runtime.quant.dense import FLOATS, DenseWeight
 from dflash_chat.runtime.quant.scheme import Scheme, scheme
 
 BLOCK = 128
+E4M3_MAX = 448.0
+ROUNDED_AT_ONCE = 8192  # rows, which bounds what `rounded` needs for a while
 
 Shape = tuple[int, ...]
 
@@ -145,6 +148,20 @@ def pack(parts: Parts) -> Packed:
         return Float8Weight(weight, scale, (BLOCK, BLOCK))
     one = [1] * len(lead) if scale.numel() == 1 else lead
     return Float8Weight(weight, scale.view(*one, 1, 1).expand(*lead, n, 1).contiguous(), (1, k))
+
+
+def rounded(weight: Tensor) -> Float8Weight:
+    """`weight` [.., N, K] of a float dtype, rounded to e4m3 with a scale per row."""
+    rows = weight.flatten(0, -2)
+    q = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.empty(len(rows), 1, device=weight.device)
+    chunks = (torch.split(tensor, ROUNDED_AT_ONCE) for tensor in (rows, q, scale))
+    for exact, q_rows, scale_rows in zip(*chunks, strict=True):
+        wide = exact.float()
+        scale_rows.copy_(wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / E4M3_MAX)
+        q_rows.copy_(wide / scale_rows)
+    scales = scale.view(*weight.shape[:-1], 1)
+    return Float8Weight(q.view(weight.shape), scales, (1, weight.shape[-1]), weight.dtype)
 
 
 _BLOCKS = f"block {BLOCK}×{BLOCK}"

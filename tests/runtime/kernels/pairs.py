@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dflash_chat.runtime import models
+from dflash_chat.runtime import draft_head, models
+from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
@@ -46,7 +47,10 @@ class Pair(NamedTuple):
     drafter: Drafter
 
 
-def tiny(kind: str, capacity: int) -> Pair:
+ADDED = (45, 60)  # ids beside the merges
+
+
+def tiny(kind: str, capacity: int, options: EngineOptions = EngineOptions()) -> Pair:
     """The pair of `KINDS[kind]`. Call it where `cpu.prepacking_serves` is patched away."""
     raw, dtype = KINDS[kind], torch.float32
     module = models.find(raw["model_type"])
@@ -63,6 +67,8 @@ def tiny(kind: str, capacity: int) -> Pair:
             "dflash_config": {"mask_token_id": 3, "target_layer_ids": list(TAPS)},
         }
     )  # fmt: skip
-    drafted = RandomWeights(c.tensor_shapes(64), "bf16", DEVICE, dtype, seed=1)
-    drafter = Drafter(c, drafted, target.embed, target.lm_head, capacity, dtype, DEVICE)
+    quant = "fp8" if options.drafter == "fp8" else "bf16"
+    drafted = RandomWeights(c.tensor_shapes(64), quant, DEVICE, dtype, seed=1)
+    head = draft_head.of(target.lm_head, options, ADDED, DEVICE, dtype)
+    drafter = Drafter(c, drafted, target.embed, head, capacity, dtype, DEVICE)
     return Pair(target, target.new_cache(capacity), drafter)

@@ -9,13 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dflash_chat.runtime.kernels import moe, router
-from dflash_chat.runtime.kernels.expert_weights import (
-    MoeWeight,
-    pack_fp8_experts,
-    pack_int4_experts,
-)
+from dflash_chat.runtime.kernels.expert_weights import MoeWeight, pack_int4_experts
 from dflash_chat.runtime.kernels.moe import MoeConfig
 from dflash_chat.runtime.kernels.router import Routing
+from dflash_chat.runtime.quant import float_quantized, kernel_weights
 from tests.runtime.kernels.conftest import DEVICE, LOW
 from tests.runtime.kernels.truth import assert_as_good, relative_error
 
@@ -32,7 +29,7 @@ def weight(format_name: str, *shape: int) -> MoeWeight:
     if format_name == "plain":
         return MoeWeight(dense.to(LOW))
     if format_name == "fp8":
-        return pack_fp8_experts(dense)
+        return kernel_weights.experts(float_quantized.rounded(dense))
     groups = (*shape[:-1], shape[-1] // (64 if "64" in format_name else 32))
     q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
     scale = (torch.rand(groups, generator=generator) / (4 * shape[-1] ** 0.5)).to(DEVICE)
@@ -221,7 +218,7 @@ def test_int4_unpacks_to_what_was_packed(group: int) -> None:
 
 def test_fp8_keeps_three_mantissa_bits() -> None:
     w = torch.randn(3, 5, 192)
-    packed = pack_fp8_experts(w)
+    packed = kernel_weights.experts(float_quantized.rounded(w))
     assert packed.format == "fp8"
     assert relative_error(packed.dequantize(), w) < 2**-4
 

@@ -8,15 +8,22 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.kernels import accept
 from dflash_chat.runtime.kernels.accept import State
-from dflash_chat.runtime.quant import cpu
+from dflash_chat.runtime.quant import cpu, kernel_weights
+from dflash_chat.runtime.quant.float_quantized import Float8Weight
 from dflash_chat.runtime.step import Step, TargetParts
 from tests.runtime.kernels import pairs
 from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
 
 CAPACITY, PROMPT = 128, 40
+HEADS = {
+    "fp8": EngineOptions(drafter="fp8", draft_head="fp8"),
+    "trimmed": EngineOptions(draft_rows=30),
+    "trimmed in fp8": EngineOptions(draft_head="fp8", draft_rows=30),
+}
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -26,8 +33,8 @@ def _relative(a: Tensor, b: Tensor) -> float:
 class Pair:
     """A tiny target and drafter that have read a prompt, and the step over the same caches."""
 
-    def __init__(self, kind: str) -> None:
-        self.target, self.cache, self.drafter = pairs.tiny(kind, CAPACITY)
+    def __init__(self, kind: str, options: EngineOptions) -> None:
+        self.target, self.cache, self.drafter = pairs.tiny(kind, CAPACITY, options)
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(0, VOCAB, (PROMPT,), generator=generator).to(DEVICE)
         hidden, features = self.target.forward(self.prompt, self.cache, TAPS)
@@ -41,11 +48,13 @@ class Pair:
         self.step.state.ids[0] = self.step.state.block[0] = anchor
 
 
-@pytest.fixture(params=pairs.KINDS, scope="module")
+@pytest.fixture(params=[*pairs.KINDS, *HEADS], scope="module")
 def pair(request: pytest.FixtureRequest) -> Pair:
+    options = HEADS.get(request.param, EngineOptions())
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(cpu, "prepacking_serves", lambda *_: False)  # kernels read plain tensors
-        return Pair(request.param)
+        patch.setattr(Float8Weight, "to", lambda w, *_: kernel_weights.fp8(w.weight, w.scale))
+        return Pair(request.param if request.param in pairs.KINDS else "llama", options)
 
 
 def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:
@@ -70,6 +79,15 @@ def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:
             cache.commit(n + 1)
             drafter.observe(features[: n + 1])
             assert int(step.state.length) == cache.length
+
+
+def test_the_draft_heads_logits_equal_the_plain_ones(pair: Pair) -> None:
+    assert pair.step.drafting is not None
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.inference_mode():
+        ours = pair.step.drafting.draft_head.logits(hidden)
+        plain = pair.drafter.head.logits(hidden)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 6, 7])

@@ -1,0 +1,81 @@
+"""What drafts are read off: the target's own head, or a cheaper copy of it.
+
+    own      the target's, lent by reference
+    fp8      e4m3 with a scale per row: half the bytes of bf16
+    trimmed  the rows of some tokens only: the N lowest ids, which a vocabulary in the order of its
+             merges emits most, and those added beside the merges, so that every end can be drafted
+
+Drafted tokens are verified, so no copy changes an answer; a poorer one is accepted less often.
+Knows heads and token ids; knows neither drafters nor how a token is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dflash_chat.errors import UsageError
+from dflash_chat.runtime.api import EngineOptions
+from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime.quant.dense import DenseWeight
+from dflash_chat.runtime.quant.float_quantized import rounded
+
+
+@dataclass(frozen=True)
+class DraftHead:
+    """`weight` [N, C]: row i is token `ids[i]`, int64 [N] ascending, or token i without `ids`.
+
+    `vocab` is V; `copied` says that the weight is not the target's own.
+    """
+
+    weight: Packed
+    vocab: int
+    ids: Tensor | None = None
+    copied: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beyond the target's own head."""
+        return self.weight.nbytes if self.copied else 0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] before any cap of normed states [T, C]; -inf for tokens without a row."""
+        return self.spread(self.weight.matmul(hidden))
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """The rows' logits [T, N], at their tokens' places [T, V]."""
+        if self.ids is None:
+            return logits
+        whole = logits.new_full((len(logits), self.vocab), float("-inf"))
+        return whole.index_copy_(1, self.ids, logits)
+
+
+def of(
+    head: Packed,
+    options: EngineOptions,
+    added: Iterable[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> DraftHead:
+    """The draft head that the options ask for; `added` are the ids beside the merges.
+
+    Raises UsageError if the head has no more rows than are to be kept.
+    """
+    fp8, rows, vocab = options.draft_head == "fp8", options.draft_rows, head.shape[0]
+    if not rows and (not fp8 or options.head == "fp8"):
+        return DraftHead(head, vocab)
+    if rows >= vocab:
+        raise UsageError(
+            f"draft_head keeps {rows} rows, and this target's head has {vocab}",
+            "take fewer, or draft_head=fp8 for a copy of them all",
+        )
+    ids = None
+    if rows:
+        kept = sorted({*range(rows), *(i for i in added if i < vocab)})
+        ids = torch.tensor(kept, device=device)
+    dense = head.dequantize(dtype) if ids is None else head.rows(ids)
+    copy = rounded(dense) if fp8 else DenseWeight(dense)
+    return DraftHead(copy.to(device, dtype), vocab, ids, copied=True)

@@ -1,0 +1,150 @@
+"""Copies of the head that only draft: which tokens they know, what they cost, what they change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dflash_chat.errors import UsageError
+from dflash_chat.runtime import draft_head
+from dflash_chat.runtime.api import EngineOptions, SamplingParams
+from dflash_chat.runtime.draft_head import DraftHead
+from dflash_chat.runtime.engine import Engine
+from dflash_chat.runtime.quant import Packed, cpu
+from dflash_chat.runtime.quant.dense import DenseWeight
+from dflash_chat.runtime.quant.float_quantized import Float8Weight, rounded
+from dflash_chat.runtime.sampling import Sampler
+from tests.runtime import tiny
+
+META = torch.device("meta")  # stands for any device that is not the CPU
+V, C = 300, 32
+ADDED = (250, 299, 400)  # the last one is not in this vocabulary
+KEPT = [*range(100), 250, 299]
+COPIES = {
+    "fp8": EngineOptions(draft_head="fp8"),
+    "trimmed": EngineOptions(draft_rows=20),
+    "trimmed in fp8": EngineOptions(draft_head="fp8", draft_rows=20),
+}
+
+
+def head_weight() -> Packed:
+    return DenseWeight(torch.randn(V, C, generator=torch.Generator().manual_seed(0)))
+
+
+def make(options: EngineOptions, head: Packed | None = None) -> DraftHead:
+    return draft_head.of(head or head_weight(), options, ADDED, tiny.CPU, torch.float32)
+
+
+def hidden(rows: int = 50) -> torch.Tensor:
+    return torch.randn(rows, C, generator=torch.Generator().manual_seed(1))
+
+
+def test_without_options_the_targets_own_head_is_lent() -> None:
+    own = head_weight()
+    head = make(EngineOptions(), own)
+    assert head.weight is own
+    assert head.nbytes == 0
+
+
+def test_a_target_head_in_fp8_needs_no_fp8_copy() -> None:
+    own = rounded(head_weight().dequantize())
+    assert make(EngineOptions(head="fp8", draft_head="fp8"), own).weight is own
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+def test_a_trimmed_head_proposes_the_best_of_the_kept_tokens(
+    monkeypatch: pytest.MonkeyPatch, prepacked: bool
+) -> None:
+    if not prepacked:
+        monkeypatch.setattr(cpu, "prepacking_serves", lambda *_: False)
+    own = head_weight()
+    head = make(EngineOptions(draft_rows=100), own.to(tiny.CPU, torch.float32))
+    truth = own.matmul(hidden())
+    logits = head.logits(hidden())
+    torch.testing.assert_close(logits[:, KEPT], truth[:, KEPT])
+    dropped = sorted({*range(V)} - {*KEPT})
+    assert (logits[:, dropped] == float("-inf")).all()
+    best = truth[:, KEPT].argmax(-1)
+    assert logits.argmax(-1).tolist() == [KEPT[i] for i in best.tolist()]
+    assert {250, 299} & {*logits.argmax(-1).tolist()}, "an added token must have won somewhere"
+
+
+@pytest.mark.parametrize("params", [
+    SamplingParams(temperature=1.5, seed=3),
+    SamplingParams(temperature=1.5, seed=3, top_k=150, top_p=0.99, min_p=0.001),
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [5, 100])
+def test_a_sampled_guess_is_a_kept_token_too(params: SamplingParams, rows: int) -> None:
+    """5 rows are fewer than the guess looks at, 150 of top-k more than are kept."""
+    head = make(EngineOptions(draft_rows=rows))
+    tokens, chances = Sampler(params, []).guess(head.logits(hidden()))
+    assert {*tokens.tolist()} <= {*range(rows), 250, 299}
+    assert len({*tokens.tolist()}) > rows / 3
+    assert ((chances > 0) & (chances <= 1)).all()
+
+
+def test_the_guesss_noise_belongs_to_the_vocabularys_ids() -> None:
+    """Flat logits leave the choice to the noise: among the kept, the one whose noise is largest."""
+    params = SamplingParams(temperature=1.0, seed=11)
+    flat = DenseWeight(torch.zeros(V, C))
+    tokens, _ = Sampler(params, []).guess(make(EngineOptions(draft_rows=40), flat).logits(hidden()))
+    only = torch.full((50, V), float("-inf"))
+    only[:, [*range(40), 250, 299]] = 0
+    assert torch.equal(tokens, Sampler(params, []).guess(only)[0])
+    assert tokens.max() >= 250
+
+
+@pytest.mark.parametrize("rows", [V, V + 1])
+def test_more_rows_than_there_are_is_refused(rows: int) -> None:
+    with pytest.raises(UsageError, match=f"keeps {rows} rows, and this target's head has {V}"):
+        make(EngineOptions(draft_rows=rows))
+
+
+def test_what_a_copy_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Float8Weight, "to", lambda self, *_: self)  # as on a device
+    monkeypatch.setattr(cpu, "prepacking_serves", lambda *_: False)
+    kept = len(KEPT)
+    assert make(EngineOptions(draft_head="fp8")).nbytes == V * (C + 4)
+    assert make(EngineOptions(draft_rows=100)).nbytes == kept * C * 4
+    assert make(EngineOptions(draft_head="fp8", draft_rows=100)).nbytes == kept * (C + 4)
+
+
+def test_a_drafter_counts_the_head_copied_for_it() -> None:
+    target = tiny.target()
+    lent, copied = tiny.drafter(target), tiny.drafter(target)
+    copied.head = draft_head.of(
+        target.lm_head, EngineOptions(draft_rows=20), (), tiny.CPU, torch.float32
+    )
+    assert copied.nbytes == lent.nbytes + copied.head.nbytes > lent.nbytes
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("name", COPIES)
+def test_drafting_from_a_copy_equals_plain(name: str, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=40)
+    prompt = [5, 9, 2, 33, 17, 8]
+    target = tiny.target()
+    plain = Engine(target, target.new_cache(256), None, (), 0, frozenset())
+    drafter = tiny.drafter(target)
+    drafter.head = draft_head.of(target.lm_head, COPIES[name], (50,), tiny.CPU, torch.float32)
+    engine = Engine(target, target.new_cache(256), drafter, tiny.TAPS, 4, frozenset())
+    answer = tiny.tokens(tiny.run(engine, prompt, params))
+    assert answer == tiny.tokens(tiny.run(plain, prompt, params))
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (3, 5, 64), (8200, 4)])  # the last in two chunks
+def test_rounding_keeps_three_mantissa_bits_of_every_row(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    weight *= torch.logspace(-6, 3, shape[-2])[:, None]  # rows of every size
+    weight[..., 1, :] = 0
+    packed = rounded(weight)
+    assert packed.shape == shape
+    assert packed.weight.dtype == torch.float8_e4m3fn
+    step = torch.maximum(weight.abs() / 16, packed.scale * 2**-10)  # half a step, subnormals too
+    assert ((packed.dequantize() - weight).abs() <= step * 1.001).all()
+    assert (packed.weight.float().abs().amax(-1)[weight.abs().amax(-1) > 0] == 448).all()
+
+
+def test_rounded_rows_stay_eight_bits_on_a_device() -> None:
+    packed = rounded(torch.randn(40, 96)).to(META, torch.bfloat16)
+    assert packed.nbytes == 40 * (96 + 4)

@@ -141,6 +141,8 @@ class Stack:
     """All layers of a target or a drafter over one cache.
 
     With `pdl` every kernel is launched while its predecessor still runs, and waits for it itself.
+    Its own successor may start only behind that wait: three kernels deep, the programs of a GEMM
+    would stand where the last one happens to leave room, and not evenly.
     """
 
     def __init__(

@@ -152,8 +152,8 @@ def _merge_kernel(
     split = tl.arange(0, POW2)
     at = split * rows + row
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     lse = tl.load(lse_ptr + at, mask=split < SPLITS, other=float("-inf"))
     part = tl.load(
         partial_ptr + at[:, None] * D + d[None, :], mask=(split < SPLITS)[:, None], other=0.0
@@ -184,12 +184,12 @@ def _attention_kernel(
     k_base = keys_ptr + g.to(tl.int64) * slots * D
     v_base = values_ptr + g.to(tl.int64) * slots * D
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         lo, hi = _share(split, tl.load(length_ptr, cache_modifier=".cg"), T, WINDOW, SPLITS)
         for start in range(lo, tl.minimum(hi, lo + 2 * BLOCK_N), BLOCK_N):
             _prefetch(k_base, start, hi, slots, D, WINDOW, BLOCK_N)
             _prefetch(v_base, start, hi, slots, D, WINDOW, BLOCK_N)
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(length_ptr, cache_modifier=".cg")
     q = tl.load(q_ptr + at, mask=used[:, None], other=0.0)
     lo, hi = _share(split, length, T, WINDOW, SPLITS)

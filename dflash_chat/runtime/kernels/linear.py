@@ -247,9 +247,8 @@ def _prefetch(w_ptr, row, row_bytes, start):
 
 @triton.jit
 def _depend(w_ptr, row, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr):
-    """Let the next kernel start, prefetch weights, then wait for what the previous one wrote."""
+    """Prefetch weights, then wait for what the previous kernel wrote."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         if FORMAT == DENSE:
             _prefetch(w_ptr, row, K * 2, first_column * 2)
         elif FORMAT == INT4:
@@ -286,10 +285,14 @@ def _linear_kernel(
     chunks = tl.cdiv(K, BK)
     first = chunks * split // splits
     _depend(w_ptr, row, K, first * BK, FORMAT, PDL)
+    if PDL and EPILOGUE < SILU:
+        tl.extra.cuda.gdc_launch_dependents()
     acc = _accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, rows_of_w, K,
         first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, GROUP,
     )  # fmt: skip
+    if PDL and EPILOGUE >= SILU:  # a GEMM follows, whose programs are to find free room
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.arange(0, ROWS)[None, :]
     if EPILOGUE == PARTIALS:
         n = tile * BN + c[:, None]
@@ -320,6 +323,8 @@ def _head_kernel(
     n = tile * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1)
     _depend(w_ptr, row, K, 0, FORMAT, PDL)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     acc = _accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, row // 128, T, N, K,
         0, tl.cdiv(K, BK), ROWS, BN, BK, EVEN_K, FORMAT, GROUP,
@@ -347,8 +352,8 @@ def _argmax_kernel(
 ):
     """The first best row over all tiles, through `ids` if there are any. One program per t."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0)
     i = tl.arange(0, TILES)
     best = tl.load(best_ptr + t * tiles + i, mask=i < tiles, other=float("-inf"))

@@ -48,20 +48,12 @@ class MoeConfig(NamedTuple):
 
 
 CONFIGS = {  # (launch, format of the experts), measured on an H200
-    ("gate_up", "plain"): MoeConfig(32, 128, 4, 5),
-    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 4),
-    ("gate_up", "int4"): MoeConfig(64, 128, 4, 5),
-    ("down", "plain"): MoeConfig(128, 64, 4, 5),
-    ("down", "fp8"): MoeConfig(64, 64, 4, 8),
-    ("down", "int4"): MoeConfig(128, 64, 4, 8),
-}
-
-
-CONFIGS_OF_FEW = {  # up to eight rows, which the narrow formats multiply in another order
-    ("gate_up", "fp8"): MoeConfig(32, 128, 4, 5),
-    ("gate_up", "int4"): MoeConfig(32, 128, 2, 7),
-    ("down", "fp8"): MoeConfig(64, 64, 4, 8),
-    ("down", "int4"): MoeConfig(64, 64, 2, 8),
+    ("gate_up", "plain"): MoeConfig(32, 128, 4, 4),
+    ("gate_up", "fp8"): MoeConfig(32, 256, 4, 3),
+    ("gate_up", "int4"): MoeConfig(32, 128, 2, 3),
+    ("down", "plain"): MoeConfig(64, 64, 2, 5),
+    ("down", "fp8"): MoeConfig(64, 128, 4, 4),
+    ("down", "int4"): MoeConfig(64, 64, 1, 4),
 }
 
 
@@ -126,8 +118,6 @@ def _gate_up_kernel(
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     DENSE_TILES: tl.constexpr = (D + BN - 1) // BN
     TILES: tl.constexpr = (I + BN - 1) // BN
     tile = tl.program_id(0)
@@ -160,6 +150,8 @@ def _gate_up_kernel(
                 2 * I, C, C, FORMAT, ZERO, ROWS, 2 * BN, BK, STAGES,
             )  # fmt: skip
             _store_activation(acc, expert_act_ptr + i * T * I, row, taken, first + column, I, BN)
+    if PDL:  # a GEMM follows, whose programs are to find free room
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -174,8 +166,6 @@ def _down_kernel(
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     SPLITS: tl.constexpr = (D + I - 1) // I
     TILES: tl.constexpr = (C + BN - 1) // BN
     item = tl.program_id(0) // TILES
@@ -186,6 +176,7 @@ def _down_kernel(
         if PDL:
             prefetch(dense_w_ptr, n, item * I, C, D, DENSE_FORMAT)
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         acc = tile_product(
             dense_act_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, item * I,
             C, D, I, DENSE_FORMAT, DENSE_ZERO, ROWS, BN, BK, STAGES,
@@ -195,6 +186,7 @@ def _down_kernel(
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         i = item - SPLITS
         expert = tl.load(experts_ptr + i)
         taken, rank = _rank(slots_ptr, row, expert, T, TOP, RANKS)
@@ -226,7 +218,7 @@ def gate_up(
     assert h_dense.is_contiguous(), f"h_dense {h_dense.stride()}"
     assert h_moe.is_contiguous(), f"h_moe {h_moe.stride()}"
     assert dense_w.shape[1] == experts_w.shape[2] == width, f"{dense_w.shape} {experts_w.shape}"
-    config = config or _config("gate_up", rows, dense_w, experts_w)
+    config = config or CONFIGS["gate_up", experts_w.format]
     places = routing.experts.numel()
     dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
@@ -257,7 +249,7 @@ def down(
     assert dense_w.shape == (width, dense), f"{dense_w.shape}, activation {dense_act.shape}"
     assert experts_w.shape[1:] == (width, inner), f"{experts_w.shape}, {expert_act.shape}"
     assert places == routing.experts.numel(), f"{places} of {routing.experts.numel()} experts"
-    config = config or _config("down", rows, dense_w, experts_w)
+    config = config or CONFIGS["down", experts_w.format]
     splits, top_k = triton.cdiv(dense, inner), routing.slots.shape[1]
     device = dense_act.device
     dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
@@ -275,11 +267,6 @@ def down(
 def _few(rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> bool:
     """Whether eight rows are enough: the plain format has the same instructions for sixteen."""
     return rows <= 8 and "plain" not in (dense_w.format, experts_w.format)
-
-
-def _config(launch: str, rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> MoeConfig:
-    configs = CONFIGS_OF_FEW if _few(rows, dense_w, experts_w) else CONFIGS
-    return configs[launch, experts_w.format]
 
 
 def _parts(weight: MoeWeight) -> tuple[Tensor, Tensor, Tensor]:

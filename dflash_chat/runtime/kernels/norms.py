@@ -110,8 +110,6 @@ def _residual_kernel(
     t = tl.program_id(0)
     c = tl.arange(0, BLOCK)
     inside = c < C
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     a_norm, b_norm = _weight(a_norm_ptr, c, inside), _weight(b_norm_ptr, c, inside)
     post = _weight(post_ptr, c, inside)
     w0, w1 = _weight(w0_ptr, c, inside), _weight(w1_ptr, c, inside)
@@ -121,6 +119,7 @@ def _residual_kernel(
         scale = tl.load(scale_ptr).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     row = t.to(tl.int64)
     if ids_ptr is not None:

@@ -107,8 +107,8 @@ def _qk_rope_write_kernel(
     part = tl.num_programs(1).to(tl.int64) * width
     d = tl.arange(0, D // 2)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     lo, hi = _load_head(qkv_ptr + t.to(tl.int64) * width + head * D, part, d, P, D)
     position = tl.load(length_ptr) + t
     if head < H:
@@ -144,8 +144,8 @@ def _context_write_kernel(
     part = tl.num_programs(1).to(tl.int64) * width
     d = tl.arange(0, D // 2)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if t < tl.load(count_ptr):
         lo, hi = _load_head(kv_ptr + t.to(tl.int64) * width + head * D, part, d, P, D)
         position = tl.load(length_ptr) + t

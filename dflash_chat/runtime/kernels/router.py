@@ -83,12 +83,11 @@ def _route_kernel(
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     row = tl.arange(0, ROWS)
     e = tl.arange(0, E)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     w = tl.load(w_ptr + n[None, :] * C + k[:, None], mask=k[:, None] < C, other=0.0)  # [BK, BN]
     scale = tl.load(scale_ptr + e).to(tl.float32)  # here, so that the last CTA need not wait
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     inside = (row[:, None] < T) & (k[None, :] < C)
     x = tl.load(x_ptr + row[:, None] * C + k[None, :], mask=inside, other=0.0)  # [ROWS, BK]
     out_ptr = partial_ptr + (tl.program_id(1) * T + row[:, None]) * E

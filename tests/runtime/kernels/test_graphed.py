@@ -28,6 +28,7 @@ from tests.runtime.kernels import pairs
 from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
 from tests.runtime.kernels.plain_step import PlainStep
+from tests.runtime.kernels.truth import relative_error
 
 PROMPT = [5, 9, 2, 33, 17, 8]
 GREEDY = SamplingParams(max_tokens=20)
@@ -258,9 +259,10 @@ def test_random_accept_lengths_in_a_row_leave_what_one_reading_leaves(kind: str)
         fresh.drafter.observe(features)
         fresh.drafter.flush()
     held = len(graphed.log)
+    tolerance = 1e-2 if DEVICE.type == "cuda" else 1e-5  # tf32 or fp32
     for ours, theirs in (
         (graphed.cache, fresh.cache),
         (graphed.drafter.cache, fresh.drafter.cache),
     ):
         for a, b in zip([*ours.keys, *ours.values], [*theirs.keys, *theirs.values], strict=True):
-            torch.testing.assert_close(a[:, :held], b[:, :held], rtol=1e-3, atol=1e-3)
+            assert relative_error(a[:, :held], b[:, :held]) < tolerance

@@ -26,7 +26,6 @@ from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.fused import MAX_ROWS
 from dflash_chat.runtime.kernels import accept
-from dflash_chat.runtime.quant.dense import DenseWeight
 from dflash_chat.runtime.sampling import Sampler
 from dflash_chat.runtime.step import Describable, Graphs, Step, TargetParts
 from dflash_chat.runtime.width import WIDTHS, Survival, WidthChooser
@@ -307,9 +306,7 @@ def captured(engine: Engine) -> GraphedSteps:
     drafter = engine.drafter
     assert drafter is None or isinstance(drafter, Drafter)
     parts = TargetParts.of(cast(Describable, engine.target))
-    hopper = torch.cuda.get_device_capability(engine.cache.device) >= (9, 0)
-    dense = isinstance(parts.layers[0].attention.qkv, DenseWeight)
-    step = Step(parts, engine.cache, drafter, engine.taps, pdl=hopper and dense)
+    step = Step(parts, engine.cache, drafter, engine.taps)
     steps = GraphedSteps(step, engine.cache, drafter, engine.draft_tokens, Graphs())
     steps.capture()
     return steps

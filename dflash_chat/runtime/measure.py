@@ -96,9 +96,7 @@ def build(
         for tensor in tensors:
             tensor.normal_(0, tensor.shape[-1] ** -0.25)
     parts = TargetParts.of(target)
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    pdl = hopper and quant == "bf16"  # fp8 and int4 lose by it, as the benchmark notes say
-    step = Step(parts, cache, drafter, drafter_config.target_layer_ids, pdl)
+    step = Step(parts, cache, drafter, drafter_config.target_layer_ids)
     return Subject(target, drafter, cache, step)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
+from dflash_chat.runtime import kernels
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Drafter
@@ -80,10 +81,9 @@ class Step:
         cache: KVCache,
         drafter: Drafter | None,
         taps: Sequence[int],
-        pdl: bool = False,
     ) -> None:
         device, dtype = target.table.device, target.table.dtype
-        self.target, self.taps, self.pdl = target, tuple(taps), pdl
+        self.target, self.taps, self.pdl = target, tuple(taps), kernels.overlapping(device)
         self.stack = Stack(target.layers, target.norm, cache, cache.capacity, self.pdl)
         self.head = kernel_weights.linear(target.head)
         block_size = 1 if drafter is None else drafter.config.block_size
@@ -155,7 +155,7 @@ class Drafting:
         assert norm is not None
         assert self.hidden_norm is not None
         self.fc = kernel_weights.linear(drafter.fc)
-        self.pdl = step.pdl and isinstance(self.fc, Tensor)  # fp8 loses by it
+        self.pdl = step.pdl
         self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity, self.pdl)
         self.draft_head = HeadKernels(drafter.head, step.head, self.pdl)
         self.context_kv = kernel_weights.linear(drafter.context_kv)

@@ -17,6 +17,11 @@ def serve(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and _triton_is_there()
 
 
+def overlapping(device: torch.device) -> bool:
+    """Whether a kernel may be launched while its predecessor still runs (from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @cache
 def _triton_is_there() -> bool:
     return find_spec("triton") is not None

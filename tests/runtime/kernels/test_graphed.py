@@ -233,7 +233,7 @@ def test_a_stop_id_is_found_though_the_next_step_is_under_way(
     consistent(graphed)
 
 
-@pytest.mark.parametrize("kind", ["llama", "moe"])
+@pytest.mark.parametrize("kind", ["llama", "gemma4"])
 def test_random_accept_lengths_in_a_row_leave_what_one_reading_leaves(kind: str) -> None:
     """The commit law: caches after many drafts of any luck equal those of one reading."""
     tokens = 500

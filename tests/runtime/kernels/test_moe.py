@@ -22,6 +22,12 @@ WIDTHS = [(1, 8), (2, 2), (7, 3), (8, 8), (16, 4), (17, 8)]  # rows of the block
 SMALL = MoeConfig(bn=16, bk=64, warps=4, stages=2)
 
 
+def rounded(w: Tensor) -> MoeWeight:
+    """In fp8, a scale per output channel."""
+    packed = float_quantized.rounded(w)
+    return kernel_weights.experts(kernel_weights.fp8(packed.weight, packed.scale))
+
+
 def weight(format_name: str, *shape: int) -> MoeWeight:
     """Random, of the order of 1/√K."""
     generator = torch.Generator().manual_seed(sum(shape))
@@ -29,7 +35,7 @@ def weight(format_name: str, *shape: int) -> MoeWeight:
     if format_name == "plain":
         return MoeWeight(dense.to(LOW))
     if format_name == "fp8":
-        return kernel_weights.experts(float_quantized.rounded(dense))
+        return rounded(dense)
     groups = (*shape[:-1], shape[-1] // (64 if "64" in format_name else 32))
     q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
     scale = (torch.rand(groups, generator=generator) / (4 * shape[-1] ** 0.5)).to(DEVICE)
@@ -218,7 +224,7 @@ def test_int4_unpacks_to_what_was_packed(group: int) -> None:
 
 def test_fp8_keeps_three_mantissa_bits() -> None:
     w = torch.randn(3, 5, 192)
-    packed = kernel_weights.experts(float_quantized.rounded(w))
+    packed = rounded(w)
     assert packed.format == "fp8"
     assert relative_error(packed.dequantize(), w) < 2**-4
 

@@ -17,6 +17,7 @@ from dflash_chat.runtime.step import Step, TargetParts
 from tests.runtime.kernels import pairs
 from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
+from tests.runtime.kernels.truth import relative_error
 
 CAPACITY, PROMPT = 128, 40
 HEADS = {
@@ -26,8 +27,13 @@ HEADS = {
 }
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+TOLERANCE = 1e-2 if DEVICE.type == "cuda" else 1e-5  # tf32 or fp32
+
+
+def agree(tokens: Tensor, logits: Tensor) -> None:
+    """Every token is its row's likeliest, or as good as that."""
+    lead = logits.amax(-1) - logits.gather(-1, tokens[:, None])[:, 0]
+    assert float(lead.max()) <= TOLERANCE * float(logits[logits.isfinite()].abs().max())
 
 
 class Pair:
@@ -63,18 +69,19 @@ def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:
     with torch.inference_mode():
         for _ in range(3):
             anchor = int(step.state.ids[0])
-            want = drafter.draft(anchor, BLOCK - 1).argmax(-1)
+            want = drafter.draft(anchor, BLOCK - 1)
             step.draft()
             ids = step.state.ids[:BLOCK].clone()
-            assert ids[1:].tolist() == want.tolist()
+            agree(ids[1:], want)
             hidden, features = target.forward(ids, cache, TAPS)
-            choices = target.logits(hidden).argmax(-1)
             ours = step.forward(BLOCK)
-            assert _relative(ours, hidden) < 1e-5
-            assert _relative(step.features[:BLOCK], features) < 1e-5
+            assert relative_error(ours, hidden) < TOLERANCE
+            assert relative_error(step.features[:BLOCK], features) < TOLERANCE
             step.verify(BLOCK)
+            choices = step.record[1 : 1 + BLOCK].long()
+            agree(choices, target.logits(hidden))
             n = accept.reference(ids, choices)
-            assert step.record.tolist()[: 1 + BLOCK] == [n, *choices.tolist()]
+            assert int(step.record[0]) == n
             assert int(step.state.ids[0]) == int(choices[n])
             cache.commit(n + 1)
             drafter.observe(features[: n + 1])

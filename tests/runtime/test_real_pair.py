@@ -29,12 +29,15 @@ pytestmark = [pytest.mark.weights, pytest.mark.slow]
 TAPS = (1, 8, 14, 20, 27)
 
 
-def _load(gguf: Path, dtype: str, **chosen: str | int) -> Session:
+NEAR_TIE = 0.25  # of logits that span some twenty: what bf16 can turn around
+
+
+def _load(gguf: Path, dtype: str, device: str = "cpu", **chosen: str | int) -> Session:
     pair = pairs.find("smollm2-135m")
     installed = hub.Installed(
         pair, pair.sources[0], gguf, pair.drafter.path, bytes=gguf.stat().st_size
     )
-    options = EngineOptions("cpu", dtype, context_tokens=2048, draft_tokens=7, **chosen)  # type: ignore[arg-type]
+    options = EngineOptions(device, dtype, context_tokens=2048, draft_tokens=7, **chosen)  # type: ignore[arg-type]
     return Session.load(installed, options, lambda _: None)
 
 
@@ -202,3 +205,42 @@ def test_cancel_keeps_what_was_committed_and_the_caches(quick: Session) -> None:
     assert finished.reason == "cancelled"
     assert finished.usage.completion == sum(event.tokens for event in seen)
     assert len(quick.engine.log) == quick.engine.cache.length
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_graphs_answer_the_same_with_and_without_drafting(
+    smollm2_gguf: Path, temperature: float
+) -> None:
+    session = _load(smollm2_gguf, "auto", "cuda")
+    assert session.engine.graphed is not None, session.engine.eager_because
+    params = SamplingParams(max_tokens=96, temperature=temperature, seed=3)
+    for prompt in read_prompts(None)[:6]:
+        drafted, with_draft, _ = _answer(session, _ask(prompt), params=params)
+        plain, without, _ = _answer(session, _ask(prompt), draft=False, params=params)
+        assert drafted == plain
+        assert with_draft.spec.steps < without.spec.steps
+
+
+@pytest.mark.gpu
+def test_graphs_answer_as_the_cpu_does_up_to_near_ties(smollm2_gguf: Path, exact: Session) -> None:
+    graphed = _load(smollm2_gguf, "auto", "cuda")
+    params = SamplingParams(max_tokens=48)
+    for prompt in read_prompts(None)[:6]:
+        ids = graphed.tokenizer.render((_ask(prompt),))
+        ours, theirs = (
+            [t for s in e.engine.generate(ids, params) for t in getattr(s, "tokens", ())]
+            for e in (graphed, exact)
+        )
+        if ours == theirs:
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        target = exact.engine.target
+        cache = exact.engine.cache
+        with torch.inference_mode():
+            cache.truncate(0)
+            exact.engine.log.clear()
+            hidden, _ = target.forward(torch.tensor([*ids, *theirs[:at]]), cache)
+            logits = target.logits(hidden[-1:])[0]
+            cache.commit(0)
+        assert float(logits[theirs[at]] - logits[ours[at]]) < NEAR_TIE, (prompt, at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
+from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime.quant.dense import DenseWeight
 from dflash_chat.runtime.random_weights import RandomWeights
 from tests.runtime.kernels.conftest import DEVICE
 
@@ -40,7 +43,7 @@ KINDS = {"llama": LLAMA, "qwen3": LLAMA | {"model_type": "qwen3"}, "gemma4": GEM
 
 
 class Pair(NamedTuple):
-    """Target and drafter with empty caches, fp32 on `DEVICE`."""
+    """Target and drafter with empty caches on `DEVICE`."""
 
     target: Any
     cache: KVCache
@@ -50,9 +53,30 @@ class Pair(NamedTuple):
 ADDED = (45, 60)  # ids beside the merges
 
 
-def tiny(kind: str, capacity: int, options: EngineOptions = EngineOptions()) -> Pair:
+class Widened(Mapping[str, Packed]):
+    """The same weights in fp32: what bf16 is measured against."""
+
+    def __init__(self, narrow: Mapping[str, Packed]) -> None:
+        self._narrow = narrow
+
+    def __getitem__(self, name: str) -> Packed:
+        return DenseWeight(self._narrow[name].dequantize())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._narrow)
+
+    def __len__(self) -> int:
+        return len(self._narrow)
+
+
+def tiny(
+    kind: str,
+    capacity: int,
+    options: EngineOptions = EngineOptions(),
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
     """The pair of `KINDS[kind]`. Call it where `cpu.prepacking_serves` is patched away."""
-    raw, dtype = KINDS[kind], torch.float32
+    raw = KINDS[kind]
     module = models.find(raw["model_type"])
     config = module.Config.from_hf(raw)
     weights = RandomWeights(config.tensor_shapes(), "bf16", DEVICE, dtype)

@@ -13,11 +13,12 @@ from dflash_chat.runtime.kernels import accept
 from dflash_chat.runtime.kernels.accept import State
 from dflash_chat.runtime.quant import cpu, kernel_weights
 from dflash_chat.runtime.quant.float_quantized import Float8Weight
+from dflash_chat.runtime.random_weights import RandomWeights
 from dflash_chat.runtime.step import Step, TargetParts
 from tests.runtime.kernels import pairs
 from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
-from tests.runtime.kernels.truth import relative_error
+from tests.runtime.kernels.truth import assert_as_good, relative_error
 
 CAPACITY, PROMPT = 128, 40
 HEADS = {
@@ -95,6 +96,35 @@ def test_the_draft_heads_logits_equal_the_plain_ones(pair: Pair) -> None:
         ours = pair.step.drafting.draft_head.logits(hidden)
         plain = pair.drafter.head.logits(hidden)
     torch.testing.assert_close(ours, plain, rtol=0, atol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3", "gemma4"]
+)  # experts would be chosen by rounding
+@pytest.mark.parametrize("rows", [1, BLOCK])
+def test_bf16_errs_at_most_twice_as_plain_torch_does(kind: str, rows: int) -> None:
+    made = pairs.tiny(kind, CAPACITY, dtype=torch.bfloat16)
+    config = made.target.config
+    narrow = RandomWeights(config.tensor_shapes(), "bf16", DEVICE, torch.bfloat16)
+    true = type(made.target)(config, pairs.Widened(narrow), CAPACITY, torch.float32, DEVICE)
+    ids = torch.arange(7, 7 + PROMPT + rows, device=DEVICE) % VOCAB
+    with torch.inference_mode():
+        read = [ids[:PROMPT], ids[PROMPT:]]
+        found = []
+        for target, cache in ((made.target, made.cache), (true, true.new_cache(CAPACITY))):
+            target.forward(read[0], cache, TAPS)
+            cache.commit(PROMPT)
+            found.append(target.forward(read[1], cache, TAPS))
+        (plain, plain_features), (truth, true_features) = found
+        step = Step(TargetParts.of(made.target), made.cache, made.drafter, TAPS)
+        step.state.length.fill_(PROMPT)
+        step.state.ids[:rows] = read[1]
+        ours = step.forward(rows)
+        assert_as_good(ours, plain, truth)
+        assert_as_good(step.features[:rows], plain_features, true_features)
+        logits = [target.logits(hidden) for target, hidden in ((made.target, plain), (true, truth))]
+        assert_as_good(step.logits(ours), *logits)
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 6, 7])

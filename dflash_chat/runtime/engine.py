@@ -156,9 +156,13 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run every kind of pass once, so that no first answer pays for packing and allocation."""
+        """Run every kind of pass once, so that no first answer pays for packing, compiling and
+        allocation. On a GPU also the largest chunk of a prompt, whose memory is then held.
+        """
         assert self.cache.length == 0, "only an empty engine is warmed up"
-        features = self._dry_verify(self.draft_tokens + 1)
+        features = self._dry_pass(self.draft_tokens + 1)
+        if self.target.device.type == "cuda":
+            features = self._dry_pass(min(self.cache.largest_block, self.cache.capacity))
         if self.drafter is not None:
             self.drafter.observe(features)
             self.drafter.draft(0, self.draft_tokens)
@@ -173,7 +177,7 @@ class Engine:
         if self.drafter is None:
             return
         passes: list[Callable[[], object]] = [
-            partial(self._dry_verify, n) for n in range(1, self.draft_tokens + 2)
+            partial(self._dry_pass, n) for n in range(1, self.draft_tokens + 2)
         ]
         passes.append(partial(self.drafter.draft, 0, self.draft_tokens))
         *verify_ms, draft_ms = quickest_ms(passes, self.target.device)
@@ -181,10 +185,10 @@ class Engine:
             verify_ms[n - 1] = min(verify_ms[n - 1], verify_ms[n])
         self.chooser = WidthChooser(verify_ms, draft_ms)
 
-    def _dry_verify(self, n: int) -> Tensor:
-        """A verify pass of n rows that commits nothing; its features [n, K·C]."""
+    def _dry_pass(self, n: int) -> Tensor:
+        """A pass of n rows that commits nothing; its features [n, K·C]."""
         hidden, features = self.target.forward(self._tensor([0] * n), self.cache, self.taps)
-        self.target.logits(hidden)
+        self.target.logits(hidden[-self.draft_tokens - 1 :])
         self.cache.commit(0)
         return features
 

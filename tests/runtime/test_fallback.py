@@ -1,0 +1,65 @@
+"""Where CUDA graphs cannot be had, the eager path answers, and a line says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dflash_chat.runtime import session
+from dflash_chat.runtime.engine import Engine
+from tests.runtime import tiny
+
+
+def engine(dtype: torch.dtype) -> Engine:
+    target = tiny.target()
+    made = Engine(target, target.new_cache(64), None, (), 1, frozenset())
+    made.cache.dtype = dtype
+    return made
+
+
+def test_fp32_runs_eagerly() -> None:
+    graphed, why = session._graphs(engine(torch.float32))
+    assert graphed is None
+    assert why == "the kernels compute in bf16"
+
+
+def test_an_old_card_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    graphed, why = session._graphs(engine(torch.bfloat16))
+    assert graphed is None
+    assert "8.0" in why
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    pytest.importorskip("triton")
+    from dflash_chat.runtime import graphed
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+    def failing(error: Exception) -> None:
+        def captured(_: Engine) -> None:
+            raise error
+
+        monkeypatch.setattr(graphed, "captured", captured)
+
+    return failing
+
+
+def test_a_failed_capture_is_told_in_one_line(capturing: Callable[[Exception], None]) -> None:
+    capturing(RuntimeError("no kernel image\nfor this device"))
+    made = engine(torch.bfloat16)
+    made.graphed, made.eager_because = session._graphs(made)
+    assert made.graphed is None
+    words = session._kernels(made)
+    assert words.endswith("eager: RuntimeError: no kernel image")
+
+
+def test_memory_that_does_not_suffice_is_no_reason_to_go_on(
+    capturing: Callable[[Exception], None],
+) -> None:
+    capturing(torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        session._graphs(engine(torch.bfloat16))

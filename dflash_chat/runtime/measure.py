@@ -25,13 +25,14 @@ from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
-from dflash_chat.runtime.fused import MAX_ROWS
+from dflash_chat.runtime.fused import MAX_ROWS, Experts
 from dflash_chat.runtime.kernels import linear
 from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
 
 SCRIPT_STEPS = 4096
+SELF_CHECK_LIMIT = 0.1  # ten times what rounding to bf16 makes of thirty layers
 LOOP_STEPS = 60  # few enough that the context stays what it is called
 PROMPT_TOKENS = 8192
 
@@ -103,15 +104,19 @@ def build(
 def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
     """Relative difference of the fused forward from the architecture's own, which is given so many
     rows more that it multiplies by other kernels.
+
+    Both are told where to send their rows: rounding would choose other experts at near-ties.
     """
     step = subject.step
     _place(subject, context)
     ids = torch.randint(1000, 100_000, (n + linear.MAX_ROWS,), device=step.state.ids.device)
     step.state.ids[:n] = ids[:n]
+    route_at_random(subject)
     fused_hidden = step.forward(n).float()
     fused_features = step.features[:n].float().clone()
     subject.cache.length = context
-    plain, features = subject.target.forward(ids, subject.cache, step.taps)
+    with _plain_routed_alike(subject):
+        plain, features = subject.target.forward(ids, subject.cache, step.taps)
     subject.cache.commit(0)
     out = {"hidden": _relative(fused_hidden, plain[:n].float())}
     taps = len(step.taps)
@@ -119,6 +124,32 @@ def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
     for layer, a, b in zip(step.taps, ours, theirs, strict=True):
         out[f"tap{layer}"] = _relative(a, b)
     return out
+
+
+@contextmanager
+def _plain_routed_alike(subject: Subject) -> Iterator[None]:
+    """The plain layers' routers choose what the fused ones are told to."""
+
+    def alike(experts: Experts) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        told, m = experts.dictated, experts.moe
+        assert told is not None
+
+        def route(r: Tensor) -> tuple[Tensor, Tensor]:
+            rows = torch.arange(len(r), device=r.device) % len(told)
+            shares, chosen = (told[rows] @ m.proj.T).float().softmax(-1).topk(m.top_k)
+            shares = shares / shares.sum(-1, keepdim=True) * m.per_expert_scale[chosen]
+            return chosen, shares
+
+        return route
+
+    pairs = zip(subject.target.layers, subject.step.stack.layers, strict=True)
+    routed = [(plain.experts, fused.experts) for plain, fused in pairs if fused.experts is not None]
+    own = [plain.router for plain, _ in routed]
+    for plain, fused in routed:
+        plain.router = alike(fused)
+    yield
+    for (plain, _), router in zip(routed, own, strict=True):
+        plain.router = router
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

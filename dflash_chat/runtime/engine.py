@@ -156,9 +156,17 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run every kind of pass once, so that no first answer pays for packing and allocation."""
+        """Run every kind of pass once, so that no first answer pays for packing and allocation.
+
+        On a GPU that includes a chunk of a prompt: compiling it takes long, and memory that does
+        not suffice should be missed now.
+        """
         assert self.cache.length == 0, "only an empty engine is warmed up"
         features = self._dry_verify(self.draft_tokens + 1)
+        if self.target.device.type == "cuda":
+            rows = min(self.cache.largest_block, self.cache.capacity)
+            _, features = self.target.forward(self._tensor([0] * rows), self.cache, self.taps)
+            self.cache.commit(0)
         if self.drafter is not None:
             self.drafter.observe(features)
             self.drafter.draft(0, self.draft_tokens)
@@ -187,6 +195,13 @@ class Engine:
         self.target.logits(hidden)
         self.cache.commit(0)
         return features
+
+    def forget(self) -> None:
+        """Empty both caches, whatever state an error has left them in."""
+        self.cache.truncate(0)
+        if self.drafter is not None:
+            self.drafter.truncate(0)
+        self.log.clear()
 
     def _prefill(self, prompt: Sequence[int]) -> Generator[Prefilled, None, Tensor]:
         """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C]."""

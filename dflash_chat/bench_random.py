@@ -30,7 +30,7 @@ def run(args: RandomBenchArgs) -> int:
 
     if not torch.cuda.is_available():
         raise UsageError("--random-weights measures a CUDA device, and this torch sees none")
-    from dflash_chat.runtime import measure, random_weights
+    from dflash_chat.runtime import measure, memory, random_weights
     from dflash_chat.runtime.measure import Law
 
     random_weights.shapes(args.pair)  # an unknown name ends here
@@ -49,9 +49,11 @@ def run(args: RandomBenchArgs) -> int:
 
     try:
         report = measure.run(args.pair, args.quant, args.context, widths, laws, args.options, say)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not memory.ran_out(error):
+            raise
         raise DoesNotFitError(
-            f"{args.pair} in {args.quant} does not fit into this GPU's free memory",
+            f"the GPU's memory ran out while {args.pair} in {args.quant} was measured",
             "try --quant int4, or a smaller --context",
         ) from error
     report |= {"pair": args.pair, "quant": args.quant, "context": args.context}

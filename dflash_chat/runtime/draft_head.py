@@ -53,6 +53,16 @@ class DraftHead:
         return whole.index_copy_(1, self.ids, logits)
 
 
+def copies(options: EngineOptions) -> bool:
+    """Whether drafts are read off a copy."""
+    return bool(options.draft_rows) or (options.draft_head == "fp8" and options.head != "fp8")
+
+
+def kept(rows: int, added: Iterable[int], vocab: int) -> list[int]:
+    """The tokens of a trimmed head, ascending."""
+    return sorted({*range(rows), *(i for i in added if i < vocab)})
+
+
 def of(
     head: Packed,
     options: EngineOptions,
@@ -65,7 +75,7 @@ def of(
     Raises UsageError if the head has no more rows than are to be kept.
     """
     fp8, rows, vocab = options.draft_head == "fp8", options.draft_rows, head.shape[0]
-    if not rows and (not fp8 or options.head == "fp8"):
+    if not copies(options):
         return DraftHead(head, vocab)
     if rows >= vocab:
         raise UsageError(
@@ -74,8 +84,7 @@ def of(
         )
     ids = None
     if rows:
-        kept = sorted({*range(rows), *(i for i in added if i < vocab)})
-        ids = torch.tensor(kept, device=device)
+        ids = torch.tensor(kept(rows, added, vocab), device=device)
     dense = head.dequantize(dtype) if ids is None else head.rows(ids)
     copy = rounded(dense) if fp8 else DenseWeight(dense)
     return DraftHead(copy.to(device, dtype), vocab, ids, copied=True)

@@ -66,6 +66,11 @@ class Config:
         """Drafter layers."""
         return len(self.windows)
 
+    @property
+    def attention(self) -> tuple[Geometry, ...]:
+        """Every layer's keys and values."""
+        return tuple(Geometry(self.num_key_value_heads, self.head_dim, w) for w in self.windows)
+
     @classmethod
     def from_file(cls, path: Path) -> Config:
         """Read config.json. Raises CheckpointError for unreadable JSON and for what `from_raw`
@@ -258,10 +263,7 @@ class Drafter:
         room = capacity + config.block_size  # a whole block stands behind the last context row
         self.rope = layers.Rope(frequencies, room, dtype, device)
         self.cache = KVCache(
-            [
-                Geometry(config.num_key_value_heads, config.head_dim, window)
-                for window in config.windows
-            ],
+            config.attention,
             room,
             dtype,
             device,
@@ -310,7 +312,7 @@ class Drafter:
     def truncate(self, n: int) -> None:
         """Forget every token from n on; n must be `rewindable`."""
         waiting = max(0, n - self.cache.length)
-        self._pending = [torch.cat(self._pending)[:waiting]] if self._pending else []
+        self._pending = [torch.cat(self._pending)[:waiting]] if waiting else []
         self.cache.truncate(min(n, self.cache.length))
 
     def draft(self, anchor: int | Tensor, n: int) -> Tensor:

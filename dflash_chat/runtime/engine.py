@@ -192,6 +192,13 @@ class Engine:
         self.cache.commit(0)
         return features
 
+    def forget(self) -> None:
+        """Empty both caches, whatever state an error has left them in."""
+        self.cache.truncate(0)
+        if self.drafter is not None:
+            self.drafter.truncate(0)
+        self.log.clear()
+
     def _prefill(self, prompt: Sequence[int]) -> Generator[Prefilled, None, Tensor]:
         """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C]."""
         cached = self._reuse(prompt)

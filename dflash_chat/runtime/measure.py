@@ -13,20 +13,23 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from dflash_chat.runtime import draft_head, models, random_weights, timing
+from dflash_chat.errors import DoesNotFitError
+from dflash_chat.runtime import draft_head, memory, models, random_weights, timing
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import MAX_ROWS, Experts
 from dflash_chat.runtime.kernels import linear
+from dflash_chat.runtime.memory import Plan
 from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
@@ -80,12 +83,11 @@ def build(
     shapes = random_weights.shapes(name)
     module = models.find(str(shapes.target["model_type"]))
     config = module.Config.from_hf(shapes.target)
-    capacity = max(context, PROMPT_TOKENS) + 1024
-    dtype = torch.bfloat16
+    capacity, dtype = _capacity(context), torch.bfloat16
     made = random_weights.RandomWeights(config.tensor_shapes(), quant, device, dtype)
     target = module.Target(config, made, capacity, dtype, device)
     if options.head == "fp8":
-        target.lm_head = rounded(target.lm_head.dequantize(dtype))
+        target.lm_head = rounded(target.lm_head.dequantize(dtype)).to(device, dtype)
     drafter_config = DrafterConfig.from_raw(shapes.drafter)
     drafter_shapes = drafter_config.tensor_shapes(config.hidden_size)
     drafter_quant = "fp8" if options.drafter == "fp8" else "bf16"
@@ -99,6 +101,38 @@ def build(
     parts = TargetParts.of(target)
     step = Step(parts, cache, drafter, drafter_config.target_layer_ids)
     return Subject(target, drafter, cache, step)
+
+
+def _capacity(context: int) -> int:
+    return max(context, PROMPT_TOKENS) + 1024
+
+
+def planned(
+    name: str, quant: str, context: int, widths: Sequence[int], options: EngineOptions
+) -> Plan:
+    """What `build` and the runs behind it should take, from shapes alone."""
+    shapes = random_weights.shapes(name)
+    config = models.find(str(shapes.target["model_type"])).Config.from_hf(shapes.target)
+    drafter = DrafterConfig.from_raw(shapes.drafter)
+    outline = partial(random_weights.RandomWeights, device=memory.META, dtype=torch.bfloat16)
+    pair = memory.Pair.of(
+        config, outline(config.tensor_shapes(), quant), drafter,
+        outline(drafter.tensor_shapes(config.hidden_size), "bf16"), torch.bfloat16, max(widths) - 1,
+    )  # fmt: skip
+    return pair.plan(options, _capacity(context))
+
+
+def memory_use(plan: Plan, outside_start: int) -> dict[str, int]:
+    """The plan's bytes and those the device had in use at most: the most that torch had reserved,
+    and what is in use beside that now. That other processes' counts asks for an idle GPU.
+    """
+    free, total = torch.cuda.mem_get_info()
+    reserved, outside = torch.cuda.max_memory_reserved(), total - free
+    outside -= torch.cuda.memory_reserved()
+    return {
+        **asdict(plan), "predicted": plan.total, "peak": reserved + outside, "reserved": reserved,
+        "outside_start": outside_start, "outside_end": outside,
+    }  # fmt: skip
 
 
 def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
@@ -169,10 +203,22 @@ def run(
     name: str, quant: str, context: int, widths: Sequence[int], laws: dict[str, tuple[Law, int]],
     options: EngineOptions, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure everything once. `laws` maps a label to a law and the width it is run at."""
+    """Measure everything once. `laws` maps a label to a law and the width it is run at.
+
+    Raises DoesNotFitError if the device's free memory will not suffice.
+    """
     device = torch.device("cuda")
     with torch.inference_mode():
+        plan, free = planned(name, quant, context, widths, options), memory.available()
+        outside = torch.cuda.mem_get_info()[1] - free
+        if plan.needed > free:
+            raise DoesNotFitError(
+                memory.shortage(f"{name} in {quant}", plan.needed, free),
+                "try --quant int4, or a smaller --context",
+            )
         bandwidth = copy_bandwidth()
+        torch.cuda.empty_cache()  # the copy is no part of the step
+        torch.cuda.reset_peak_memory_stats()
         say(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s")
         subject = build(name, quant, context, device, options)
         step = subject.step
@@ -246,6 +292,12 @@ def run(
                 f"{label}: n={n} {committed / steps:.2f} a step, {wall * 1e3 / steps:.3f} ms, "
                 f"{committed / wall:.1f} tok/s, gap {gap:.3f} ms"
             )
+        report["memory"] = used = memory_use(plan, outside)
+        predicted, peak = used["predicted"], used["peak"]
+        say(
+            f"memory: predicted {predicted / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB "
+            f"({peak / predicted:.1%})"
+        )
     return report
 
 

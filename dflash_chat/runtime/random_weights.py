@@ -101,7 +101,10 @@ def shapes(name: str) -> Shapes:
 
 
 class RandomWeights(Mapping[str, Packed]):
-    """Weights made on `device` when they are asked for, the same for the same seed and name."""
+    """Weights made on `device` when they are asked for, the same for the same seed and name.
+
+    On the meta device they are outlines.
+    """
 
     def __init__(
         self, tensors: Mapping[str, tuple[int, ...]], quant: str, device: torch.device,
@@ -118,7 +121,9 @@ class RandomWeights(Mapping[str, Packed]):
 
     def __getitem__(self, name: str) -> Packed:
         shape = self.tensors[name]
-        generator = torch.Generator(self.device).manual_seed(self._seeds[name])
+        generator = None
+        if self.device.type != "meta":
+            generator = torch.Generator(self.device).manual_seed(self._seeds[name])
         kept = any(part in name for part in ("embed_tokens", "lm_head", "router"))
         if len(shape) > 1 and not kept and self.quant == "int4":
             return self._int4(shape, generator)
@@ -137,7 +142,7 @@ class RandomWeights(Mapping[str, Packed]):
         weight.copy_(made.mul_(64))
         return Float8Weight(weight, scale, (1, shape[-1]), self.dtype)
 
-    def _int4(self, shape: tuple[int, ...], generator: torch.Generator) -> Packed:
+    def _int4(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Packed:
         *rows, columns = shape
         limits = torch.iinfo(torch.int32)
         packed = torch.empty(*rows, columns // 8, dtype=torch.int32, device=self.device)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dflash_chat import __version__
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import draft_head, models, text, weights
+from dflash_chat.runtime import draft_head, memory, models, text, weights
 from dflash_chat.runtime.api import (
     EngineOptions,
     Event,
@@ -35,8 +38,10 @@ from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
+from dflash_chat.runtime.memory import TargetConfig
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.float_quantized import rounded
+from dflash_chat.runtime.weights import Checkpoint, Shape
 
 if TYPE_CHECKING:
     from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
@@ -53,8 +58,11 @@ class Session:
     cached.
     """
 
-    def __init__(self, engine: Engine, tokenizer: text.Tokenizer, info: ModelInfo) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: text.Tokenizer, info: ModelInfo, what_fits: str = ""
+    ) -> None:
         self.engine, self.tokenizer, self.info = engine, tokenizer, info
+        self._what_fits = what_fits  # the hint, should memory run out
 
     @classmethod
     def load(
@@ -63,27 +71,49 @@ class Session:
         """Load an installed pair.
 
         Raises CheckpointError for broken or mismatching files, UsageError for impossible options
-        and DoesNotFitError when the device runs out of memory.
+        and DoesNotFitError when the device has too little memory, as far as possible beforehand.
         """
         started = time.perf_counter()
         device, dtype = _placement(options)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
         if options.threads:
             torch.set_num_threads(options.threads)
-        try:
-            with torch.inference_mode():
-                engine, tokenizer, config = _build(installed, options, device, dtype, progress)
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFitError(
-                f"{installed.pair.name} does not fit into this GPU's free memory",
-                "close other programs, or try a smaller -o ctx, or -o device=cpu",
-            ) from error
+        progress(Progress("reading the target", 0, 0))
+        with torch.inference_mode(), _opened(installed, options, device) as opened:
+            what_fits = ""
+            if device.type == "cuda":
+                what_fits = _check_memory(opened, installed.pair.title, options, dtype)
+            try:
+                engine = _build(opened, options, device, dtype, progress)
+            except RuntimeError as error:
+                if not memory.ran_out(error):
+                    raise
+                raise DoesNotFitError(
+                    f"the GPU's memory ran out while {installed.pair.title} was loaded", what_fits
+                ) from error
         took = time.perf_counter() - started
-        info = _info(installed, options, engine, config, device, dtype, took)
-        return cls(engine, tokenizer, info)
+        info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
+        return cls(engine, opened.tokenizer, info, what_fits)
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
-        """Answer a chat: Prefill events, Tokens events, one Finished. Cancels between blocks."""
+        """Answer a chat: Prefill events, Tokens events, one Finished. Cancels between blocks.
+
+        Raises DoesNotFitError when memory runs out; the next prompt is then read from its
+        beginning.
+        """
+        try:
+            yield from self._answer(request, cancelled)
+            return
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+            log.exception("memory ran out")
+        self.engine.forget()  # here, where the error holds no tensors any more
+        if self.engine.cache.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise DoesNotFitError("the GPU's memory ran out during this answer", self._what_fits)
+
+    def _answer(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         started = time.perf_counter()
         prompt = self.tokenizer.render(request.messages)
         answer = _Answer(request, self.tokenizer, started)
@@ -155,17 +185,6 @@ class _Answer:
         return Finished(self.id, self.reason, self._usage, self._spec, timing)
 
 
-class _Geometry(Protocol):
-    """What every architecture's Config tells."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-
-
 def _placement(options: EngineOptions) -> tuple[torch.device, torch.dtype]:
     """Device and activation dtype; never guessed silently beyond what "auto" promises."""
     name = options.device
@@ -182,54 +201,97 @@ def _fast_bf16(device: str) -> bool:
     return device == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A pair's files, read as far as it takes to know what they hold."""
+
+    target: Checkpoint
+    drafter: Checkpoint
+    architecture: ModuleType
+    config: Any  # of the architecture
+    drafter_config: DrafterConfig
+    tokenizer: text.Tokenizer
+    capacity: int
+    draft_tokens: int
+
+    @property
+    def for_target(self) -> tuple[Checkpoint, Mapping[str, Shape], tuple[str, ...]]:
+        return self.target, self.config.tensor_shapes(), self.architecture.IGNORED
+
+    @property
+    def for_drafter(self) -> tuple[Checkpoint, Mapping[str, Shape]]:
+        return self.drafter, self.drafter_config.tensor_shapes(self.config.hidden_size)
+
+
+@contextmanager
+def _opened(
+    installed: Installed, options: EngineOptions, device: torch.device
+) -> Iterator[_Opened]:
+    with ExitStack() as files:
+        target, drafter = (
+            files.enter_context(closing(weights.open_checkpoint(path)))
+            for path in (installed.target, installed.drafter)
+        )
+        architecture = models.find(str(target.config.get("model_type", "")))
+        config = architecture.Config.from_hf(target.config)
+        drafter_config = DrafterConfig.from_file(installed.drafter / "config.json")
+        _check_match(drafter_config, config)
+        yield _Opened(
+            target, drafter, architecture, config, drafter_config,
+            text.Tokenizer.from_checkpoint(installed.target),
+            _capacity(options, config.max_position_embeddings),
+            _draft_tokens(installed, options, drafter_config, device),
+        )  # fmt: skip
+
+
+def _check_memory(opened: _Opened, name: str, options: EngineOptions, dtype: torch.dtype) -> str:
+    """Refuse what cannot fit; returns what to try if it does not fit all the same."""
+    pair = memory.Pair.of(
+        opened.config, weights.outlines(*opened.for_target), opened.drafter_config,
+        weights.outlines(*opened.for_drafter), dtype, opened.draft_tokens,
+        opened.tokenizer.added_ids,
+    )  # fmt: skip
+    free = memory.available()
+    log.info("memory: %s, %.2f GB are free", pair.plan(options, opened.capacity), free / 1e9)
+    pair.check(name, options, opened.capacity, free)
+    return pair.what_fits(options, opened.capacity // 2, free)
+
+
 def _build(
-    installed: Installed,
+    opened: _Opened,
     options: EngineOptions,
     device: torch.device,
     dtype: torch.dtype,
     progress: ReportProgress,
-) -> tuple[Engine, text.Tokenizer, DrafterConfig]:
-    progress(Progress("reading the target", 0, 0))
-    checkpoint = weights.open_checkpoint(installed.target)
-    try:
-        architecture = models.find(str(checkpoint.config.get("model_type", "")))
-        config = architecture.Config.from_hf(checkpoint.config)
-        capacity = _capacity(options, config.max_position_embeddings)
-        packed = weights.load_packed(checkpoint, config.tensor_shapes(), architecture.IGNORED)
-        target = architecture.Target(config, packed, capacity, dtype, device)
-        if options.head == "fp8":
-            target.lm_head = rounded(target.lm_head.dequantize(dtype)).to(device, dtype)
-        tokenizer = text.Tokenizer.from_checkpoint(installed.target)
-    finally:
-        checkpoint.close()
+) -> Engine:
+    """What stays comes first, in the order of `memory.Plan`; what comes and goes is run last."""
+    config, drafter_config, capacity = opened.config, opened.drafter_config, opened.capacity
+    packed = weights.load_packed(*opened.for_target)
+    target = opened.architecture.Target(config, packed, capacity, dtype, device)
+    if options.head == "fp8":
+        target.lm_head = rounded(target.lm_head.dequantize(dtype)).to(device, dtype)
     progress(Progress("reading the drafter", 0, 0))
-    drafter_config = DrafterConfig.from_file(installed.drafter / "config.json")
-    _check_match(drafter_config, config)
-    drafter_file = weights.open_checkpoint(installed.drafter)
-    try:
-        packed = weights.load_packed(drafter_file, drafter_config.tensor_shapes(config.hidden_size))
-        if options.drafter == "fp8":
-            packed = {name: _in_fp8(weight) for name, weight in packed.items()}
-        head = draft_head.of(target.lm_head, options, tokenizer.added_ids, device, dtype)
-        drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
-    finally:
-        drafter_file.close()
+    packed = weights.load_packed(*opened.for_drafter)
+    if options.drafter == "fp8":
+        packed = {name: _in_fp8(weight) for name, weight in packed.items()}
+    head = draft_head.of(target.lm_head, options, opened.tokenizer.added_ids, device, dtype)
+    drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
     engine = Engine(
         target,
         target.new_cache(capacity),
         drafter,
         drafter_config.target_layer_ids,
-        _draft_tokens(installed, options, drafter_config, device),
-        frozenset(tokenizer.stop_ids),
+        opened.draft_tokens,
+        frozenset(opened.tokenizer.stop_ids),
     )
-    progress(Progress("warming up", 0, 0))
-    engine.warm_up()
     if device.type == "cuda":
         progress(Progress("capturing CUDA graphs", 0, 0))
         engine.graphed, engine.eager_because = _graphs(engine)
+    progress(Progress("warming up", 0, 0))
+    engine.warm_up()
     if not options.draft_tokens:
         engine.measure()
-    return engine, tokenizer, drafter_config
+    return engine
 
 
 def _graphs(engine: Engine) -> tuple[GraphedSteps | None, str]:
@@ -244,9 +306,9 @@ def _graphs(engine: Engine) -> tuple[GraphedSteps | None, str]:
         return None, "Triton is not installed"
     try:
         return graphed.captured(engine), ""
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of a compiler or a driver: the eager path is right, only slower
+        if memory.ran_out(error):
+            raise
         log.exception("CUDA graphs could not be captured")
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
@@ -264,7 +326,7 @@ def _capacity(options: EngineOptions, limit: int) -> int:
     return options.context_tokens or min(limit, CONTEXT_LIMIT)
 
 
-def _check_match(drafter: DrafterConfig, target: _Geometry) -> None:
+def _check_match(drafter: DrafterConfig, target: TargetConfig) -> None:
     """A drafter serves one target only; refuse what cannot be its own."""
     for what, wants, has in (
         ("hidden_size", drafter.hidden_size, target.hidden_size),

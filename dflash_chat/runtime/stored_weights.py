@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,21 @@ class StoredWeight:
 
     def pack(self, files: SafetensorsFolder) -> Packed:
         """The weight; views of the mapped file unless stacked."""
+        return self._pack(files.tensor)
+
+    def outline(self, files: SafetensorsFolder) -> Packed:
+        """The weight without its numbers, on the meta device."""
+
+        def read(name: str) -> torch.Tensor:
+            return files.tensor(name) if name.endswith("_shape") else _empty(files.tensors[name])
+
+        return self._pack(read)
+
+    def _pack(self, read: Callable[[str], torch.Tensor]) -> Packed:
         pack = quant.load_format(self.format).pack
         if not self.stacked:
-            return pack({part: files.tensor(name) for part, name in self.pieces[0][0].items()})
-        return quant.cat([pack(_stack(files, experts)) for experts in self.pieces])
+            return pack({part: read(name) for part, name in self.pieces[0][0].items()})
+        return quant.cat([pack(_stack(read, experts)) for experts in self.pieces])
 
 
 def read(files: SafetensorsFolder, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
@@ -225,7 +236,5 @@ def _kind(names: Names, infos: Infos) -> dict[str, tuple[torch.dtype, Shape]]:
     return {part: (infos[name].dtype, infos[name].shape) for part, name in names.items()}
 
 
-def _stack(files: SafetensorsFolder, experts: tuple[Names, ...]) -> Parts:
-    return {
-        part: torch.stack([files.tensor(names[part]) for names in experts]) for part in experts[0]
-    }
+def _stack(read: Callable[[str], torch.Tensor], experts: tuple[Names, ...]) -> Parts:
+    return {part: torch.stack([read(names[part]) for names in experts]) for part in experts[0]}

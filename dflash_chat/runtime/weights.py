@@ -7,7 +7,7 @@ numbers (`quant/`) nor what a model does with them (`models/`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,9 @@ class Checkpoint(Protocol):
     def pack(self, name: str) -> Packed:
         """Tensor `name` in its own format: views of the mapped file where rows keep their order."""
 
+    def outline(self, name: str) -> Packed:
+        """The same without reading numbers, which may be on the meta device."""
+
     def close(self) -> None:
         """Let go of the file. Weights that view it keep the mapping alive."""
 
@@ -69,6 +72,20 @@ def load_packed(
     one of `ignored` may be there for another purpose. Raises WeightsMismatchError with all missing,
     unexpected and wrongly shaped names.
     """
+    return {name: checkpoint.pack(name) for name in _checked(checkpoint, expected, ignored)}
+
+
+def outlines(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], ignored: tuple[str, ...] = ()
+) -> dict[str, Packed]:
+    """What `load_packed` would give, for its shapes and formats only."""
+    return {name: checkpoint.outline(name) for name in _checked(checkpoint, expected, ignored)}
+
+
+def _checked(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], ignored: tuple[str, ...]
+) -> Iterable[str]:
+    """The names to load."""
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     optional = {HEAD} if tied else set()
     found = {
@@ -77,7 +94,7 @@ def load_packed(
         if name in expected or not (name in optional or name.startswith(ignored))
     }
     _check_names(checkpoint.path, found, expected, optional)
-    return {name: checkpoint.pack(name) for name in found}
+    return found
 
 
 def load_dequantized(
@@ -135,6 +152,9 @@ class _GGUFCheckpoint:
         blocks = llama_gguf.unpermute(name, rows, self.config)
         return quant.load_format(info.type.lower()).pack({"blocks": blocks})
 
+    def outline(self, name: str) -> Packed:
+        return self.pack(name)  # views of the file, and the few rows that change their order
+
     def close(self) -> None:
         del self.file
 
@@ -176,6 +196,9 @@ class _FolderCheckpoint:
 
     def pack(self, name: str) -> Packed:
         return self.stored[name].pack(self.files)
+
+    def outline(self, name: str) -> Packed:
+        return self.stored[name].outline(self.files)
 
     def close(self) -> None:
         del self.files

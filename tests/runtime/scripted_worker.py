@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from dflash_chat.errors import AccessError, UserError
+from dflash_chat.errors import AccessError, DoesNotFitError, UserError
 from dflash_chat.runtime.api import (
     Finished,
     Generate,
@@ -50,6 +50,8 @@ class ScriptedPair:
             raise ZeroDivisionError("a bug")
         if prompt == "refuse":
             raise UserError("The prompt is too long.", "Start a new chat.")
+        if prompt == "large":
+            raise DoesNotFitError("The memory ran out.", "try -o ctx=1024")
         if prompt == "hang":
             time.sleep(60)
         yield Prefill(request.id, 0, 4, 4)

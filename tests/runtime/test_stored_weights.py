@@ -164,6 +164,20 @@ def test_experts_stored_one_by_one_are_stacked(tmp_path: Path, case: str, infix:
     check_experts(packed, "layers.0.experts.", EXPERTS[case])
 
 
+@pytest.mark.parametrize("case", EXPERTS)
+def test_an_outline_has_shapes_and_bytes_but_no_numbers(tmp_path: Path, case: str) -> None:
+    modules = {f"a.experts.{name}": t for name, t in expert_modules(EXPERTS[case]).items()}
+    checkpoint = write(tmp_path / "m", modules, quantization(EXPERTS[case]))
+    packed = weights.load_packed(checkpoint, checkpoint.shapes)
+    outlines = weights.outlines(checkpoint, checkpoint.shapes)
+    assert outlines.keys() == packed.keys()
+    for name, weight in packed.items():
+        outline = outlines[name]
+        assert type(outline) is type(weight)
+        assert (outline.shape, outline.nbytes) == (weight.shape, weight.nbytes)
+        assert outline.dequantize().device.type == "meta"
+
+
 @pytest.mark.parametrize("infix", ["experts.", "moe.experts."])
 @pytest.mark.parametrize("case", [c for c in EXPERTS if c not in ("fp8 tensor", "fp8 block")])
 def test_experts_stored_as_one_tensor_have_underscores(

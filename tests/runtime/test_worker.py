@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import pytest
 
+from dflash_chat.errors import EXIT_DOES_NOT_FIT
 from dflash_chat.runtime.api import (
     PROTOCOL_VERSION,
     Cancel,
@@ -176,6 +177,19 @@ def test_a_bug_is_reported_with_its_trace_and_the_next_prompt_is_served(loaded: 
     assert failed.id == 1
     assert failed.message == "ZeroDivisionError: a bug"
     assert "scripted_worker.py" in failed.trace
+    assert isinstance(finished, Finished)
+    assert finished.id == 2
+
+
+def test_an_answer_that_does_not_fit_fails_with_its_exit_code_and_the_next_is_served(
+    loaded: Engine,
+) -> None:
+    loaded.ask(1, "large")
+    loaded.ask(2, "count")
+
+    failed, finished = loaded.until(Failed)[-1], loaded.until(Finished)[-1]
+
+    assert failed == Failed(1, "The memory ran out.", "try -o ctx=1024", EXIT_DOES_NOT_FIT)
     assert isinstance(finished, Finished)
     assert finished.id == 2
 

@@ -90,6 +90,11 @@ class Config:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{family} config: {error}") from error
 
+    @property
+    def attention(self) -> tuple[Geometry, ...]:
+        """Every layer's keys and values."""
+        return (Geometry(self.num_key_value_heads, self.head_dim),) * self.num_hidden_layers
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must hold."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -221,11 +226,7 @@ class Target:
 
     def new_cache(self, capacity: int, largest_block: int | None = None) -> KVCache:
         """An empty cache for this geometry."""
-        c = self.config
-        geometry = Geometry(c.num_key_value_heads, c.head_dim)
-        return KVCache(
-            [geometry] * c.num_hidden_layers, capacity, self.dtype, self.device, largest_block
-        )
+        return KVCache(self.config.attention, capacity, self.dtype, self.device, largest_block)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [T, C] of ids [T]."""

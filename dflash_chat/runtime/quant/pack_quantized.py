@@ -193,7 +193,7 @@ def _columns(name: str, stored: Tensor, packed: Tensor) -> int:
 
 def _unpack_rows(words: Tensor, rows: int) -> Tensor:
     """int32 [.., ⌈N/8⌉, G] -> uint8 [.., N, G]."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]  # [8, 1]
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)[:, None]  # [8, 1]
     nibbles = (words[..., None, :] >> shifts & 15).to(torch.uint8)  # [.., ⌈N/8⌉, 8, G]
     return nibbles.flatten(-3, -2)[..., :rows, :].contiguous()
 

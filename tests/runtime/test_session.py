@@ -90,6 +90,7 @@ def test_after_memory_ran_out_the_next_answer_is_a_fresh_engines(
     setattr(owner, part, Short(getattr(owner, part), at, torch.OutOfMemoryError("CUDA")))
 
     refused(session)
+    assert (session.engine.log, session.engine.cache.length) == ([], 0)
 
     text, finished = answer(session)
     assert text == fresh

@@ -164,14 +164,17 @@ class Layer:
 
     def __call__(self, x: Tensor, turn: layers.Turn, attend: layers.Causal, index: int) -> Tensor:
         """x: [T, C] → [T, C]; writes the block's keys and values into the cache."""
-        rows = x.shape[0]
-        qkv = self.qkv.matmul(self.input_layernorm(x)).view(rows, -1, self.head_dim)  # [T, H+2G, D]
+        x = x + self._attention(self.input_layernorm(x), turn, attend, index)
+        gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))  # [T, 2I]
+        return x + self.down_proj.matmul(layers.gated_silu(gate_up))
+
+    def _attention(self, x: Tensor, turn: layers.Turn, attend: layers.Causal, index: int) -> Tensor:
+        """Normed [T, C] → [T, C]; lets go of its heads before the MLP needs room."""
+        qkv = self.qkv.matmul(x).view(len(x), -1, self.head_dim)  # [T, H+2G, D]
         turned = turn(self.normed(qkv[:, : self.heads + self.groups]))  # [T, H+G, D]
         q, k = turned[:, : self.heads], turned[:, self.heads :]
         v = qkv[:, self.heads + self.groups :]  # [T, G, D]
-        x = x + self.o_proj.matmul(attend(index, q, k, v))
-        gate_up = self.gate_up.matmul(self.post_attention_layernorm(x))  # [T, 2I]
-        return x + self.down_proj.matmul(layers.gated_silu(gate_up))
+        return self.o_proj.matmul(attend(index, q, k, v))
 
     def normed(self, heads: Tensor) -> Tensor:
         """Queries and keys [T, H+G, D] before they are rotated: what Qwen3 norms."""

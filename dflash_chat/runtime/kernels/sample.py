@@ -45,11 +45,24 @@ _ONE = tl.constexpr(0x3F800000)  # bits of the largest weight
 
 
 class Config(NamedTuple):
-    """Logits of a tile, candidates it keeps, logits read at once when a row is read again."""
+    """Logits of a tile, candidates it keeps, logits read at once when a row is read again, and
+    warps that do so.
+    """
 
     tile: int
     top: int = 8
     block: int = 4096
+    warps: int = 8
+
+
+class Candidates(NamedTuple):
+    """The largest logits of each tile, in order, their ids, and the tile's sum of
+    exp((logit − its largest) / temperature).
+    """
+
+    logits: Tensor  # fp32 [n, top, tiles]
+    ids: Tensor  # int32 [n, top, tiles]
+    sums: Tensor  # fp32 [n, tiles]
 
 
 def default_config(vocab: int) -> Config:
@@ -58,9 +71,15 @@ def default_config(vocab: int) -> Config:
 
 
 def reference(logits: Tensor, sampler: Sampler) -> Tensor:
-    """int64 [n], row 0 behind the answer so far."""
+    """int64 [n], row 0 behind the answer so far; weights are of the logits' dtype."""
     keys = sampler.keys(len(logits), logits.device)
-    return sampling.draw(sampling.filtered(logits.float(), sampler.params), keys)
+    return sampling.draw(sampling.filtered(logits, sampler.params), keys)
+
+
+@triton.jit
+def _token(j, tile, TILES: tl.constexpr):
+    """The id of a tile's j-th logit."""
+    return (j // _RUN * TILES + tile) * _RUN + j % _RUN
 
 
 @triton.jit
@@ -70,7 +89,7 @@ def _candidates_kernel(
 ):  # fmt: skip
     tile, row = tl.program_id(0), tl.program_id(1)
     j = tl.arange(0, TILE)
-    at = (j // _RUN * TILES + tile) * _RUN + j % _RUN
+    at = _token(j, tile, TILES)
     row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
     x = tl.load(row_ptr + at, mask=at < VOCAB, other=float("-inf"))
     temperature = tl.load(params_ptr).to(tl.float32)
@@ -81,7 +100,7 @@ def _candidates_kernel(
     for i in tl.static_range(TOP):
         best, where = tl.max(x, axis=0, return_indices=True)
         tl.store(best_ptr + out + i * TILES, best)
-        tl.store(ids_ptr + out + i * TILES, tl.sum(tl.where(j == where, at, 0), axis=0))
+        tl.store(ids_ptr + out + i * TILES, _token(where, tile, TILES))
         x = tl.where(j == where, float("-inf"), x)
 
 
@@ -136,15 +155,15 @@ def _from(row_ptr, least, largest, temperature, VOCAB: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _split(
-    w, known, target, MASS: tl.constexpr,
+    w, known, target, lowest, MASS: tl.constexpr,
     row_ptr, largest, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Bits between which no weight lies: those from `low` up reach `target` (a count, or a sum with
-    MASS), those from `high` up do not. `low` is 0 if all together do not. w: the candidates,
-    complete above `known`.
+    MASS), those from `high` up do not. w: the candidates, complete above `known`. Those from `lowest`
+    up surely reach it; 0, if even all together may not.
     """
     bits = _bits(w)
-    low, high = 0, _ONE + 1
+    low, high = lowest, _ONE + 1
     more, fewer = tl.sum(tl.where(bits > 0, 1.0, 0.0), axis=0), 0.0
     while (high - low > 1) & (more - fewer > 1):
         middle = low + (high - low) // 2
@@ -157,7 +176,7 @@ def _split(
         high, fewer = tl.where(reached, high, middle), tl.where(reached, fewer, count)
     if (low <= known) & (known > 0):  # the candidates cannot tell
         high = tl.maximum(high, known + 1)
-        low, more = 0, VOCAB * 1.0
+        low, more = lowest, VOCAB * 1.0
         fewer = tl.sum(tl.where(bits >= high, 1.0, 0.0), axis=0)
         while (high - low > 1) & (more - fewer > 1):
             middle = low + (high - low) // 2
@@ -248,7 +267,7 @@ def _choose_kernel(
     high = 1
     if VOCAB > HEAD:
         _, high = _split(
-            w, known, HEAD + 1, False, row_ptr, largest, temperature, VOCAB, BLOCK
+            w, known, HEAD + 1, 0, False, row_ptr, largest, temperature, VOCAB, BLOCK
         )  # fmt: skip
     head_ptr += row * HEAD
     head_ids_ptr += row * HEAD
@@ -271,11 +290,13 @@ def _choose_kernel(
 
     least = 0
     if (top_k > 0) & (top_k < (HEAD if GUESS else VOCAB)):
-        least, _ = _split(w, known, top_k, False, row_ptr, largest, temperature, VOCAB, BLOCK)
+        least, _ = _split(w, known, top_k, 0, False, row_ptr, largest, temperature, VOCAB, BLOCK)
     if top_p < 1:
         mass = _mass(w, total, known, least, row_ptr, largest, temperature, VOCAB, BLOCK)
+        target = top_p * mass
+        lowest = _bits((mass - target) / VOCAB)  # all below it together are not missed
         floor, _ = _split(
-            w, known, top_p * mass, True, row_ptr, largest, temperature, VOCAB, BLOCK
+            w, known, target, lowest, True, row_ptr, largest, temperature, VOCAB, BLOCK
         )  # fmt: skip
         least = tl.maximum(least, floor)
     least = tl.maximum(least, _bits(min_p))
@@ -324,29 +345,37 @@ def guess(logits: Tensor, length: Tensor, params: Tensor, config: Config | None 
     return _choose(logits, length, params, config, guess=True)
 
 
+def candidates(logits: Tensor, params: Tensor, config: Config) -> Candidates:
+    """The likeliest tokens of every tile."""
+    rows, vocab = logits.shape
+    assert logits.dtype == torch.float32, f"logits {logits.dtype}"
+    assert logits.is_contiguous(), f"logits {logits.stride()}"
+    assert params.dtype == torch.float64, f"params {params.dtype}"
+    tiles = triton.cdiv(vocab, config.tile)
+    best = torch.empty(rows, config.top, tiles, dtype=torch.float32, device=logits.device)
+    found = Candidates(
+        best, torch.empty_like(best, dtype=torch.int32), torch.empty_like(best[:, 0])
+    )
+    _candidates_kernel[(tiles, rows)](
+        logits, params, *found,
+        VOCAB=vocab, TILES=tiles, TILE=config.tile, TOP=config.top, num_warps=1,
+    )  # fmt: skip
+    return found
+
+
 def _choose(
     logits: Tensor, length: Tensor, params: Tensor, config: Config | None, guess: bool
 ) -> Tensor:
     rows, vocab = logits.shape
     config = config or default_config(vocab)
-    assert logits.dtype == torch.float32, f"logits {logits.dtype}"
-    assert logits.is_contiguous(), f"logits {logits.stride()}"
-    assert params.dtype == torch.float64, f"params {params.dtype}"
-    tiles = triton.cdiv(vocab, config.tile)
-
-    def new(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits.device)
-
-    best, ids = (new(t, rows, config.top, tiles) for t in (torch.float32, torch.int32))
-    head, head_ids = (new(t, rows, sampling.HEAD) for t in (torch.float32, torch.int32))
-    sums, out = new(torch.float32, rows, tiles), new(torch.int64, rows)
-    _candidates_kernel[(tiles, rows)](
-        logits, params, best, ids, sums,
-        VOCAB=vocab, TILES=tiles, TILE=config.tile, TOP=config.top, num_warps=1,
-    )  # fmt: skip
+    found = candidates(logits, params, config)
+    tiles = found.sums.shape[1]
+    head = torch.empty(rows, sampling.HEAD, dtype=torch.float32, device=logits.device)
+    head_ids = torch.empty_like(head, dtype=torch.int32)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _choose_kernel[(rows,)](
-        logits, params, length, best, ids, sums, head, head_ids, out,
+        logits, params, length, *found, head, head_ids, out,
         VOCAB=vocab, TILES=tiles, TOP=config.top, ALL=triton.next_power_of_2(config.top * tiles),
-        HEAD=sampling.HEAD, BLOCK=config.block, GUESS=guess, num_warps=8,
+        HEAD=sampling.HEAD, BLOCK=config.block, GUESS=guess, num_warps=config.warps,
     )  # fmt: skip
     return out

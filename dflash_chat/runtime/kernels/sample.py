@@ -158,9 +158,9 @@ def _split(
     w, known, target, lowest, MASS: tl.constexpr,
     row_ptr, largest, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Bits between which no weight lies: those from `low` up reach `target` (a count, or a sum with
-    MASS), those from `high` up do not. w: the candidates, complete above `known`. Those from `lowest`
-    up surely reach it; 0, if even all together may not.
+    """Bits between which no weight lies: those from `low` up reach `target` (a count, or a sum
+    with MASS), those from `high` up do not. w: the candidates, complete above `known`. Those from
+    `lowest` up surely reach it; 0, if even all together may not.
     """
     bits = _bits(w)
     low, high = lowest, _ONE + 1

@@ -93,7 +93,7 @@ def _candidates_kernel(
     row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
     x = tl.load(row_ptr + at, mask=at < VOCAB, other=float("-inf"))
     temperature = tl.load(params_ptr).to(tl.float32)
-    largest = tl.maximum(tl.max(x, axis=0), -1e38)  # of a tile without any logit, too
+    largest = tl.maximum(tl.max(x, axis=0), -1e30)  # finite, though all be forbidden
     w = _weight(x, largest, temperature)
     tl.store(sums_ptr + row * TILES + tile, tl.sum(w, axis=0))
     out = row * TOP * TILES + tile
@@ -145,7 +145,7 @@ def _from(row_ptr, least, largest, temperature, VOCAB: tl.constexpr, BLOCK: tl.c
     """Count and sum of the row's weights from `least` up."""
     count = tl.zeros([BLOCK], tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, VOCAB, BLOCK):
+    for begin in tl.range(0, VOCAB, BLOCK, num_stages=3):
         w = _read(row_ptr, begin + tl.arange(0, BLOCK), largest, temperature, VOCAB)
         kept = _bits(w) >= least
         count += tl.where(kept, 1.0, 0.0)

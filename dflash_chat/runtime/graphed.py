@@ -3,8 +3,8 @@
     launch(i + 1)  │  read(i) → tokens, text, stop checks      the GPU goes from step to step
 
 A launch is a few replays: the draft (or, for a pass of the anchor alone, only the projection of
-what was committed), the target's forward over n rows, and the choice. Greedy choices are graphs,
-too; sampled ones are torch operations on the logits in between, which wait for nothing either.
+what was committed), the target's forward over n rows, and the choice, greedy or sampled as the
+request on the device says. Penalties alone are torch's, since they need the answer's history.
 What ended an answer is found one step late: the step launched behind it is thrown away, and since
 rows count only when the host commits them, there is nothing to undo.
 
@@ -25,7 +25,7 @@ from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.fused import MAX_ROWS
-from dflash_chat.runtime.kernels import accept
+from dflash_chat.runtime.kernels import accept, sample
 from dflash_chat.runtime.sampling import Sampler
 from dflash_chat.runtime.step import Describable, Graphs, Step, TargetParts
 from dflash_chat.runtime.width import WIDTHS, Survival, WidthChooser
@@ -80,10 +80,8 @@ class GraphedSteps:
         self.survival = Survival(most - 1)
         self.chooser: WidthChooser | None = None
         self._device = step.state.length.device
-        vocab = step.head_shape[0]
-        self._logits = torch.zeros(most, vocab, device=self._device)
-        rows = 1 if drafter is None else drafter.config.block_size
-        self._draft_logits = torch.zeros(rows - 1, vocab, device=self._device)
+        self._request = sample.new_params(self._device)
+        self._logits = torch.zeros(most, step.head_shape[0], device=self._device)
         self._hidden = {n: torch.empty(0) for n in self.widths}
         self._draft_hidden = torch.empty(0)
         cuda = self._device.type == "cuda"
@@ -110,12 +108,18 @@ class GraphedSteps:
         def choose(n: int) -> None:
             accept.accept(state, step.argmax(self._hidden[n]), step.record)
 
+        def draw(n: int) -> None:
+            logits = step.logits(self._hidden[n])
+            chosen = sample.sample(logits, state.length, self._request)
+            accept.accept(state, chosen, step.record)
+
         def logits(n: int) -> None:
             self._logits[:n].copy_(step.logits(self._hidden[n]))
 
         for n in self.widths:
             out[f"forward {n}"] = lambda n=n: forward(n)  # type: ignore[misc]
             out[f"choose {n}"] = lambda n=n: choose(n)  # type: ignore[misc]
+            out[f"sample {n}"] = lambda n=n: draw(n)  # type: ignore[misc]
             out[f"logits {n}"] = lambda n=n: logits(n)  # type: ignore[misc]
         drafting = step.drafting
         if drafting is None:
@@ -128,12 +132,12 @@ class GraphedSteps:
         def propose() -> None:
             drafting.propose(drafting.argmax(self._draft_hidden))
 
-        def draft_logits() -> None:
-            self._draft_logits.copy_(drafting.logits(self._draft_hidden))
+        def guess() -> None:
+            logits = drafting.logits(self._draft_hidden)
+            drafting.propose(sample.guess(logits, state.length, self._request))
 
         return out | {
-            "project": drafting.project, "draft": draft, "propose": propose,
-            "draft logits": draft_logits,
+            "project": drafting.project, "draft": draft, "propose": propose, "guess": guess,
         }  # fmt: skip
 
     def measure(self) -> None:
@@ -176,21 +180,22 @@ class GraphedSteps:
         if self.drafter is not None:
             self.drafter.flush()
         self._place(anchor, self.cache.length)
-        first = self.cache.length - sampler.length  # of the answer, in positions of the cache
+        if sampler.params.temperature > 0:
+            sample.write(self._request, sampler, self.cache.length - sampler.length)
         ahead = not sampler.penalises  # else the next launch needs this step's tokens
         previous: timing.Mark | None = None
-        flight = self._launch(self._width(drafting), drafting, sampler, first)
+        flight = self._launch(self._width(drafting), drafting, sampler)
         following: _Flight | None = None
         try:
             while True:
                 following = None
                 width = self._width(drafting)
                 if ahead and self.cache.length + flight.width + width <= self.cache.capacity:
-                    following = self._launch(width, drafting, sampler, first)
+                    following = self._launch(width, drafting, sampler)
                 outcome, anchor = self._land(flight, anchor, previous, following, commit)
                 previous = flight.done
                 yield outcome
-                flight = following or self._launch(self._width(drafting), drafting, sampler, first)
+                flight = following or self._launch(self._width(drafting), drafting, sampler)
         finally:
             if following is not None:  # nobody will read it
                 self.cache.advance(following.width, 0)
@@ -216,21 +221,22 @@ class GraphedSteps:
         state.block[:1].fill_(anchor)
         self._unprojected = 0
 
-    def _launch(self, n: int, drafting: bool, sampler: Sampler, first: int) -> _Flight:
+    def _launch(self, n: int, drafting: bool, sampler: Sampler) -> _Flight:
         """Put a step of n rows into the device's queue."""
         step, state = self.step, self.step.state
         begun = timing.mark(self._device)
-        at = state.length.long() - first  # of the row behind the anchor in the answer
         if drafting:
-            self._draft(n, sampler, at)
+            self._draft(n, sampler)
         drafted = timing.mark(self._device)
         self.passes.replay(f"forward {n}")
         verified = timing.mark(self._device)
         if sampler.greedy:
             self.passes.replay(f"choose {n}")
+        elif not sampler.penalises:
+            self.passes.replay(f"sample {n}")
         else:
             self.passes.replay(f"logits {n}")
-            chosen = sampler.choose(self._logits[:n], state.ids[1:n], at)
+            chosen = sampler.choose(self._logits[:n], state.ids[1:n])
             accept.accept(state, chosen, step.record)
         record = self._records[self._launched % 2]
         record.copy_(step.record, non_blocking=True)
@@ -241,7 +247,7 @@ class GraphedSteps:
         done = timing.mark(self._device)
         return _Flight(n, record, features, begun, drafted, verified, done)
 
-    def _draft(self, n: int, sampler: Sampler, at: Tensor) -> None:
+    def _draft(self, n: int, sampler: Sampler) -> None:
         """Project what was committed last and, if more than the anchor is verified, draft."""
         drafting = self.step.drafting
         assert drafting is not None
@@ -249,14 +255,9 @@ class GraphedSteps:
         self._unprojected = 0
         if n == 1:
             self.passes.replay("project")
-        elif sampler.params.temperature <= 0:
-            self.passes.replay("draft")
-            self.passes.replay("propose")
         else:
             self.passes.replay("draft")
-            self.passes.replay("draft logits")
-            tokens, _ = sampler.guess(self._draft_logits, at)
-            drafting.propose(tokens)
+            self.passes.replay("propose" if sampler.params.temperature <= 0 else "guess")
 
     def _land(
         self, flight: _Flight, anchor: int, previous: timing.Mark | None,

@@ -27,7 +27,7 @@ from dflash_chat.runtime.api import SamplingParams
 UNREAD = -1  # choice of a row behind the first mismatch, where that row was not computed
 _TOP_P_CANDIDATES = 512  # a full sort of the vocabulary is only needed for flatter distributions
 _MASK = 0xFFFFFFFF  # one 32-bit word
-_HEAD = 64  # tokens with noise of their own; the rest of the vocabulary competes as one
+HEAD = 64  # tokens with noise of their own; the rest of the vocabulary competes as one
 _SHARPNESS = 0.8  # turns perturbed scores into chances; found on the default pair
 
 
@@ -37,7 +37,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.params = params
         seed = secrets.randbits(32) if params.seed is None else params.seed
-        self._seed_key = int(mix(torch.tensor(seed & _MASK)))
+        self.seed_key = int(mix(torch.tensor(seed & _MASK)))
         self._prompt = tuple(prompt)
         self._output: list[int] = []
         self.penalises = (
@@ -51,11 +51,10 @@ class Sampler:
         """Whether a row's choice is its likeliest token and nothing else."""
         return self.params.temperature <= 0 and not self.penalises
 
-    def choose(self, logits: Tensor, drafted: Tensor, at: Tensor | int | None = None) -> Tensor:
+    def choose(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """The token each row chooses, int64 [n]; UNREAD where no caller may look.
 
-        logits: [n, V]; drafted: [n-1], the tokens rows 1.. were fed with. Row 0 stands at the
-        answer's position `at`, a number or int64 [1] on the logits' device; None is behind the
+        logits: [n, V]; drafted: [n-1], the tokens rows 1.. were fed with. Row 0 stands behind the
         answer so far. Row k's penalties count the answer so far and drafted[:k], which is its true
         history if row k is reached at all.
         """
@@ -63,12 +62,12 @@ class Sampler:
             logits = self._penalised(logits.float(), drafted)
         if self.params.temperature <= 0:
             return logits.float().argmax(-1)  # a CPU's argmax of bf16 is three times slower
-        at = len(self._output) if at is None else at
+        keys = self.keys(len(logits), logits.device)
         if logits.is_cuda:
-            return self._draw(logits, at)
-        return self._one_by_one(logits, drafted.tolist(), at)
+            return self._draw(logits, keys)
+        return self._one_by_one(logits, drafted.tolist(), keys)
 
-    def guess(self, logits: Tensor, at: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+    def guess(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What the target will choose, as far as the drafter's logits [n, V] tell.
 
         Row 0 stands where `choose`'s does. Returns the tokens, int64 [n], and for each a rough
@@ -78,35 +77,33 @@ class Sampler:
         if self.params.temperature <= 0:
             best = logits.max(-1)
             return best.indices, (best.values - logits.logsumexp(-1)).exp()
-        top, ids = logits.topk(min(_HEAD, logits.shape[-1]), -1)
-        at = len(self._output) if at is None else at
-        noise = gumbel(self._keys(at, len(ids), ids.device)[:, None], ids)
+        top, ids = logits.topk(min(HEAD, logits.shape[-1]), -1)
+        noise = gumbel(self.keys(len(ids), ids.device)[:, None], ids)
         scores = filtered(top, self.params).log() + noise
         best = scores.max(-1)
         chance = (best.values * _SHARPNESS - (scores * _SHARPNESS).logsumexp(-1)).exp()
         return ids.gather(-1, best.indices[:, None])[:, 0], chance
 
-    def _one_by_one(self, logits: Tensor, drafted: list[int], at: Tensor | int) -> Tensor:
+    def _one_by_one(self, logits: Tensor, drafted: list[int], keys: Tensor) -> Tensor:
         """The choices up to the first that contradicts its draft, then UNREAD: nobody looks there.
 
         On a CPU a row costs its arithmetic, not a launch, and most rows are never reached.
         """
         chosen = torch.full((len(logits),), UNREAD)
         for i in range(len(logits)):
-            chosen[i] = self._draw(logits[i : i + 1], at + i)[0]
+            chosen[i] = self._draw(logits[i : i + 1], keys[i : i + 1])[0]
             if i < len(drafted) and int(chosen[i]) != drafted[i]:
                 break
         return chosen
 
-    def _draw(self, logits: Tensor, at: Tensor | int) -> Tensor:
-        """One token per row; row 0 stands at the answer's position `at`."""
-        weights = filtered(logits.float(), self.params)
-        return draw(weights, self._keys(at, len(weights), weights.device))
+    def _draw(self, logits: Tensor, keys: Tensor) -> Tensor:
+        """One token per row."""
+        return draw(filtered(logits.float(), self.params), keys)
 
-    def _keys(self, at: Tensor | int, n: int, device: torch.device) -> Tensor:
-        """One key per answer position from `at` on, int64 [n]."""
-        positions = torch.arange(n, dtype=torch.int64, device=device) + at
-        return mix(positions * 0x9E3779B1 + self._seed_key)
+    def keys(self, n: int, device: torch.device) -> Tensor:
+        """One key per position from the answer's end on, int64 [n]."""
+        positions = torch.arange(n, dtype=torch.int64, device=device) + len(self._output)
+        return mix(positions * 0x9E3779B1 + self.seed_key)
 
     @property
     def length(self) -> int:
@@ -170,20 +167,24 @@ def _nucleus_floor(weights: Tensor, top_p: float, few: bool) -> Tensor:
 def draw(weights: Tensor, keys: Tensor) -> Tensor:
     """One index per row of unnormalised weights [n, V], by Gumbel-max with the keys' noise, [n].
 
-    The likeliest tokens carry noise of their own. The others compete as one, whose weight is their
-    sum (the maximum of Gumbels is a Gumbel); if it wins, one of them is drawn by inverse CDF.
+    The likeliest tokens carry noise of their own, fewer than `HEAD` if the next one is as likely.
+    The others compete as one, whose weight is their sum (the maximum of Gumbels is a Gumbel); if it
+    wins, one of them is drawn by inverse CDF.
     """
-    top, ids = weights.topk(min(_HEAD, weights.shape[-1]), -1)
-    scores = top.log() + gumbel(keys[:, None], ids)
-    rest = weights.scatter(-1, ids, 0.0)
-    vocab = torch.full_like(keys, weights.shape[-1])
-    rest_score = rest.sum(-1).log() + gumbel(keys, vocab)
+    vocab = weights.shape[-1]
+    top, ids = weights.topk(min(HEAD + 1, vocab), -1)
+    next_best = top[:, -1:] if vocab > HEAD else torch.zeros_like(top[:, -1:])
+    own = top.masked_fill(top <= next_best, 0.0)
+    rest = weights.masked_fill(weights > next_best, 0.0)
+    scores = own.log() + gumbel(keys[:, None], ids)
+    number = torch.full_like(keys, vocab)
+    rest_score = rest.sum(-1).log() + gumbel(keys, number)
     best = scores.max(-1)
     chosen = ids.gather(-1, best.indices[:, None])[:, 0]
     loses = best.values >= rest_score
     if not weights.is_cuda and bool(loses.all()):
         return chosen
-    return torch.where(loses, chosen, inverse_cdf(rest, uniform(keys, vocab + 1)))
+    return torch.where(loses, chosen, inverse_cdf(rest, uniform(keys, number + 1)))
 
 
 def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:

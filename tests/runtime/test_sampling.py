@@ -23,7 +23,7 @@ from dflash_chat.runtime.sampling import (
 from tests.runtime import tiny
 
 
-def _chi_square_ok(observed: dict[int, int], expected: Tensor, draws: int) -> bool:
+def chi_square_ok(observed: dict[int, int], expected: Tensor, draws: int) -> bool:
     """Pearson's statistic below its 99.9 % quantile (Wilson–Hilferty approximation)."""
     cells = [(observed.get(i, 0), float(p) * draws) for i, p in enumerate(expected) if p > 0]
     statistic = sum((seen - want) ** 2 / want for seen, want in cells)
@@ -37,7 +37,7 @@ def test_inverse_cdf_follows_the_weights() -> None:
     draws = 20000
     uniforms = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     ids = inverse_cdf(weights.expand(draws, -1), uniforms).tolist()
-    assert _chi_square_ok(Counter(ids), weights[0] / weights.sum(), draws)
+    assert chi_square_ok(Counter(ids), weights[0] / weights.sum(), draws)
     assert inverse_cdf(weights, torch.tensor([1.0], dtype=torch.float64)).tolist() == [5]
 
 
@@ -90,9 +90,9 @@ def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -
     observed_second = Counter(
         {z: sum(seen[y * vocab + z] for y in range(vocab)) for z in range(vocab)}
     )
-    assert _chi_square_ok(observed_first, first / first.sum(), draws)
+    assert chi_square_ok(observed_first, first / first.sum(), draws)
     second = joint.sum(0)
-    assert _chi_square_ok(observed_second, second / second.sum(), draws)
+    assert chi_square_ok(observed_second, second / second.sum(), draws)
     flat = joint.flatten() / joint.sum()
     common = flat > 5 / draws  # cells with enough expected counts, the rest pooled into one
     pooled = torch.cat([flat[common], flat[~common].sum()[None]])
@@ -100,7 +100,7 @@ def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -
     counts: Counter[int] = Counter()
     for cell, count in seen.items():
         counts[index.get(cell, len(index))] += count
-    assert _chi_square_ok(counts, pooled, draws)
+    assert chi_square_ok(counts, pooled, draws)
 
 
 def test_filters_keep_exactly_what_their_definitions_keep() -> None:
@@ -150,10 +150,10 @@ def test_the_same_seed_gives_the_same_noise_whatever_the_block_widths() -> None:
     one, many = Sampler(params, []), Sampler(params, [])
     narrow = []
     for _ in range(4):
-        narrow += one._keys(0, 1, cpu).tolist()
+        narrow += one.keys(1, cpu).tolist()
         one.accept([0])
-    assert narrow == many._keys(0, 4, cpu).tolist()
-    assert narrow != Sampler(SamplingParams(temperature=1.0, seed=12), [])._keys(0, 4, cpu).tolist()
+    assert narrow == many.keys(4, cpu).tolist()
+    assert narrow != Sampler(SamplingParams(temperature=1.0, seed=12), []).keys(4, cpu).tolist()
 
 
 def test_noise_is_uniform_over_tokens_and_over_positions() -> None:
@@ -161,7 +161,7 @@ def test_noise_is_uniform_over_tokens_and_over_positions() -> None:
     positions = uniform(mix(torch.arange(40000) * 0x9E3779B1), torch.tensor([7]))
     for numbers in (tokens, positions):
         counts = Counter((numbers * 50).long().tolist())
-        assert _chi_square_ok(counts, torch.full((50,), 1 / 50), 40000)
+        assert chi_square_ok(counts, torch.full((50,), 1 / 50), 40000)
         neighbours = torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1]
         assert abs(float(neighbours)) < 4 / 40000**0.5
 
@@ -171,7 +171,7 @@ def test_draw_follows_the_weights(vocab: int) -> None:
     weights = torch.arange(vocab)[None].float() % 7
     draws = 30000
     ids = draw(weights.expand(draws, -1), mix(torch.arange(draws) * 0x9E3779B1)).tolist()
-    assert _chi_square_ok(Counter(ids), weights[0] / weights.sum(), draws)
+    assert chi_square_ok(Counter(ids), weights[0] / weights.sum(), draws)
 
 
 def test_a_drafter_that_knows_the_target_is_always_right() -> None:

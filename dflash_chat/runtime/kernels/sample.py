@@ -303,7 +303,6 @@ def _choose_kernel(
 
     head_w = tl.where(_bits(head_w) >= least, head_w, 0.0)
     scores = tl.log(head_w) + _gumbel(key, head_ids.to(tl.uint32))
-    scores = tl.where(head_w > 0, scores, float("-inf"))
     score, where = tl.max(scores, axis=0, return_indices=True)
     token = tl.sum(tl.where(h == where, head_ids, 0), axis=0)
     if not GUESS:

@@ -269,6 +269,8 @@ def _choose_kernel(
         _, high = _split(
             w, known, HEAD + 1, 0, False, row_ptr, largest, temperature, VOCAB, BLOCK
         )  # fmt: skip
+        few = tl.sum(tl.where(_bits(w) > 0, 1, 0), axis=0) <= HEAD
+        high = tl.where((known == 0) & few, 1, high)  # the head takes all there are
     head_ptr += row * HEAD
     head_ids_ptr += row * HEAD
     if high > known:

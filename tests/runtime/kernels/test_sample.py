@@ -25,6 +25,7 @@ PLAIN = SamplingParams(temperature=0.9, seed=1)
 SETTINGS = {
     "temperature": PLAIN,
     "cold": replace(PLAIN, temperature=0.02),
+    "so cold that one token is left": replace(PLAIN, temperature=1e-3),
     "hot": replace(PLAIN, temperature=9.0),
     "top-k": replace(PLAIN, top_k=5),
     "top-k beyond the candidates": replace(PLAIN, top_k=50),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dflash_chat.errors import UsageError
+from dflash_chat.runtime import layers
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.dense import DenseWeight
@@ -28,13 +29,15 @@ from dflash_chat.runtime.quant.float_quantized import rounded
 class DraftHead:
     """`weight` [N, C]: row i is token `ids[i]`, int64 [N] ascending, or token i without `ids`.
 
-    `vocab` is V; `copied` says that the weight is not the target's own.
+    `vocab` is V; `copied` says that the weight is not the target's own; `softcap` bounds logits as
+    the drafter was trained with, 0 leaves them.
     """
 
     weight: Packed
     vocab: int
     ids: Tensor | None = None
     copied: bool = False
+    softcap: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -42,8 +45,9 @@ class DraftHead:
         return self.weight.nbytes if self.copied else 0
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] before any cap of normed states [T, C]; -inf for tokens without a row."""
-        return self.spread(self.weight.matmul(hidden))
+        """Logits [T, V] of normed states [T, C]; -inf for tokens without a row."""
+        logits = self.weight.matmul(hidden)
+        return self.spread(layers.softcap(logits, self.softcap) if self.softcap else logits)
 
     def spread(self, logits: Tensor) -> Tensor:
         """The rows' logits [T, N], at their tokens' places [T, V]."""
@@ -69,6 +73,7 @@ def of(
     added: Iterable[int],
     device: torch.device,
     dtype: torch.dtype,
+    softcap: float = 0.0,
 ) -> DraftHead:
     """The draft head that the options ask for; `added` are the ids beside the merges.
 
@@ -76,7 +81,7 @@ def of(
     """
     fp8, rows, vocab = options.draft_head == "fp8", options.draft_rows, head.shape[0]
     if not copies(options):
-        return DraftHead(head, vocab)
+        return DraftHead(head, vocab, softcap=softcap)
     if rows >= vocab:
         raise UsageError(
             f"draft_head keeps {rows} rows, and this target's head has {vocab}",
@@ -87,4 +92,4 @@ def of(
         ids = torch.tensor(kept(rows, added, vocab), device=device)
     dense = head.dequantize(dtype) if ids is None else head.rows(ids)
     copy = rounded(dense) if fp8 else DenseWeight(dense)
-    return DraftHead(copy.to(device, dtype), vocab, ids, copied=True)
+    return DraftHead(copy.to(device, dtype), vocab, ids, copied=True, softcap=softcap)

@@ -60,6 +60,7 @@ class Config:
     causal: tuple[bool, ...]
     num_target_layers: int | None
     vocab_size: int | None
+    softcap: float = 0.0  # bounds logits to ±softcap; 0 leaves them
 
     @property
     def num_hidden_layers(self) -> int:
@@ -115,7 +116,7 @@ class Config:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"rope scaling {kind!r} is not supported")
-        cap = raw.get("final_logit_softcapping")  # monotone: no argmax, so no draft, depends on it
+        cap = raw.get("final_logit_softcapping")
         if cap is not None and not float(cap) > 0:
             raise ValueError(f"final_logit_softcapping = {cap!r} is out of range")
         layer_types = raw.get("layer_types") or ["full_attention"] * int(raw["num_hidden_layers"])
@@ -158,6 +159,7 @@ class Config:
             causal=causal,
             num_target_layers=None if depth is None else int(depth),
             vocab_size=None if raw.get("vocab_size") is None else int(raw["vocab_size"]),
+            softcap=float(cap or 0.0),
         )
 
     def tensor_shapes(self, target_hidden: int) -> dict[str, tuple[int, ...]]:

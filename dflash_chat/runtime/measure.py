@@ -92,7 +92,7 @@ def build(
     drafter_shapes = drafter_config.tensor_shapes(config.hidden_size)
     drafter_quant = "fp8" if options.drafter == "fp8" else "bf16"
     drafted = random_weights.RandomWeights(drafter_shapes, drafter_quant, device, dtype, seed=1)
-    head = draft_head.of(target.lm_head, options, (), device, dtype)
+    head = draft_head.of(target.lm_head, options, (), device, dtype, drafter_config.softcap)
     drafter = Drafter(drafter_config, drafted, target.embed, head, capacity, dtype, device)
     cache = target.new_cache(capacity)
     for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):

@@ -274,7 +274,8 @@ def _build(
     packed = weights.load_packed(*opened.for_drafter)
     if options.drafter == "fp8":
         packed = {name: _in_fp8(weight) for name, weight in packed.items()}
-    head = draft_head.of(target.lm_head, options, opened.tokenizer.added_ids, device, dtype)
+    added, cap = opened.tokenizer.added_ids, drafter_config.softcap
+    head = draft_head.of(target.lm_head, options, added, device, dtype, cap)
     drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
     engine = Engine(
         target,

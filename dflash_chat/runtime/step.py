@@ -218,7 +218,8 @@ class HeadKernels:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, fp32 [T, V]; -inf for tokens without a row."""
-        logits, _ = linear.head_logits(hidden, self.weight, pdl=self.pdl)
+        cap = self.head.softcap
+        logits, _ = linear.head_logits(hidden, self.weight, softcap=cap, pdl=self.pdl)
         return self.head.spread(logits)
 
 

@@ -46,6 +46,14 @@ def test_without_options_the_targets_own_head_is_lent() -> None:
     assert head.nbytes == 0
 
 
+def test_a_cap_bounds_what_is_kept_and_drops_what_is_not() -> None:
+    options = EngineOptions(draft_rows=100)
+    head = draft_head.of(head_weight(), options, ADDED, tiny.CPU, torch.float32, 2.0)
+    logits, wide = head.logits(hidden()), make(options).logits(hidden())
+    torch.testing.assert_close(logits[:, KEPT], 2 * torch.tanh(wide[:, KEPT] / 2))
+    assert torch.equal(logits.isfinite(), wide.isfinite())
+
+
 def test_a_target_head_in_fp8_needs_no_fp8_copy() -> None:
     own = rounded(head_weight().dequantize())
     assert make(EngineOptions(head="fp8", draft_head="fp8"), own).weight is own

@@ -256,5 +256,6 @@ def test_a_published_config_for_gemma_is_read() -> None:
     config = module.Config.from_raw(raw)
     assert config.windows == (2048, 2048, 2048, 2048, 0)
     assert config.causal == (True, True, True, True, False)
+    assert config.softcap == 30.0
     shapes = config.tensor_shapes(2816)
     assert round(sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6, 1) == 429.7

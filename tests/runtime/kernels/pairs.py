@@ -93,6 +93,7 @@ def tiny(
     )  # fmt: skip
     quant = "fp8" if options.drafter == "fp8" else "bf16"
     drafted = RandomWeights(c.tensor_shapes(64), quant, DEVICE, dtype, seed=1)
-    head = draft_head.of(target.lm_head, options, ADDED, DEVICE, dtype)
+    cap = float(raw.get("final_logit_softcapping", 0.0))
+    head = draft_head.of(target.lm_head, options, ADDED, DEVICE, dtype, cap)
     drafter = Drafter(c, drafted, target.embed, head, capacity, dtype, DEVICE)
     return Pair(target, target.new_cache(capacity), drafter)

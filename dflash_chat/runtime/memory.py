@@ -32,9 +32,9 @@ from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.float_quantized import Float8Weight
 from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
 
-# What only a device can tell. On an H200 with driver 580 and torch 2.11 the benchmark's "memory" has
-# `outside_start` 0.55 GB, which is the first, and 0.25 GB more at its end, the driver's share of the
-# other two; with them, predictions are within 3 % of the peak.
+# What only a device can tell. On an H200 with driver 580 and torch 2.11 the benchmark's "memory"
+# has `outside_start` 0.55 GB, which is the first, and 0.25 GB more at its end, the driver's share
+# of the other two; with them, predictions are within 3 % of the peak.
 CUDA_CONTEXT = 500_000_000
 MODULES = 300_000_000  # code of kernels, workspaces of cuBLAS, what the allocator rounds up
 GRAPHS = 200_000_000  # what the driver keeps of captured passes, and their small tensors
@@ -147,7 +147,8 @@ class Pair:
         chunk = CUDA_PREFILL_CHUNK
         largest = max(chunk, d.block_size)
         turned = context * sum(dim for dim, _ in {(a.head_dim, a.window > 0) for a in t.attention})
-        logits = (self.draft_tokens + d.block_size) * t.vocab_size * 4  # verified and drafted
+        verified = (self.draft_tokens + 1) * t.vocab_size * 4  # logits
+        drafted = (d.block_size - 1) * t.vocab_size * 4
         features = MAX_ROWS * (len(d.target_layer_ids) + 1) * t.hidden_size * element
         return Plan(
             cuda_context=CUDA_CONTEXT,
@@ -158,8 +159,8 @@ class Pair:
             target_cache=KVCache(t.attention, context, self.dtype, META, chunk).nbytes,
             # cos and sin twice: [positions, D] for prompts, fp32 [positions, D/2] for blocks
             tables=(turned + room * d.head_dim) * (2 * element + 4),
-            buffers=logits + features,
-            graphs=GRAPHS + 2 * logits,
+            buffers=verified + features,
+            graphs=GRAPHS + 2 * (verified + drafted),
             modules=MODULES,
             workspace=self._workspace() * element,
         )

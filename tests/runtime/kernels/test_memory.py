@@ -178,7 +178,7 @@ def test_tables_and_buffers_are_those_of_the_steps(kind: str) -> None:
     ropes = getattr(target, "ropes", None) or target.rope
     turns = [layer.attention.turns for layer in (*step.stack.layers, *step.drafting.stack.layers)]
     assert plan.tables == held([ropes, drafter.rope, turns])
-    buffers = [steps._logits, steps._draft_logits, step.features, step.drafting.nothing]
+    buffers = [steps._logits, step.features, step.drafting.nothing]
     assert plan.buffers == held(buffers)
 
 

@@ -54,6 +54,16 @@ class MoeWeight:
         """Bytes of data, scales and zeros."""
         return sum(part.nbytes for part in (self.data, self.scale, self.zero) if part is not None)
 
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """data, scale, zero for a launch; data stands where a format lacks one, and is not read."""
+        data, scale, zero = self.data, self.scale, self.zero
+        assert data.is_contiguous(), f"data {data.stride()}"
+        if self.format == "int4" and scale is not None:
+            assert scale.dtype == torch.bfloat16, f"scale {scale.dtype}"
+            scale = scale.view(torch.int32)  # a load of 4 bytes can be asynchronous
+            zero = None if zero is None else zero.view(torch.int32)
+        return data, data if scale is None else scale, data if zero is None else zero
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[E, N, K]."""
         if self.scale is None:

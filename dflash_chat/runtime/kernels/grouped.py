@@ -31,8 +31,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels.attention import card
 from dflash_chat.runtime.kernels.expert_weights import BLOCK, MoeWeight
-from dflash_chat.runtime.kernels.moe import _parts
-from dflash_chat.runtime.kernels.tile_product import _pair, _widen
+from dflash_chat.runtime.kernels.tile_product import pair, widen
 
 
 class GroupedConfig(NamedTuple):
@@ -95,10 +94,10 @@ def _columns(
         channel = first // 64 * N + n
         at = w_ptr + channel[:, None] * 16 + tl.arange(0, 16)[None, :]
         words = tl.load(at).to(tl.int32)  # [BN, 16]
-        low, high = _pair(tl.load(scale_ptr + channel))  # of columns 0 … 31 and 32 … 63
+        low, high = pair(tl.load(scale_ptr + channel))  # of columns 0 … 31 and 32 … 63
         low_shift, high_shift = -136 * low, -136 * high
         if HAS_ZERO:
-            low_zero, high_zero = _pair(tl.load(zero_ptr + channel))
+            low_zero, high_zero = pair(tl.load(zero_ptr + channel))
             low_shift += low_zero
             high_shift += high_zero
         a = tl.join(_nibble(words, 0, low, low_shift), _nibble(words, 2, high, high_shift))
@@ -108,7 +107,7 @@ def _columns(
         k = first + tl.arange(0, BK)
         at = w_ptr + n[:, None] * K + k[None, :]
         w = tl.load(at) if K % BK == 0 else tl.load(at, mask=k[None, :] < K, other=0.0)
-        return _widen(w, dtype)
+        return widen(w, dtype)
 
 
 @triton.jit
@@ -233,7 +232,7 @@ def _launch(
         assert config.bk == BLOCK, f"{config} with int4"
         x = x.view(-1, width // BLOCK, 4, 16).transpose(2, 3)
     x = x.reshape(-1, width).contiguous()
-    data, scale, zero = _parts(w)
+    data, scale, zero = w.operands()
     tiles = groups.expert.numel() * triton.cdiv(out.shape[1], config.bn)
     _grouped_kernel[(tiles,)](
         x, data, scale, zero, *groups, x if shares is None else shares, out,

@@ -224,8 +224,9 @@ def gate_up(
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
     tiles = triton.cdiv(dense, config.bn) + places * triton.cdiv(inner, config.bn)
     _gate_up_kernel[(tiles,)](
-        h_dense, *_parts(dense_w), h_moe, *_parts(experts_w), *routing[:3], dense_act, expert_act,
-        rows, C=width, D=dense, I=inner, **_constants(rows, dense_w, experts_w, routing, config),
+        h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing[:3],
+        dense_act, expert_act, rows, C=width, D=dense, I=inner,
+        **_constants(rows, dense_w, experts_w, routing, config),
         PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
@@ -256,7 +257,7 @@ def down(
     routed = torch.empty(top_k, rows, width, dtype=torch.float32, device=device)
     tiles = (splits + places) * triton.cdiv(width, config.bn)
     _down_kernel[(tiles,)](
-        dense_act, *_parts(dense_w), expert_act, *_parts(experts_w), *routing[:3], dense_out,
+        dense_act, *dense_w.operands(), expert_act, *experts_w.operands(), *routing[:3], dense_out,
         routed, rows, C=width, D=dense, I=inner,
         **_constants(rows, dense_w, experts_w, routing, config),
         PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
@@ -269,17 +270,6 @@ def _few(rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> bool:
     return rows <= 8 and "plain" not in (dense_w.format, experts_w.format)
 
 
-def _parts(weight: MoeWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """data, scale, zero; what a format lacks is replaced by data and never read."""
-    data, scale, zero = weight.data, weight.scale, weight.zero
-    assert data.is_contiguous(), f"data {data.stride()}"
-    if weight.format == "int4" and scale is not None:
-        assert scale.dtype == torch.bfloat16, f"scale {scale.dtype}"
-        scale = scale.view(torch.int32)  # a load of 4 bytes can be asynchronous
-        zero = None if zero is None else zero.view(torch.int32)
-    return data, data if scale is None else scale, data if zero is None else zero
-
-
 def _constants(
     rows: int, dense_w: MoeWeight, experts_w: MoeWeight, routing: Routing, config: MoeConfig
 ) -> dict[str, object]:
@@ -290,7 +280,7 @@ def _constants(
     padded = 8 if _few(rows, dense_w, experts_w) else 16 if rows <= 16 else 32
     return {
         "W_STRIDE": experts_w.data.stride(0),
-        "SCALE_STRIDE": _parts(experts_w)[1].stride(0),
+        "SCALE_STRIDE": experts_w.operands()[1].stride(0),
         "TOP": top_k,
         "RANKS": triton.next_power_of_2(top_k),
         "DENSE_FORMAT": dense_w.format,

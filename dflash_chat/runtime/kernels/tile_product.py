@@ -24,7 +24,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _widen(w, dtype: tl.constexpr):
+def widen(w, dtype: tl.constexpr):
     """w in `dtype`, exact. sm_90 has no instruction from fp8 to bf16 and would go through fp32."""
     if w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -70,7 +70,7 @@ def _nibble(words, J: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _pair(words):
+def pair(words):
     """Two bf16 of each 32-bit word, as fp32."""
     return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
 
@@ -133,9 +133,9 @@ def tile_product(
                 channel = block * N + n
                 w_at = w_ptr + channel[:, None] * 16 + i[None, :]
                 words = tl.load(w_at, mask=inside, other=0)  # [CHANNELS, 16]
-                scale = _pair(tl.load(scale_ptr + channel, mask=inside, other=0))
+                scale = pair(tl.load(scale_ptr + channel, mask=inside, other=0))
                 if HAS_ZERO:
-                    zero = _pair(tl.load(zero_ptr + channel, mask=inside, other=0))
+                    zero = pair(tl.load(zero_ptr + channel, mask=inside, other=0))
                 x_at = x_ptr + row[:, None] * K + block * 64 + i[None, :]
                 for g in tl.static_range(2):
                     x_a = tl.load(x_at + 32 * g, mask=taken[:, None] & inside, other=0.0)
@@ -159,7 +159,7 @@ def tile_product(
                 inside = (start + k < SPAN) & (first + start + k < K)
                 x = tl.load(x_at, mask=taken[:, None] & inside[None, :], other=0.0)
                 w = tl.load(w_at, mask=inside[None, :], other=0.0)
-            acc = _product(x, _widen(w, dtype), acc, W_FIRST)
+            acc = _product(x, widen(w, dtype), acc, W_FIRST)
         if FORMAT == "fp8":
             acc *= _outer(one, tl.load(scale_ptr + n), W_FIRST)
     return tl.trans(acc) if W_FIRST else acc

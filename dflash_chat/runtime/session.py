@@ -20,7 +20,7 @@ import torch
 from dflash_chat import __version__
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import draft_head, memory, models, text, weights
+from dflash_chat.runtime import draft_head, kernels, memory, models, text, weights
 from dflash_chat.runtime.api import (
     EngineOptions,
     Event,
@@ -299,12 +299,10 @@ def _graphs(engine: Engine) -> tuple[GraphedSteps | None, str]:
     """The engine's steps as CUDA graphs, or why there are none."""
     if engine.cache.dtype != torch.bfloat16:
         return None, "the kernels compute in bf16"
-    if torch.cuda.get_device_capability(engine.cache.device) < (8, 0):
-        return None, "the kernels need compute capability 8.0"
-    try:
-        from dflash_chat.runtime import graphed
-    except ImportError:
-        return None, "Triton is not installed"
+    if why := kernels.missing(engine.cache.device):
+        return None, why
+    from dflash_chat.runtime import graphed
+
     try:
         return graphed.captured(engine), ""
     except Exception as error:  # of a compiler or a driver: the eager path is right, only slower

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from dflash_chat.runtime import session
+from dflash_chat.runtime import kernels, session
 from dflash_chat.runtime.engine import Engine
 from tests.runtime import tiny
 
@@ -25,11 +25,44 @@ def test_fp32_runs_eagerly() -> None:
     assert why == "the kernels compute in bf16"
 
 
+@pytest.fixture
+def fresh_answer() -> Iterator[None]:
+    """Whether kernels run is asked once per device and process."""
+    kernels.missing.cache_clear()
+    yield
+    kernels.missing.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_answer")
 def test_an_old_card_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     graphed, why = session._graphs(engine(torch.bfloat16))
     assert graphed is None
     assert "8.0" in why
+
+
+@pytest.mark.usefixtures("fresh_answer")
+def test_a_machine_without_triton_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    graphed, why = session._graphs(engine(torch.bfloat16))
+    assert graphed is None
+    assert why == "Triton is not installed"
+    assert not kernels.serve(torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("fresh_answer")
+def test_a_machine_that_cannot_compile_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from dflash_chat.runtime.kernels import norms
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(norms, "rms_norm", failing)
+    _, why = session._graphs(engine(torch.bfloat16))
+    assert why == "RuntimeError: Failed to find C compiler."
 
 
 @pytest.fixture
@@ -37,7 +70,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
     pytest.importorskip("triton")
     from dflash_chat.runtime import graphed
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(kernels, "missing", lambda _: "")
 
     def failing(error: Exception) -> None:
         def captured(_: Engine) -> None:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dflash_chat.errors import DoesNotFitError
+from dflash_chat.errors import DoesNotFitError, UserError
 from dflash_chat.runtime import draft_head, memory, models, random_weights, timing
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
@@ -38,6 +38,9 @@ SCRIPT_STEPS = 4096
 SELF_CHECK_LIMIT = 0.1  # ten times what rounding to bf16 makes of thirty layers
 LOOP_STEPS = 60  # few enough that the context stays what it is called
 PROMPT_TOKENS = 8192
+
+
+Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows [T, C] → experts and shares [T, k]
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def self_check(subject: Subject, context: int, n: int = 8) -> dict[str, float]:
 def _plain_routed_alike(subject: Subject) -> Iterator[None]:
     """The plain layers' routers choose what the fused ones are told to."""
 
-    def alike(experts: Experts) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def alike(experts: Experts) -> Route:
         told, m = experts.dictated, experts.moe
         assert told is not None
 
@@ -176,14 +179,28 @@ def _plain_routed_alike(subject: Subject) -> Iterator[None]:
 
         return route
 
-    pairs = zip(subject.target.layers, subject.step.stack.layers, strict=True)
-    routed = [(plain.experts, fused.experts) for plain, fused in pairs if fused.experts is not None]
-    own = [plain.router for plain, _ in routed]
-    for plain, fused in routed:
-        plain.router = alike(fused)
-    yield
-    for (plain, _), router in zip(routed, own, strict=True):
-        plain.router = router
+    fused = [layer.experts for layer in subject.step.stack.layers if layer.experts is not None]
+    with _rerouted(subject.target, [alike(experts) for experts in fused]):
+        yield
+
+
+@contextmanager
+def _rerouted(target: Any, routes: Sequence[Route]) -> Iterator[None]:  # noqa: ANN401
+    """`routes` stand for the routers of the layers with experts, in order."""
+    routed = _routed(target)
+    own = [experts.router for experts in routed]
+    try:
+        for experts, route in zip(routed, routes, strict=True):
+            experts.router = route
+        yield
+    finally:
+        for experts, router in zip(routed, own, strict=True):
+            experts.router = router
+
+
+def _routed(target: Any) -> list[Any]:  # noqa: ANN401
+    """The experts of the layers that have some."""
+    return [layer.experts for layer in target.layers if getattr(layer, "experts", None)]
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -226,6 +243,8 @@ def run(
         say(f"{name} {quant}: {(total - free) / 1e9:.1f} GB in use")
         check = self_check(subject, context)
         say("self-check " + " ".join(f"{k} {v:.2e}" for k, v in check.items()))
+        if max(check.values()) > SELF_CHECK_LIMIT:
+            raise UserError("the kernels' step differs from plain torch's: nothing was measured")
         filled = prefill(subject)
         say(
             f"prefill {filled['ms']:7.3f} ms  {PROMPT_TOKENS} tokens  {filled['tok_s']:.0f} tok/s"
@@ -347,10 +366,8 @@ def prefill(subject: Subject) -> dict[str, float]:
 def recorded_routes(target: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401
     """What every router chose, layer after layer: int64 [T, k] each."""
     chosen: list[Tensor] = []
-    routed = [layer.experts for layer in target.layers if getattr(layer, "experts", None)]
-    kept = [experts.router for experts in routed]
 
-    def recording(router: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[..., object]:
+    def recording(router: Route) -> Route:
         def route(r: Tensor) -> tuple[Tensor, Tensor]:
             slots, shares = router(r)
             chosen.append(slots)
@@ -358,11 +375,8 @@ def recorded_routes(target: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401
 
         return route
 
-    for experts in routed:
-        experts.router = recording(experts.router)
-    yield chosen
-    for experts, router in zip(routed, kept, strict=True):
-        experts.router = router
+    with _rerouted(target, [recording(experts.router) for experts in _routed(target)]):
+        yield chosen
 
 
 def active_parameters(subject: Subject) -> int:

@@ -146,8 +146,12 @@ class Engine:
         yield step
         if step.reason:
             return
-        run = self._steps if self.graphed is None else self._graphed_steps
-        with closing(run(step.tokens[-1], sampler, draft)) as steps:
+        anchor = step.tokens[-1]
+        if self.graphed is None:
+            steps = self._steps(anchor, sampler, draft)
+        else:  # the same as CUDA graphs, which keep both caches themselves
+            steps = self.graphed.decode(anchor, sampler, draft, self.log.extend)
+        with closing(steps):
             for tokens, stats in steps:
                 step = self._clip(tokens, stats, sampler)
                 yield step
@@ -264,23 +268,6 @@ class Engine:
             )
             yield choices[: n + 1], stats
             anchor = choices[n]
-
-    def _graphed_steps(self, anchor: int, sampler: Sampler, draft: bool) -> _Steps:
-        """The same as CUDA graphs, which keep both caches themselves."""
-        assert self.graphed is not None
-        with closing(self.graphed.decode(anchor, sampler, draft, self.log.extend)) as outcomes:
-            for outcome in outcomes:
-                stats = StepStats(
-                    drafted=outcome.width - 1,
-                    accepted=len(outcome.choices) - 1,
-                    committed=len(outcome.choices),
-                    draft_ms=outcome.draft_ms,
-                    verify_ms=outcome.verify_ms,
-                    sample_ms=outcome.sample_ms,
-                    host_ms=outcome.idle_ms,
-                    context_tokens=self.cache.length,
-                )
-                yield outcome.choices, stats
 
     def _propose(self, anchor: int, sampler: Sampler) -> Tensor:
         """The drafted tokens worth verifying, int64 [≤ draft_tokens]; none without room for

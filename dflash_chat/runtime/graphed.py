@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dflash_chat.runtime import timing
+from dflash_chat.runtime.api import StepStats
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
@@ -41,18 +42,6 @@ class Passes(Protocol):
 
     def replay(self, name: str) -> None:
         """Run it again."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A step that was read: the accepted drafts and the target's own token behind them."""
-
-    choices: list[int]
-    width: int
-    draft_ms: float
-    verify_ms: float
-    sample_ms: float
-    idle_ms: float
 
 
 @dataclass(frozen=True)
@@ -172,8 +161,9 @@ class GraphedSteps:
 
     def decode(
         self, anchor: int, sampler: Sampler, draft: bool, commit: Callable[[list[int]], None]
-    ) -> Generator[Outcome, None, None]:
-        """Steps behind `anchor` until the caller closes. `commit` is told the ids of every step's
+    ) -> Generator[tuple[list[int], StepStats], None, None]:
+        """Steps behind `anchor` until the caller closes: the accepted drafts with the target's own
+        token behind them, and the step's figures. `commit` is told the ids of every step's
         rows before it is yielded; by then both caches hold them.
         """
         drafting = draft and self.drafter is not None
@@ -192,9 +182,9 @@ class GraphedSteps:
                 width = self._width(drafting)
                 if ahead and self.cache.length + flight.width + width <= self.cache.capacity:
                     following = self._launch(width, drafting, sampler)
-                outcome, anchor = self._land(flight, anchor, previous, following, commit)
-                previous = flight.done
-                yield outcome
+                choices, stats = self._land(flight, anchor, previous, following, commit)
+                previous, anchor = flight.done, choices[-1]
+                yield choices, stats
                 flight = following or self._launch(self._width(drafting), drafting, sampler)
         finally:
             if following is not None:  # nobody will read it
@@ -262,8 +252,8 @@ class GraphedSteps:
     def _land(
         self, flight: _Flight, anchor: int, previous: timing.Mark | None,
         following: _Flight | None, commit: Callable[[list[int]], None],
-    ) -> tuple[Outcome, int]:  # fmt: skip
-        """Wait for a step's record and commit its rows; also returns the next anchor."""
+    ) -> tuple[list[int], StepStats]:  # fmt: skip
+        """Wait for a step's record and commit its rows."""
         timing.reach(flight.done)
         n, *chosen = flight.record.tolist()
         choices = chosen[: n + 1]
@@ -278,15 +268,17 @@ class GraphedSteps:
             self.survival.observe(flight.width - 1, n)
         commit([anchor, *choices[:-1]])
         between = timing.ms_between
-        outcome = Outcome(
-            choices,
-            flight.width,
+        stats = StepStats(
+            drafted=flight.width - 1,
+            accepted=n,
+            committed=n + 1,
             draft_ms=between(flight.begun, flight.drafted),
             verify_ms=between(flight.drafted, flight.verified),
             sample_ms=between(flight.verified, flight.done),
-            idle_ms=0.0 if previous is None else max(0.0, between(previous, flight.begun)),
+            host_ms=0.0 if previous is None else max(0.0, between(previous, flight.begun)),
+            context_tokens=self.cache.length,
         )
-        return outcome, choices[-1]
+        return choices, stats
 
     def _projected(self, rows: int) -> None:
         """The drafter's context has `rows` more, and a block behind them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
@@ -13,7 +14,8 @@ from dflash_chat import hub, pairs
 from dflash_chat.errors import UserError
 from dflash_chat.settings import DEFAULT_PAIR
 
-THREADS = 2
+# a worker among others gets one core, or their threads wait for each other
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,6 +35,12 @@ def interruptible() -> None:
     """A shell that runs tests in the background ignores SIGINT, and so would every child."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def threads_of_children() -> None:
+    """Child processes take as many threads as this one."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 
 @pytest.fixture(autouse=True)

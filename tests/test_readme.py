@@ -31,7 +31,7 @@ def test_the_first_command_creates_installs_and_asks() -> None:
 
 def test_the_second_command_installs_dev_and_tests() -> None:
     steps = BLOCKS[1].strip().split(" && ")
-    assert steps == ['.venv/bin/pip install -e ".[dev]"', ".venv/bin/python -m pytest"]
+    assert steps == ['.venv/bin/pip install -e ".[dev]"', ".venv/bin/python -m pytest -n 2"]
 
 
 def test_ci_installs_torch_as_the_readme_does_and_runs_its_test_command() -> None:

@@ -44,7 +44,7 @@ def test_inverse_cdf_follows_the_weights() -> None:
 @pytest.mark.parametrize("right", [True, False], ids=["drafts that fit", "drafts that do not"])
 def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -> None:
     """16-token vocabulary: the pairs (y1, y2) that speculation emits against the exact product."""
-    vocab, draws = 16, 3000
+    vocab, draws = 16, 1500
     target = tiny.target(seed=4, vocab=vocab)
     settings = SamplingParams(temperature=1.3, max_tokens=3)
     with torch.inference_mode():

@@ -1,10 +1,12 @@
 """A block's forward from our own kernels: 1 to 17 rows, static shapes, lengths on the device.
 
 Nothing here waits for the device or depends on what it computes, so a CUDA graph can capture it.
-One dense layer is seven launches, one with experts nine:
+A layer is nine launches, one more where several rows choose experts:
 
-    qkv → rope and cache write → attention → o_proj → add and norms
-        → gate_up → down → add and norms                    (router, and experts beside the MLP)
+    qkv → rope and cache write → attention, its shares merged → o_proj → add and norms
+        → gate_up → down → add and norms                       (experts beside the dense MLP)
+
+The router's logits come with the norms; gate_up finds a single row's experts itself.
 
 Split GEMMs leave fp32 partial sums that the next kernel adds up. Knows the order of the kernels;
 knows no architecture (`parts.py` describes the layers), no checkpoint and no sampling.
@@ -21,7 +23,7 @@ from torch import Tensor
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.kernels import attention, linear, moe, norms, rope, router
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
-from dflash_chat.runtime.kernels.norms import Branch
+from dflash_chat.runtime.kernels.norms import Branch, Router
 from dflash_chat.runtime.parts import AttentionParts, LayerParts
 from dflash_chat.runtime.quant import kernel_weights
 
@@ -105,8 +107,7 @@ class Experts:
         self.gate_up: MoeWeight = kernel_weights.experts(parts.moe.gate_up)
         self.down: MoeWeight = kernel_weights.experts(parts.moe.down)
         device = parts.moe.proj.device
-        self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
-        self.active = self.arrivals  # int32 [1], distinct experts of the last block
+        self.active = torch.zeros(1, dtype=torch.int32, device=device)  # experts of the last block
         self.dictated: Tensor | None = None  # [17, C] for the router instead of its own input
 
     def __call__(
@@ -114,16 +115,19 @@ class Experts:
     ) -> tuple[Tensor, Tensor]:
         """The residual and its norm for the next layer."""
         p, m, pdl = self.parts, self.moe, self.pdl
-        inputs = [p.mlp_input_norm, m.input_norm, m.router_norm]
-        r, (h_dense, h_moe, h_router) = norms.residual_norms(x, [attended], inputs, p.eps, pdl=pdl)
-        if self.dictated is not None:
-            h_router = self.dictated[: len(x)]
-        routing = router.route(
-            h_router, m.proj, m.per_expert_scale, self.arrivals, top_k=m.top_k, pdl=pdl
+        routed_by = Router(m.router_norm, m.proj, self.dictated)
+        r, (h_dense, h_moe), logits = norms.residual_norms_and_logits(
+            x, [attended], [p.mlp_input_norm, m.input_norm], p.eps, routed_by, pdl=pdl
         )
+        choice = None
+        if len(x) == 1 and moe.chooses(self.gate_up):
+            routing = router.unmade(1, len(m.proj), m.top_k, x.device)
+            choice = moe.Choice(logits, m.per_expert_scale)
+        else:
+            routing = router.select(logits, m.per_expert_scale, top_k=m.top_k, pdl=pdl)
         self.active = routing.active
         dense, routed = moe.gate_up(
-            h_dense, self.dense_gate_up, h_moe, self.gate_up, routing, pdl=pdl
+            h_dense, self.dense_gate_up, h_moe, self.gate_up, routing, choice=choice, pdl=pdl
         )
         dense, routed = moe.down(dense, self.dense_down, routed, self.down, routing, pdl=pdl)
         branches = [

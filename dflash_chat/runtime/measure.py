@@ -173,7 +173,8 @@ def _plain_routed_alike(subject: Subject) -> Iterator[None]:
 
         def route(r: Tensor) -> tuple[Tensor, Tensor]:
             rows = torch.arange(len(r), device=r.device) % len(told)
-            shares, chosen = (told[rows] @ m.proj.T).float().softmax(-1).topk(m.top_k)
+            logits = told[rows].float() @ m.proj.float().T
+            shares, chosen = logits.softmax(-1).topk(m.top_k)
             shares = shares / shares.sum(-1, keepdim=True) * m.per_expert_scale[chosen]
             return chosen, shares
 

@@ -1,4 +1,4 @@
-"""Router, gate_up and down at Gemma-4-26B-A4B's shapes beside the copy bandwidth.
+"""gate_up and down at Gemma-4-26B-A4B's shapes beside the copy bandwidth.
 
     python -m tests.bench.kernels_moe [--seconds 60] [--formats plain,fp8,int4] [--pdl]
 
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dflash_chat.runtime.kernels import moe, router
+from dflash_chat.runtime.kernels import moe
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.moe import MoeConfig
-from dflash_chat.runtime.kernels.router import RouteConfig, Routing
+from dflash_chat.runtime.kernels.router import Routing
 from tests.bench.gpu import copy_bandwidth, graph_seconds, machine
 
 EXPERTS, TOP_K, WIDTH, DENSE, INNER = 128, 8, 2816, 2112, 704
@@ -31,11 +31,7 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 SWEPT = (1, 4, 8, 16)
 CALLS = 24  # of one graph
 LAYERS = {"plain": 3, "fp8": 5, "int4": 10}  # 4 GB each: no weight survives in L2 until its turn
-ROUTER_LAYERS = 600
 
-ROUTE = [
-    RouteConfig(*c) for c in ((16, 512, 8), (16, 256, 8), (32, 256, 8), (16, 128, 8), (16, 256, 16))
-]
 GATE_UP = {
     "plain": [
         (16, 128, 4, 6), (16, 128, 4, 4), (16, 256, 4, 4), (32, 64, 4, 6), (32, 128, 4, 5),
@@ -182,39 +178,6 @@ def bench_launch(
         )  # fmt: skip
 
 
-def bench_route(copy: float, pdl: bool) -> None:
-    """Rows of the router."""
-    proj = [act(EXPERTS, WIDTH).mul_(WIDTH**-0.5) for _ in range(ROUTER_LAYERS)]
-    scale = act(EXPERTS)
-    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
-    best = ROUTE[0]
-    for rows in ROWS:
-        h = act(rows, WIDTH)
-        routing = router.route(h, proj[0], scale, counter)
-        truth = router.reference(h.double(), proj[0].double(), scale.double())
-        assert torch.equal(routing.slots, truth[0].int()), f"route, T = {rows}: other experts"
-        check(f"route, T = {rows}", routing.weights, truth[1].float())
-
-        def call(w: Tensor, config: RouteConfig, h: Tensor = h) -> Callable[[], object]:
-            return lambda: router.route(h, w, scale, counter, config=config, pdl=pdl)
-
-        tried = ROUTE if rows in SWEPT else [best]
-        timed = {c: graph_seconds([call(w, c) for w in proj], repeats=5) for c in tried}
-        best = min(timed, key=timed.__getitem__)
-        seconds = timed[best]
-
-        def plain(w: Tensor, h: Tensor = h) -> Callable[[], object]:
-            return lambda: F.linear(h, w).float().softmax(-1).topk(TOP_K)
-
-        beside = graph_seconds([plain(w) for w in proj[:100]], repeats=5)
-        size = proj[0].nbytes
-        say(
-            "route", "plain", rows, "", tuple(best), f"{seconds * 1e6:.1f}",
-            f"{size / seconds / 1e9:.0f}", f"{100 * size / seconds / copy:.0f} %",
-            f"{beside * 1e6:.0f}", ", ".join(f"{value * 1e6:.1f}" for value in timed.values()),
-        )  # fmt: skip
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -228,7 +191,6 @@ def main() -> None:
     sys.stdout.write(f"{machine()}, copy {copy / 1e9:.0f} GB/s\n\n")
     say("launch", "format", "T", "experts", "best", "µs", "GB/s", "of copy", "torch µs", "all µs")
     say(*["---"] * 10)
-    bench_route(copy, args.pdl)
     for format_name in args.formats.split(","):
         shapes = [
             (2 * DENSE, WIDTH), (EXPERTS, 2 * INNER, WIDTH), (WIDTH, DENSE), (EXPERTS, WIDTH, INNER)

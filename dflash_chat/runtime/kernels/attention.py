@@ -13,8 +13,8 @@ M dimension of each dot (row m = t · H/G + j), so keys and values are read once
 normalised output in q's dtype (fp32 would cost as many bytes as the cache itself) and its
 log₂-sum-exp in fp32; a second kernel merges the shares. bf16 in and out, fp32 softmax. Bound by
 reading keys and values; at short contexts by the chain length → keys → partial → merge. With PDL
-the keys travel to L2 while the rope kernel still runs: a prefetch reads nothing, so neither rows
-that are being written nor a length that is about to change can make it wrong.
+the keys travel to L2 while the rope kernel still runs: a prefetch reads nothing, so rows that are
+being written cannot make it wrong.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -183,16 +183,16 @@ def _attention_kernel(
     at = row[:, None] * D + tl.arange(0, D)[None, :]
     k_base = keys_ptr + g.to(tl.int64) * slots * D
     v_base = values_ptr + g.to(tl.int64) * slots * D
+    # Last written before the previous launch began, hence there already.
+    length = tl.load(length_ptr)
+    lo, hi = _share(split, length, T, WINDOW, SPLITS)
     if PDL:
-        lo, hi = _share(split, tl.load(length_ptr, cache_modifier=".cg"), T, WINDOW, SPLITS)
         for start in range(lo, tl.minimum(hi, lo + 2 * BLOCK_N), BLOCK_N):
             _prefetch(k_base, start, hi, slots, D, WINDOW, BLOCK_N)
             _prefetch(v_base, start, hi, slots, D, WINDOW, BLOCK_N)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    length = tl.load(length_ptr, cache_modifier=".cg")
     q = tl.load(q_ptr + at, mask=used[:, None], other=0.0)
-    lo, hi = _share(split, length, T, WINDOW, SPLITS)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -15,6 +15,8 @@ the router's list, and CTAs behind its end exit at once. The dense MLP is treate
 experts, of all rows; its down projection is split along K to the experts' I, so that all CTAs of a
 launch are equal. gate and up rows alternate in a tile. With `pdl` the dense tiles, which come
 first, ask for weights before they wait for the previous kernel; the experts' tiles need its list.
+A single row has as many places as ranks: given its logits instead of a list, the gate_up CTAs of
+place i look for the expert of rank i themselves, and the first of them writes it down.
 
 Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`, which
 `tile_product.py` reads.
@@ -34,8 +36,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
-from dflash_chat.runtime.kernels.router import Routing
+from dflash_chat.runtime.kernels.router import Routing, at_rank
 from dflash_chat.runtime.kernels.tile_product import prefetch, tile_product
+
+
+class Choice(NamedTuple):
+    """Of one row: logits fp32 [1, E] and the experts' own factors [E]."""
+
+    logits: Tensor
+    per_expert_scale: Tensor
 
 
 class MoeConfig(NamedTuple):
@@ -110,13 +119,14 @@ def _store_activation(acc, out_ptr, row, taken, column, WIDTH: tl.constexpr, BN:
 def _gate_up_kernel(
     h_dense_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
     h_moe_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
-    experts_ptr, active_ptr, slots_ptr, dense_act_ptr, expert_act_ptr, T,
+    experts_ptr, active_ptr, slots_ptr, weights_ptr, logits_ptr, expert_scale_ptr,
+    dense_act_ptr, expert_act_ptr, T,
     W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr,
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     DENSE_TILES: tl.constexpr = (D + BN - 1) // BN
     TILES: tl.constexpr = (I + BN - 1) // BN
@@ -139,9 +149,20 @@ def _gate_up_kernel(
             tl.extra.cuda.gdc_wait()
         i = (tile - DENSE_TILES) // TILES
         first = (tile - DENSE_TILES) % TILES * BN
-        expert = tl.load(experts_ptr + i)
-        taken, _ = _rank(slots_ptr, row, expert, T, TOP, RANKS)
-        if i < tl.load(active_ptr):
+        if logits_ptr is not None:
+            expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP)
+            if first == 0:
+                tl.store(experts_ptr + i, expert)
+                tl.store(slots_ptr + i, expert)
+                tl.store(weights_ptr + i, weight)
+                tl.store(active_ptr, TOP)  # by each of them the same
+            active = TOP
+            taken = row < T
+        else:
+            expert = tl.load(experts_ptr + i)
+            active = tl.load(active_ptr)
+            taken, _ = _rank(slots_ptr, row, expert, T, TOP, RANKS)
+        if i < active:
             n = tl.minimum(first + pair // 2, I - 1) + pair % 2 * I
             e = expert.to(tl.int64)
             acc = tile_product(
@@ -201,6 +222,13 @@ def _down_kernel(
             tl.store(out, acc, mask=taken[:, None] & (column[None, :] < C))
 
 
+def chooses(experts_w: MoeWeight) -> bool:
+    """Whether gate_up finds a row's experts sooner than a launch of the router's would: with two
+    warps a program compares too slowly.
+    """
+    return CONFIGS["gate_up", experts_w.format].warps >= 4
+
+
 def gate_up(
     h_dense: Tensor,
     dense_w: MoeWeight,
@@ -208,10 +236,14 @@ def gate_up(
     experts_w: MoeWeight,
     routing: Routing,
     *,
+    choice: Choice | None = None,
     config: MoeConfig | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """dense_act [T, D] and expert_act [min(E, k·T), T, I], in h's dtype."""
+    """dense_act [T, D] and expert_act [min(E, k·T), T, I], in h's dtype.
+
+    With a `choice`, which is for one row, `routing` is written, its experts in the order of ranks.
+    """
     rows, width = h_moe.shape
     dense, inner = dense_w.shape[0] // 2, experts_w.shape[1] // 2
     assert h_dense.shape == (rows, width), f"h_dense {h_dense.shape}, h_moe {h_moe.shape}"
@@ -220,14 +252,16 @@ def gate_up(
     assert dense_w.shape[1] == experts_w.shape[2] == width, f"{dense_w.shape} {experts_w.shape}"
     config = config or CONFIGS["gate_up", experts_w.format]
     places = routing.experts.numel()
+    assert choice is None or rows == 1, f"a choice for {rows} rows"
+    assert choice is None or choice.logits.shape == (1, experts_w.shape[0]), "logits of experts"
     dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
     tiles = triton.cdiv(dense, config.bn) + places * triton.cdiv(inner, config.bn)
     _gate_up_kernel[(tiles,)](
-        h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing[:3],
-        dense_act, expert_act, rows, C=width, D=dense, I=inner,
+        h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing,
+        *(choice or (None, None)), dense_act, expert_act, rows, C=width, D=dense, I=inner,
         **_constants(rows, dense_w, experts_w, routing, config),
-        PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
+        E=experts_w.shape[0], PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
 

@@ -5,10 +5,13 @@
     sum     = branch + branch                          then n(sum, post), where there is one
     new     = (x + sum) · scale                        rounded to x's dtype
     out_i   = n(new, norms_i)                          up to three, of one mean square
+    logits  = n(new, router.norm) · router.projᵀ       where experts are chosen, fp32 [T, E]
 
 x: [T, C] bf16, the residual. values: [S, T, C] or [T, C], the fp32 partial sums of a split GEMM or
 the outputs of S experts, or bf16. fp32 inside. One program per row, so that a row is read once and
 kept in registers; at T ≤ 17 it is bound by latency: the loads of all parts are in flight at once.
+With a router, a row has a program for every few experts: each adds up the whole row, has asked for
+its part of proj before, and is done sooner than a launch of the router's own would begin.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -25,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_WIDTH = 8192
+ROUTED = 8  # experts of a program's share
 
 
 class Branch(NamedTuple):
@@ -33,6 +37,16 @@ class Branch(NamedTuple):
     values: Tensor
     weights: Tensor | None = None
     norm: Tensor | None = None
+
+
+class Router(NamedTuple):
+    """norm: [C], with every factor before proj [E, C]. told: rows [≥ T, C] that are multiplied
+    instead, where a measurement dictates the routing.
+    """
+
+    norm: Tensor
+    proj: Tensor
+    told: Tensor | None = None
 
 
 def reference(
@@ -103,13 +117,21 @@ def _residual_kernel(
     x_ptr, stride_x, ids_ptr, embedding_scale,
     a_ptr, a_weights_ptr, a_norm_ptr, b_ptr, b_weights_ptr, b_norm_ptr, post_ptr, scale_ptr,
     new_ptr, tap_ptr, stride_tap, w0_ptr, out0_ptr, w1_ptr, out1_ptr, w2_ptr, out2_ptr,
-    T, eps,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    router_norm_ptr, proj_ptr, told_ptr, logits_ptr, E, T, eps,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row. With `ids_ptr` the row of x is looked up and scaled. A, B: parts of the branches."""
+    """One row, and BN of its router's logits. With `ids_ptr` the row of x is looked up and scaled.
+    A, B: parts of the branches.
+    """
     t = tl.program_id(0)
     c = tl.arange(0, BLOCK)
     inside = c < C
+    mine = c + tl.program_id(1) * BLOCK < C  # what all of a row's programs have, the first stores
+    if proj_ptr is not None:
+        e = tl.program_id(1) * BN + tl.arange(0, BN)
+        proj = tl.load(proj_ptr + e[:, None] * C + c[None, :], mask=inside[None, :], other=0.0)
+        router_norm = _weight(router_norm_ptr, c, inside)
     a_norm, b_norm = _weight(a_norm_ptr, c, inside), _weight(b_norm_ptr, c, inside)
     post = _weight(post_ptr, c, inside)
     w0, w1 = _weight(w0_ptr, c, inside), _weight(w1_ptr, c, inside)
@@ -138,15 +160,22 @@ def _residual_kernel(
         total = _rms(total, post, C, eps)
     new = ((x + total) * scale).to(x_ptr.dtype.element_ty)
     if new_ptr is not None:
-        tl.store(new_ptr + t * C + c, new, mask=inside)
+        tl.store(new_ptr + t * C + c, new, mask=mine)
     if tap_ptr is not None:
-        tl.store(tap_ptr + t.to(tl.int64) * stride_tap + c, new, mask=inside)
+        tl.store(tap_ptr + t.to(tl.int64) * stride_tap + c, new, mask=mine)
 
     new = new.to(tl.float32)
     unit = new * tl.rsqrt(tl.sum(new * new, axis=0) / C + eps)
-    _write(out0_ptr, unit, w0, t, c, inside, C)
-    _write(out1_ptr, unit, w1, t, c, inside, C)
-    _write(out2_ptr, unit, w2, t, c, inside, C)
+    if proj_ptr is not None:
+        if told_ptr is not None:
+            h = tl.load(told_ptr + t * C + c, mask=inside, other=0.0)
+        else:
+            h = (unit * router_norm).to(x_ptr.dtype.element_ty)
+        logits = tl.sum(proj.to(tl.float32) * h.to(tl.float32)[None, :], axis=1)
+        tl.store(logits_ptr + t * E + e, logits)
+    _write(out0_ptr, unit, w0, t, c, mine, C)
+    _write(out1_ptr, unit, w1, t, c, mine, C)
+    _write(out2_ptr, unit, w2, t, c, mine, C)
 
 
 def residual_norms(
@@ -166,15 +195,37 @@ def residual_norms(
     """
     assert 1 <= len(branches) <= 2, f"{len(branches)} branches"
     new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    outs = _launch(
-        x, None, 1.0, x.shape[0], branches, norms, eps, post, scale, tap, new, pdl
+    outs, _ = _launch(
+        x, None, 1.0, x.shape[0], branches, norms, eps, post, scale, tap, new, None, pdl
     )  # fmt: skip
     return new, outs
 
 
+def residual_norms_and_logits(
+    x: Tensor,
+    branches: Sequence[Branch],
+    norms: Sequence[Tensor],
+    eps: float,
+    router: Router,
+    *,
+    pdl: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The new residual [T, C], one normalised [T, C] per weight, and logits fp32 [T, E]."""
+    assert 1 <= len(branches) <= 2, f"{len(branches)} branches"
+    new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    outs, logits = _launch(
+        x, None, 1.0, x.shape[0], branches, norms, eps, None, None, None, new, router, pdl
+    )  # fmt: skip
+    assert logits is not None
+    return new, outs, logits
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
     """x [T, C] · weight [C] / rms(x)."""
-    return _launch(x, None, 1.0, x.shape[0], (), (weight,), eps, None, None, None, None, pdl)[0]
+    outs, _ = _launch(
+        x, None, 1.0, x.shape[0], (), (weight,), eps, None, None, None, None, None, pdl
+    )  # fmt: skip
+    return outs[0]
 
 
 def embed(
@@ -189,8 +240,8 @@ def embed(
     """ids [T] → table[ids]·embedding_scale [T, C], and the same normalised by `norm`."""
     rows = ids.shape[0]
     new = torch.empty(rows, table.shape[1], dtype=table.dtype, device=table.device)
-    outs = _launch(
-        table, ids, embedding_scale, rows, (), (norm,), eps, None, None, None, new, pdl
+    outs, _ = _launch(
+        table, ids, embedding_scale, rows, (), (norm,), eps, None, None, None, new, None, pdl
     )  # fmt: skip
     return new, outs[0]
 
@@ -198,8 +249,8 @@ def embed(
 def _launch(
     x: Tensor, ids: Tensor | None, embedding_scale: float, rows: int, branches: Sequence[Branch],
     norms: Sequence[Tensor], eps: float, post: Tensor | None, scale: Tensor | None,
-    tap: Tensor | None, new: Tensor | None, pdl: bool,
-) -> list[Tensor]:  # fmt: skip
+    tap: Tensor | None, new: Tensor | None, router: Router | None, pdl: bool,
+) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
     width = x.shape[1]
     assert x.stride(1) == 1, f"x {x.stride()}"
     assert width <= MAX_WIDTH, f"rows of {width}"
@@ -217,11 +268,20 @@ def _launch(
     outs = [torch.empty(rows, width, dtype=x.dtype, device=x.device) for _ in norms]
     pairs: list[Tensor | None] = [part for pair in zip(norms, outs, strict=True) for part in pair]
     pairs += [None] * (6 - len(pairs))
-    _residual_kernel[(rows,)](
+    experts, logits = 0, None
+    if router is not None:
+        experts = router.proj.shape[0]
+        assert router.proj.shape == (experts, width), f"proj {tuple(router.proj.shape)}"
+        assert router.proj.is_contiguous(), f"proj {router.proj.stride()}"
+        assert experts % ROUTED == 0, f"{experts} experts"
+        assert router.told is None or router.told.is_contiguous(), f"{router.told.stride()}"
+        logits = torch.empty(rows, experts, dtype=torch.float32, device=x.device)
+    _residual_kernel[(rows, max(1, experts // ROUTED))](
         x, x.stride(0), ids, embedding_scale, *operands, post, scale,
-        new, tap, 0 if tap is None else tap.stride(0), *pairs, rows, eps,
+        new, tap, 0 if tap is None else tap.stride(0), *pairs,
+        *(router or (None, None, None)), logits, experts, rows, eps,
         A=parts[0] if parts else 0, B=parts[1] if len(parts) > 1 else 0, C=width,
-        BLOCK=block, PDL=pdl, num_warps=min(16, max(4, block // 256)),
+        BLOCK=block, BN=ROUTED, PDL=pdl, num_warps=min(16, max(4, block // 256)),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return outs
+    return outs, logits

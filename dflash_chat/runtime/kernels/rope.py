@@ -75,15 +75,17 @@ def _norm(lo, hi, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _weigh(lo, hi, w_ptr, d, D: tl.constexpr):
-    w_lo, w_hi = tl.load(w_ptr + d).to(tl.float32), tl.load(w_ptr + D // 2 + d).to(tl.float32)
-    return lo * w_lo, hi * w_hi
+def _halves(w_ptr, d, D: tl.constexpr):
+    return tl.load(w_ptr + d).to(tl.float32), tl.load(w_ptr + D // 2 + d).to(tl.float32)
 
 
 @triton.jit
-def _rotate(lo, hi, cos_ptr, sin_ptr, position, d, D: tl.constexpr):
-    c = tl.load(cos_ptr + position * (D // 2) + d)
-    s = tl.load(sin_ptr + position * (D // 2) + d)
+def _turn(cos_ptr, sin_ptr, position, d, D: tl.constexpr):
+    return tl.load(cos_ptr + position * (D // 2) + d), tl.load(sin_ptr + position * (D // 2) + d)
+
+
+@triton.jit
+def _rotate(lo, hi, c, s):
     return lo * c - hi * s, hi * c + lo * s
 
 
@@ -106,16 +108,20 @@ def _qk_rope_write_kernel(
     width = tl.num_programs(0) * D
     part = tl.num_programs(1).to(tl.int64) * width
     d = tl.arange(0, D // 2)
+    # Last written before the previous launch began, hence there already.
+    position = tl.load(length_ptr) + t
+    c, s = _turn(cos_ptr, sin_ptr, position, d, D)
+    if q_norm_ptr is not None:
+        w_lo, w_hi = _halves(q_norm_ptr if head < H else k_norm_ptr, d, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     lo, hi = _load_head(qkv_ptr + t.to(tl.int64) * width + head * D, part, d, P, D)
-    position = tl.load(length_ptr) + t
     if head < H:
         if q_norm_ptr is not None:
             lo, hi = _norm(lo, hi, eps, D)
-            lo, hi = _weigh(lo, hi, q_norm_ptr, d, D)
-        lo, hi = _rotate(lo, hi, cos_ptr, sin_ptr, position, d, D)
+            lo, hi = lo * w_lo, hi * w_hi
+        lo, hi = _rotate(lo, hi, c, s)
         _store_head(q_ptr + (t * H + head) * D, lo, hi, d, D)
     else:
         row = ((head - H) % G).to(tl.int64) * slots + position % slots  # of [G · S, D]
@@ -127,8 +133,8 @@ def _qk_rope_write_kernel(
         if head < H + G:
             if k_norm_ptr is not None:
                 lo, hi = _norm(lo, hi, eps, D)
-                lo, hi = _weigh(lo, hi, k_norm_ptr, d, D)
-            lo, hi = _rotate(lo, hi, cos_ptr, sin_ptr, position, d, D)
+                lo, hi = lo * w_lo, hi * w_hi
+            lo, hi = _rotate(lo, hi, c, s)
             _store_head(keys_ptr + row * D, lo, hi, d, D)
 
 
@@ -152,8 +158,9 @@ def _context_write_kernel(
         layer = (head // G) % L
         if head < L * G:
             lo, hi = _norm(lo, hi, eps, D)
-            lo, hi = _weigh(lo, hi, k_norm_ptr + layer * D, d, D)
-            lo, hi = _rotate(lo, hi, cos_ptr, sin_ptr, position, d, D)
+            w_lo, w_hi = _halves(k_norm_ptr + layer * D, d, D)
+            c, s = _turn(cos_ptr, sin_ptr, position, d, D)
+            lo, hi = _rotate(lo * w_lo, hi * w_hi, c, s)
         for i in tl.static_range(L):
             if layer == i:
                 row = (head % G).to(tl.int64) * slots[i] + position % slots[i]

@@ -196,20 +196,57 @@ def test_router_and_both_launches_make_the_whole_half() -> None:
         weight("plain", 2 * dense, width), weight("plain", EXPERTS, 2 * inner, width),
         weight("plain", width, dense), weight("plain", EXPERTS, width, inner),
     ]  # fmt: skip
-    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    routing = router.route(h[2], proj, scale, counter, top_k=top_k)
+    routing = router.select(h[2].float() @ proj.float().T, scale, top_k=top_k)
     acts = moe.gate_up(h[0], weights[0], h[1], weights[1], routing, config=SMALL)
     dense_out, routed = moe.down(acts[0], weights[2], acts[1], weights[3], routing, config=SMALL)
     out = dense_out.sum(0) + (routing.weights.T[..., None] * routed).sum(0)
 
     def expect(dtype: torch.dtype) -> Tensor:
         w = [one.dequantize(dtype) for one in weights]
-        slots, p = router.reference(h[2].to(dtype), proj.to(dtype), scale.to(dtype), top_k)
+        slots, p = router.reference(h[2].to(dtype) @ proj.to(dtype).T, scale.to(dtype), top_k)
         act, expert_act = moe.reference_gate_up(h[0].to(dtype), w[0], h[1].to(dtype), w[1], slots)
         out, routed = moe.reference_down(act, w[2], expert_act, w[3], slots)
         return out + (p.T[..., None] * routed).sum(0)
 
     assert_as_good(out, expect(LOW), expect(torch.float64))
+
+
+def check_choice(logits: Tensor, format_name: str, width: int, inner: int) -> None:
+    """What gate_up chooses for a single row, against the router's own launch, to the bit."""
+    experts, top_k = logits.shape[1], 8
+    scale = (torch.rand(experts) + 0.5).to(DEVICE, LOW)
+    dense_w, experts_w = (
+        weight(format_name, 2 * inner, width), weight(format_name, experts, 2 * inner, width)
+    )  # fmt: skip
+    h = activations(1, width)
+    config = None if width > 64 else SMALL
+    listed = router.select(logits, scale, top_k=top_k)
+    want = moe.gate_up(h, dense_w, h, experts_w, listed, config=config)
+    made = router.unmade(1, experts, top_k, DEVICE)
+    choice = moe.Choice(logits, scale)
+    got = moe.gate_up(h, dense_w, h, experts_w, made, choice=choice, config=config)
+    assert torch.equal(made.slots, listed.slots)
+    assert torch.equal(made.experts, listed.slots[0])
+    assert torch.equal(made.weights, listed.weights)
+    assert int(made.active) == top_k
+    assert torch.equal(got[0], want[0])
+    place = listed.experts.argsort()[listed.slots[0].long().argsort().argsort()]
+    assert torch.equal(got[1], want[1][place])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("format_name", ["plain", "int4"])
+def test_a_single_row_finds_its_experts_itself(format_name: str, ties: bool) -> None:
+    logits = torch.randn(1, EXPERTS, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    check_choice(logits.round() if ties else logits, format_name, 64, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format_name", ["plain", "fp8", "int4"])
+def test_a_single_row_finds_its_experts_at_the_real_shape(format_name: str) -> None:
+    for seed in range(5):
+        logits = torch.randn(1, 128, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        check_choice(logits, format_name, 2816, 704)
 
 
 @pytest.mark.parametrize("group", [32, 64])
@@ -268,12 +305,11 @@ def test_the_real_shapes_follow_their_routing_on_replay(format_name: str, rows: 
 def test_dependent_launch_changes_no_bit(format_name: str, rows: int) -> None:
     gate_up_w = weight(format_name, 4224, 2816), weight(format_name, 128, 1408, 2816)
     down_w = weight(format_name, 2816, 2112), weight(format_name, 128, 2816, 704)
-    h, proj = activations(rows, 2816), activations(128, 2816)
+    h, logits = activations(rows, 2816), activations(rows, 128).float()
     scale = torch.ones(128, device=DEVICE, dtype=LOW)
-    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
     def run(pdl: bool) -> tuple[Tensor, Tensor]:
-        routing = router.route(h, proj, scale, counter, pdl=pdl)
+        routing = router.select(logits, scale, pdl=pdl)
         dense, routed = moe.gate_up(h, gate_up_w[0], h, gate_up_w[1], routing, pdl=pdl)
         return moe.down(dense, down_w[0], routed, down_w[1], routing, pdl=pdl)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dflash_chat.runtime.kernels import norms
-from dflash_chat.runtime.kernels.norms import Branch
+from dflash_chat.runtime.kernels.norms import Branch, Router
 from tests.runtime.kernels.conftest import DEVICE, LOW
 from tests.runtime.kernels.truth import assert_as_good
 
@@ -62,6 +62,42 @@ def test_gemma_joins_dense_and_experts(rows: int) -> None:
         normal(rows, 96), [dense, experts], [norm_weight(96, 3)],
         post=norm_weight(96, 4), scale=torch.full((1,), 0.6, dtype=LOW, device=DEVICE),
     )  # fmt: skip
+
+
+def check_logits(rows: int, width: int, experts: int) -> None:
+    """The router's logits beside the norms, which they must not change, against plain torch."""
+    x, branch = normal(rows, width), Branch(normal(2, rows, width, seed=1, dtype=torch.float32))
+    weights = [norm_weight(width, 2), norm_weight(width, 3)]
+    router = Router(norm_weight(width, 4) / width**0.5, normal(experts, width, seed=5))
+    new, outs, logits = norms.residual_norms_and_logits(x, [branch], weights, EPS, router)
+    alone, alike = norms.residual_norms(x, [branch], [*weights, router.norm], EPS)
+    assert torch.equal(new, alone)
+    assert torch.equal(outs[0], alike[0])
+    assert torch.equal(outs[1], alike[1])
+    h, proj = alike[2], router.proj
+    assert_as_good(logits, h @ proj.T, h.double() @ proj.double().T)
+    told = normal(17, width, seed=6)
+    router = router._replace(told=told)
+    *_, logits = norms.residual_norms_and_logits(x, [branch], weights, EPS, router)
+    assert_as_good(logits, told[:rows] @ proj.T, told[:rows].double() @ proj.double().T)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [96, 127])
+def test_the_routers_logits_come_with_the_norms(rows: int, width: int) -> None:
+    check_logits(rows, width, 16)
+
+
+@pytest.mark.gpu
+def test_a_rows_logits_do_not_depend_on_the_others() -> None:
+    check_logits(16, 2816, 128)
+    x, parts = normal(16, 2816), normal(4, 16, 2816, seed=1, dtype=torch.float32)
+    router = Router(norm_weight(2816, 4), normal(128, 2816, seed=5))
+    many = norms.residual_norms_and_logits(x, [Branch(parts)], [], EPS, router)[2]
+    for row in range(16):
+        part = Branch(parts[:, row : row + 1].contiguous())
+        one = norms.residual_norms_and_logits(x[row : row + 1], [part], [], EPS, router)[2]
+        assert torch.equal(one[0], many[row])
 
 
 def test_two_plain_branches_and_no_norm() -> None:

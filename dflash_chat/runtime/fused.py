@@ -27,8 +27,6 @@ from dflash_chat.runtime.kernels.norms import Branch, Router
 from dflash_chat.runtime.parts import AttentionParts, LayerParts
 from dflash_chat.runtime.quant import kernel_weights
 
-MAX_ROWS = 17
-
 
 @dataclass(frozen=True)
 class Tables:

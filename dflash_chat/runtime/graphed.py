@@ -25,11 +25,10 @@ from dflash_chat.runtime.api import StepStats
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
-from dflash_chat.runtime.fused import MAX_ROWS
 from dflash_chat.runtime.kernels import accept, sample
 from dflash_chat.runtime.sampling import Sampler
 from dflash_chat.runtime.step import Describable, Graphs, Step, TargetParts
-from dflash_chat.runtime.width import WIDTHS, Survival, WidthChooser
+from dflash_chat.runtime.width import MAX_ROWS, WIDTHS, Survival, WidthChooser
 
 CONTEXT_OF_MEASURE = 1024  # tokens that stand in the cache while the widths are timed
 
@@ -49,7 +48,7 @@ class _Flight:
     """A step that was launched: its rows, where its record goes, and when what was done."""
 
     width: int
-    record: Tensor  # int32 [1 + rows] on the host
+    record: Tensor  # `accept.read`s it
     features: Tensor | None  # [1, K·C] of a plain step with a drafter
     begun: timing.Mark
     drafted: timing.Mark
@@ -75,7 +74,7 @@ class GraphedSteps:
         self._draft_hidden = torch.empty(0)
         cuda = self._device.type == "cuda"
         self._records = [
-            torch.zeros(1 + MAX_ROWS, dtype=torch.int32, pin_memory=cuda) for _ in range(2)
+            torch.zeros(step.record.shape, dtype=torch.int32, pin_memory=cuda) for _ in range(2)
         ]
         self._launched = 0
         self._unprojected = 0  # rows whose features only `step.features` holds
@@ -119,11 +118,11 @@ class GraphedSteps:
             self._draft_hidden = drafting.forward()
 
         def propose() -> None:
-            drafting.propose(drafting.argmax(self._draft_hidden))
+            drafting.propose(*drafting.likeliest(self._draft_hidden))
 
         def guess() -> None:
             logits = drafting.logits(self._draft_hidden)
-            drafting.propose(sample.guess(logits, state.length, self._request))
+            drafting.propose(*sample.guess(logits, state.length, self._request))
 
         return out | {
             "project": drafting.project, "draft": draft, "propose": propose, "guess": guess,
@@ -255,8 +254,7 @@ class GraphedSteps:
     ) -> tuple[list[int], StepStats]:  # fmt: skip
         """Wait for a step's record and commit its rows."""
         timing.reach(flight.done)
-        n, *chosen = flight.record.tolist()
-        choices = chosen[: n + 1]
+        n, choices, _ = accept.read(flight.record, flight.width - 1)
         self.cache.advance(flight.width, n + 1)
         if flight.features is not None:
             self._observe(flight.features)

@@ -27,12 +27,13 @@ from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
-from dflash_chat.runtime.fused import MAX_ROWS, Experts
+from dflash_chat.runtime.fused import Experts
 from dflash_chat.runtime.kernels import linear
 from dflash_chat.runtime.memory import Plan
 from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
+from dflash_chat.runtime.width import MAX_ROWS
 
 SCRIPT_STEPS = 4096
 SELF_CHECK_LIMIT = 0.1  # ten times what rounding to bf16 makes of thirty layers

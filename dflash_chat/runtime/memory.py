@@ -31,6 +31,7 @@ from dflash_chat.runtime.kernels.expert_weights import GROUP
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.float_quantized import Float8Weight
 from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
+from dflash_chat.runtime.width import MAX_ROWS
 
 # What only a device can tell. On an H200 with driver 580 and torch 2.11 the benchmark's "memory"
 # has `outside_start` 0.55 GB, which is the first, and 0.25 GB more at its end, the driver's share
@@ -41,7 +42,6 @@ GRAPHS = 200_000_000  # what the driver keeps of captured passes, and their smal
 
 STEP = 256  # tokens between the contexts that are proposed
 LEAST = 1024  # tokens of the smallest one
-MAX_ROWS = 17  # of a block, as in `fused`, which needs Triton
 META = torch.device("meta")
 
 _OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED", re.IGNORECASE)

@@ -28,7 +28,7 @@ UNREAD = -1  # choice of a row behind the first mismatch, where that row was not
 _TOP_P_CANDIDATES = 512  # a full sort of the vocabulary is only needed for flatter distributions
 _MASK = 0xFFFFFFFF  # one 32-bit word
 HEAD = 64  # tokens with noise of their own; the rest of the vocabulary competes as one
-_SHARPNESS = 0.8  # turns perturbed scores into chances; found on the default pair
+SHARPNESS = 0.8  # turns perturbed scores into chances; found on the default pair
 
 
 class Sampler:
@@ -81,7 +81,7 @@ class Sampler:
         noise = gumbel(self.keys(len(ids), ids.device)[:, None], ids)
         scores = filtered(top, self.params).log() + noise
         best = scores.max(-1)
-        chance = (best.values * _SHARPNESS - (scores * _SHARPNESS).logsumexp(-1)).exp()
+        chance = (best.values * SHARPNESS - (scores * SHARPNESS).logsumexp(-1)).exp()
         return ids.gather(-1, best.indices[:, None])[:, 0], chance
 
     def _one_by_one(self, logits: Tensor, drafted: list[int], keys: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from dflash_chat.runtime import kernels
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Drafter
-from dflash_chat.runtime.fused import MAX_ROWS, Stack, Tables
+from dflash_chat.runtime.fused import Stack, Tables
 from dflash_chat.runtime.kernels import accept, linear, norms, rope
 from dflash_chat.runtime.kernels.accept import State
 from dflash_chat.runtime.kernels.forms import Weight
@@ -32,6 +32,7 @@ from dflash_chat.runtime.layers import RMSNorm
 from dflash_chat.runtime.parts import LayerParts, weight_of
 from dflash_chat.runtime.quant import Packed, kernel_weights
 from dflash_chat.runtime.quant.dense import DenseWeight
+from dflash_chat.runtime.width import MAX_ROWS
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,11 @@ class Step:
             ids=torch.zeros(MAX_ROWS, dtype=torch.int64, device=device),
             block=torch.full((block_size,), mask_id, dtype=torch.int64, device=device),
             length=counter(), start=counter(), committed=counter(), step=counter(),
+            confidence=torch.zeros(MAX_ROWS, device=device),
         )  # fmt: skip
         width = target.table.shape[1]
         self.features = torch.zeros(MAX_ROWS, len(self.taps) * width, dtype=dtype, device=device)
-        self.record = torch.zeros(1 + MAX_ROWS, dtype=torch.int32, device=device)
+        self.record = accept.new_record(device)
         self.script: Tensor | None = None
         self.drafting = None if drafter is None else Drafting(drafter, self)
 
@@ -142,7 +144,7 @@ class Step:
         """Take the rows committed last into the drafter's context, draft, and fill ids[1:]."""
         assert self.drafting is not None
         self.drafting.project()
-        self.drafting.propose(self.drafting.argmax(self.drafting.forward()))
+        self.drafting.propose(*self.drafting.likeliest(self.drafting.forward()))
 
 
 class Drafting:
@@ -178,17 +180,18 @@ class Drafting:
         )
         return self.stack(x, h, state.length)[1:]
 
-    def argmax(self, hidden: Tensor) -> Tensor:
-        """The likeliest token of each row, int64 [B − 1]."""
-        return self.draft_head.argmax(hidden)
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest token of each row, int64 [B − 1], and its probability, fp32."""
+        return self.draft_head.likeliest(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [B − 1, V], −inf for tokens without a row in the draft head."""
         return self.draft_head.logits(hidden)
 
-    def propose(self, tokens: Tensor) -> None:
-        """Fill the rows behind the anchor: int64 [B − 1]."""
+    def propose(self, tokens: Tensor, confidence: Tensor) -> None:
+        """Fill the rows behind the anchor: int64 [B − 1] and, for the host, fp32 [B − 1]."""
         self.step.state.ids[1 : len(tokens) + 1].copy_(tokens)
+        self.step.state.confidence[: len(tokens)].copy_(confidence)
 
     def project(self) -> None:
         """Context keys and values of the rows committed last, `committed` of them."""
@@ -212,9 +215,11 @@ class HeadKernels:
         self.head, self.pdl = head, pdl
         self.weight = kernel_weights.linear(head.weight) if head.copied else own
 
-    def argmax(self, hidden: Tensor) -> Tensor:
-        """The likeliest tokens, int64 [T], of normed states [T, C]."""
-        return linear.head_argmax(hidden, self.weight, ids=self.head.ids, pdl=self.pdl)
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens, int64 [T], of normed states [T, C], and their probabilities."""
+        return linear.head_confident(
+            hidden, self.weight, softcap=self.head.softcap, ids=self.head.ids, pdl=self.pdl
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, fp32 [T, V]; -inf for tokens without a row."""

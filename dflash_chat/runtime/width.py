@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # for which a CUDA graph is worth its memory
+MAX_ROWS = 17  # of a block: sixteen drafted tokens behind their anchor
 _PRIOR = 0.75  # chance of a drafted token before anything is known
 _RATE = 0.06  # how much one observation counts: some twenty steps are remembered
 _DRIFT = 0.01  # how fast a position that is not looked at returns to the prior

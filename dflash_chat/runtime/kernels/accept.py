@@ -5,7 +5,7 @@
     ids    int64 [T]: the anchor and T − 1 drafted tokens       chosen  int64 [T]: one per row
     length int32 [1] += n + 1        start, committed int32 [1]: the rows just committed
     ids[0], block[0] = chosen[n]: the next anchor
-    record int32 [1 + T] = n, chosen
+    record int32 [1 + 2·17] = n, chosen, and from 18 on the bits of the block's confidence, fp32
 
 One program; bound by its launch. `script`, int32 [steps], dictates n instead (at most T − 1) for a
 benchmark whose weights are random; `step` int32 [1] counts the launches.
@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dflash_chat.runtime.width import MAX_ROWS
+
 
 class State(NamedTuple):
     """What a step needs to know of all steps before it, on the device."""
@@ -33,6 +35,7 @@ class State(NamedTuple):
     start: Tensor  # int32 [1], position of the first row committed last
     committed: Tensor  # int32 [1], rows committed last
     step: Tensor  # int32 [1]
+    confidence: Tensor  # fp32 [17], of the drafted tokens
 
 
 def reference(ids: Tensor, chosen: Tensor) -> int:
@@ -47,7 +50,8 @@ def reference(ids: Tensor, chosen: Tensor) -> int:
 @triton.jit
 def _accept_kernel(
     ids_ptr, block_ptr, length_ptr, start_ptr, committed_ptr, step_ptr, chosen_ptr, record_ptr,
-    script_ptr, STEPS: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+    script_ptr, confidence_ptr,
+    STEPS: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, ROWS)
     chosen = tl.load(chosen_ptr + i, mask=i < T, other=-1)
@@ -67,14 +71,31 @@ def _accept_kernel(
     tl.store(step_ptr, step + 1)
     tl.store(record_ptr, n)
     tl.store(record_ptr + 1 + i, chosen.to(tl.int32), mask=i < T)
+    confidence = tl.load(confidence_ptr + i, mask=i < MOST, other=0.0)
+    tl.store(record_ptr + 1 + MOST + i, confidence.to(tl.int32, bitcast=True), mask=i < MOST)
+
+
+def new_record(device: torch.device) -> Tensor:
+    """Room for what `accept` tells the host."""
+    return torch.zeros(1 + 2 * MAX_ROWS, dtype=torch.int32, device=device)
+
+
+def read(record: Tensor, drafted: int) -> tuple[int, list[int], list[float]]:
+    """Of a record on the host: n, the n + 1 tokens committed, and the confidence of the block's
+    `drafted` tokens.
+    """
+    n, *chosen = record[: 1 + MAX_ROWS].tolist()
+    confidence = record[1 + MAX_ROWS :].view(torch.float32)
+    return n, chosen[: n + 1], confidence[:drafted].tolist()
 
 
 def accept(state: State, chosen: Tensor, record: Tensor, script: Tensor | None = None) -> None:
     """Judge the drafted tokens by `chosen` [T] and move `state` on."""
     rows = len(chosen)
-    assert len(record) >= 1 + rows, f"record of {len(record)}"
+    assert rows <= MAX_ROWS, f"{rows} rows"
     assert chosen.dtype == state.ids.dtype == torch.int64, f"{chosen.dtype}, {state.ids.dtype}"
     _accept_kernel[(1,)](
         state.ids, state.block, state.length, state.start, state.committed, state.step, chosen,
-        record, script, STEPS=1 if script is None else len(script), T=rows, ROWS=32, num_warps=1,
+        record, script, state.confidence,
+        STEPS=1 if script is None else len(script), T=rows, ROWS=32, MOST=MAX_ROWS, num_warps=1,
     )  # fmt: skip

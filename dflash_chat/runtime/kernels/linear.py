@@ -313,12 +313,14 @@ def _linear_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _head_kernel(
-    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, logits_ptr, best_ptr, best_row_ptr,
+    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, logits_ptr, best_ptr, best_row_ptr, sum_ptr,
     T, N, K, softcap,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN rows of the head: its best logit and row per t, and the logits if wanted."""
+    """One tile of BN rows of the head: its best logit and row per t; if wanted, the logits, and the
+    sum of exp(logit − best).
+    """
     tile = tl.program_id(0)
     n = tile * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1)
@@ -331,12 +333,10 @@ def _head_kernel(
     )  # fmt: skip
     t = tl.arange(0, ROWS)
     if logits_ptr is not None:
-        out = acc
-        if softcap > 0:
-            out = softcap * (2 * tl.sigmoid(2 / softcap * acc) - 1)
         tl.store(
             logits_ptr + t[None, :].to(tl.int64) * N + n[:, None],
-            out.to(logits_ptr.dtype.element_ty), mask=(t < T)[None, :] & (n < N)[:, None],
+            _capped(acc, softcap).to(logits_ptr.dtype.element_ty),
+            mask=(t < T)[None, :] & (n < N)[:, None],
         )  # fmt: skip
     acc = tl.where(n[:, None] < N, acc, float("-inf"))
     best = tl.max(acc, axis=0)
@@ -344,13 +344,26 @@ def _head_kernel(
     at = t * tl.num_programs(0) + tile
     tl.store(best_ptr + at, best, mask=t < T)
     tl.store(best_row_ptr + at, best_row, mask=t < T)
+    if sum_ptr is not None:
+        behind = tl.exp(_capped(acc, softcap) - _capped(best, softcap)[None, :])
+        tl.store(sum_ptr + at, tl.sum(tl.where(n[:, None] < N, behind, 0.0), axis=0), mask=t < T)
+
+
+@triton.jit
+def _capped(logits, softcap):
+    if softcap > 0:
+        logits = softcap * (2 * tl.sigmoid(2 / softcap * logits) - 1)
+    return logits
 
 
 @triton.jit
 def _argmax_kernel(
-    best_ptr, best_row_ptr, ids_ptr, out_ptr, tiles, N, TILES: tl.constexpr, PDL: tl.constexpr
-):
-    """The first best row over all tiles, through `ids` if there are any. One program per t."""
+    best_ptr, best_row_ptr, sum_ptr, ids_ptr, out_ptr, probability_ptr, tiles, N, softcap,
+    TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first best row over all tiles, through `ids` if there are any, and its probability if
+    wanted. One program per t.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -358,7 +371,12 @@ def _argmax_kernel(
     i = tl.arange(0, TILES)
     best = tl.load(best_ptr + t * tiles + i, mask=i < tiles, other=float("-inf"))
     row = tl.load(best_row_ptr + t * tiles + i, mask=i < tiles, other=N - 1)
-    winner = tl.min(tl.where(best == tl.max(best, axis=0), row, N - 1), axis=0).to(tl.int64)
+    largest = tl.max(best, axis=0)
+    winner = tl.min(tl.where(best == largest, row, N - 1), axis=0).to(tl.int64)
+    if probability_ptr is not None:
+        tile_sum = tl.load(sum_ptr + t * tiles + i, mask=i < tiles, other=0.0)
+        behind = tl.exp(_capped(best, softcap) - _capped(largest, softcap))
+        tl.store(probability_ptr + t, 1 / tl.sum(tile_sum * behind, axis=0))
     if ids_ptr is not None:
         winner = tl.load(ids_ptr + winner).to(tl.int64)
     tl.store(out_ptr + t, winner)
@@ -404,7 +422,21 @@ def head_argmax(
     pdl: bool = False,
 ) -> Tensor:
     """[T, K] → int64 [T]: the row of the largest logit, the first of equals, or that row's id."""
-    return _head(x, w, None, 0.0, ids, config, pdl)
+    return _head(x, w, None, None, 0.0, ids, config, pdl)
+
+
+def head_confident(
+    x: Tensor,
+    w: Weight,
+    *,
+    softcap: float = 0.0,
+    ids: Tensor | None = None,
+    config: Config | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`head_argmax` and, fp32 [T], the softmax of the (capped) logits there."""
+    probability = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return _head(x, w, None, probability, softcap, ids, config, pdl), probability
 
 
 def head_logits(
@@ -419,12 +451,12 @@ def head_logits(
 ) -> tuple[Tensor, Tensor]:
     """[T, K] → logits [T, N], softcap·tanh(logit/softcap) if there is one, and `head_argmax`."""
     logits = torch.empty(x.shape[0], shape(w)[0], dtype=dtype, device=x.device)
-    return logits, _head(x, w, logits, softcap, ids, config, pdl)
+    return logits, _head(x, w, logits, None, softcap, ids, config, pdl)
 
 
 def _head(
-    x: Tensor, w: Weight, logits: Tensor | None, softcap: float, ids: Tensor | None,
-    config: Config | None, pdl: bool,
+    x: Tensor, w: Weight, logits: Tensor | None, probability: Tensor | None, softcap: float,
+    ids: Tensor | None, config: Config | None, pdl: bool,
 ) -> Tensor:  # fmt: skip
     rows = x.shape[0]
     n, k = shape(w)
@@ -433,13 +465,14 @@ def _head(
     tiles = triton.cdiv(n, config.bn)
     best = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
     best_row = torch.empty(rows, tiles, dtype=torch.int32, device=x.device)
+    sums = None if probability is None else torch.empty_like(best)
     out = torch.empty(rows, dtype=torch.int64, device=x.device)
     _head_kernel[(tiles,)](
-        x, x.stride(0), *_operands(w), logits, best, best_row, rows, n, k, softcap,
+        x, x.stride(0), *_operands(w), logits, best, best_row, sums, rows, n, k, softcap,
         **_shape_options(rows, w, config, pdl),
     )  # fmt: skip
     _argmax_kernel[(rows,)](
-        best, best_row, ids, out, tiles, n,
+        best, best_row, sums, ids, out, probability, tiles, n, softcap,
         TILES=triton.next_power_of_2(tiles), PDL=pdl, num_warps=8, **_overlapping(pdl),
     )  # fmt: skip
     return out

@@ -240,8 +240,9 @@ def _inverse_cdf(
 @triton.jit
 def _choose_kernel(
     logits_ptr, params_ptr, length_ptr, best_ptr, ids_ptr, sums_ptr, head_ptr, head_ids_ptr,
-    out_ptr, VOCAB: tl.constexpr, TILES: tl.constexpr, TOP: tl.constexpr, ALL: tl.constexpr,
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, GUESS: tl.constexpr,
+    out_ptr, chance_ptr,
+    VOCAB: tl.constexpr, TILES: tl.constexpr, TOP: tl.constexpr, ALL: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, GUESS: tl.constexpr, SHARPNESS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
@@ -307,7 +308,10 @@ def _choose_kernel(
     scores = tl.log(head_w) + _gumbel(key, head_ids.to(tl.uint32))
     score, where = tl.max(scores, axis=0, return_indices=True)
     token = tl.sum(tl.where(h == where, head_ids, 0), axis=0)
-    if not GUESS:
+    if GUESS:
+        against = tl.sum(tl.exp(SHARPNESS * (scores - score)), axis=0)
+        tl.store(chance_ptr + row, 1 / against)
+    else:
         mass = _mass(w, total, known, least, row_ptr, largest, temperature, VOCAB, BLOCK)
         rest = mass - tl.sum(head_w, axis=0)
         if rest > 0:
@@ -338,12 +342,17 @@ def write(params: Tensor, sampler: Sampler, first: int) -> None:
 
 def sample(logits: Tensor, length: Tensor, params: Tensor, config: Config | None = None) -> Tensor:
     """The token that each row draws."""
-    return _choose(logits, length, params, config, guess=False)
+    return _choose(logits, length, params, config, None)
 
 
-def guess(logits: Tensor, length: Tensor, params: Tensor, config: Config | None = None) -> Tensor:
-    """What the target will draw, as far as the drafter's logits tell: `Sampler.guess`."""
-    return _choose(logits, length, params, config, guess=True)
+def guess(
+    logits: Tensor, length: Tensor, params: Tensor, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the target will draw, as far as the drafter's logits tell, and how likely it is right,
+    fp32 [n]: `Sampler.guess`.
+    """
+    chances = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    return _choose(logits, length, params, config, chances), chances
 
 
 def candidates(logits: Tensor, params: Tensor, config: Config) -> Candidates:
@@ -365,7 +374,7 @@ def candidates(logits: Tensor, params: Tensor, config: Config) -> Candidates:
 
 
 def _choose(
-    logits: Tensor, length: Tensor, params: Tensor, config: Config | None, guess: bool
+    logits: Tensor, length: Tensor, params: Tensor, config: Config | None, chances: Tensor | None
 ) -> Tensor:
     rows, vocab = logits.shape
     config = config or default_config(vocab)
@@ -375,8 +384,9 @@ def _choose(
     head_ids = torch.empty_like(head, dtype=torch.int32)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _choose_kernel[(rows,)](
-        logits, params, length, *found, head, head_ids, out,
+        logits, params, length, *found, head, head_ids, out, chances,
         VOCAB=vocab, TILES=tiles, TOP=config.top, ALL=triton.next_power_of_2(config.top * tiles),
-        HEAD=sampling.HEAD, BLOCK=config.block, GUESS=guess, num_warps=config.warps,
+        HEAD=sampling.HEAD, BLOCK=config.block, GUESS=chances is not None,
+        SHARPNESS=sampling.SHARPNESS, num_warps=config.warps,
     )  # fmt: skip
     return out

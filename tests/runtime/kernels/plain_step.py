@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Drafter
-from dflash_chat.runtime.fused import MAX_ROWS
+from dflash_chat.runtime.kernels import accept
 from dflash_chat.runtime.kernels.accept import State
+from dflash_chat.runtime.width import MAX_ROWS
 from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.pairs import Pair
 
@@ -30,10 +31,10 @@ class PlainStep:
         size, mask = pair.drafter.config.block_size, pair.drafter.config.mask_token_id
         self.state = State(
             torch.zeros(MAX_ROWS, dtype=torch.int64), torch.full((size,), mask), counter(),
-            counter(), counter(), counter(),
+            counter(), counter(), counter(), torch.zeros(MAX_ROWS),
         )  # fmt: skip
         self.features = torch.zeros(MAX_ROWS, len(taps) * pair.drafter.config.hidden_size)
-        self.record = torch.zeros(1 + MAX_ROWS, dtype=torch.int32)
+        self.record = accept.new_record(DEVICE)
         self.head_shape = pair.target.lm_head.shape
         self.drafting = PlainDrafting(pair.drafter, self)
 
@@ -67,14 +68,16 @@ class PlainDrafting:
         drafter = self._view(int(state.length))
         return drafter.draft(int(state.block[0]), len(state.block) - 1)
 
-    def argmax(self, hidden: Tensor) -> Tensor:
-        return hidden.argmax(-1)
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        best = hidden.float().softmax(-1).max(-1)
+        return best.indices, best.values
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden.float()
 
-    def propose(self, tokens: Tensor) -> None:
+    def propose(self, tokens: Tensor, confidence: Tensor) -> None:
         self._step.state.ids[1 : len(tokens) + 1] = tokens
+        self._step.state.confidence[: len(tokens)] = confidence
 
     def _view(self, length: int) -> Drafter:
         """The drafter over the same tensors, with the device's length and nothing pending."""

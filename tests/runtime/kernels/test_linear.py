@@ -135,7 +135,13 @@ def test_head_finds_the_largest_logit(form: str, rows: int) -> None:
     plain = 30 * torch.tanh(linear.reference(x, w) / 30)
     assert_as_good(logits, plain, 30 * torch.tanh(raw / 30))
     assert torch.equal(best, raw.argmax(-1))
-    assert torch.equal(best, linear.head_argmax(x, w, config=Config(32, 64, 2, 3, 1)))
+    config = Config(32, 64, 2, 3, 1)
+    assert torch.equal(best, linear.head_argmax(x, w, config=config))
+    for softcap, capped in ((30.0, plain), (0.0, linear.reference(x, w))):
+        sure, probability = linear.head_confident(x, w, softcap=softcap, config=config)
+        assert torch.equal(sure, best)
+        want = capped.float().softmax(-1).amax(-1)
+        torch.testing.assert_close(probability, want, rtol=2e-2, atol=1e-3)
 
 
 def test_head_takes_the_first_of_equals_and_maps_it() -> None:

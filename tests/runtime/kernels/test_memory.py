@@ -17,7 +17,6 @@ from dflash_chat.runtime.cache import CUDA_PREFILL_CHUNK
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
-from dflash_chat.runtime.fused import MAX_ROWS
 from dflash_chat.runtime.graphed import GraphedSteps, Passes
 from dflash_chat.runtime.memory import META, Pair, Plan
 from dflash_chat.runtime.models.gemma4 import Target
@@ -26,6 +25,7 @@ from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
 from dflash_chat.runtime.random_weights import RandomWeights
 from dflash_chat.runtime.step import Step, TargetParts
+from dflash_chat.runtime.width import MAX_ROWS
 from tests.runtime.kernels import pairs
 from tests.runtime.kernels.test_graphed import eager, on_graphs
 from tests.runtime.test_session import Short, answer, refused, session_of

@@ -75,8 +75,10 @@ def test_draws_equal_the_torch_path(name: str, config: Config) -> None:
 def test_guesses_equal_the_torch_path(name: str) -> None:
     sampler, logits = Sampler(SETTINGS[name], []), logits_of(4, seed=1)
     for config in (ENOUGH, FEW):
-        out = sample.guess(logits, *on_device(sampler), config)
-        assert out.tolist() == sampler.guess(logits)[0].tolist()
+        out, chances = sample.guess(logits, *on_device(sampler), config)
+        tokens, expected = sampler.guess(logits)
+        assert out.tolist() == tokens.tolist()
+        torch.testing.assert_close(chances, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_rest_wins_where_it_is_likely() -> None:
@@ -94,7 +96,8 @@ def test_any_vocabulary(vocab: int) -> None:
     length, params = on_device(sampler)
     expected = sample.reference(logits, sampler).tolist()
     assert sample.sample(logits, length, params).tolist() == expected
-    assert sample.guess(logits, length, params).tolist() == sampler.guess(logits)[0].tolist()
+    guessed, _ = sample.guess(logits, length, params)
+    assert guessed.tolist() == sampler.guess(logits)[0].tolist()
 
 
 @pytest.mark.parametrize("config", [ENOUGH, FEW], ids=["candidates", "the row again"])
@@ -159,7 +162,7 @@ def test_replay_follows_request_and_length_at_the_real_shape(vocab: int) -> None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         drawn = sample.sample(logits, length, params)
-        guessed = sample.guess(logits, length, params)
+        guessed, _ = sample.guess(logits, length, params)
     for i, request in enumerate(SETTINGS.values()):
         sampler = Sampler(replace(request, seed=i), [])
         sampler.accept([0] * i)

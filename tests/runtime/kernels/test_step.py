@@ -72,6 +72,10 @@ def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:
             anchor = int(step.state.ids[0])
             want = drafter.draft(anchor, BLOCK - 1)
             step.draft()
+            sure = want.float().softmax(-1).amax(-1)
+            torch.testing.assert_close(
+                step.state.confidence[: BLOCK - 1], sure, rtol=0.02, atol=2e-3
+            )
             ids = step.state.ids[:BLOCK].clone()
             agree(ids[1:], want)
             hidden, features = target.forward(ids, cache, TAPS)
@@ -139,13 +143,15 @@ def test_acceptance_moves_the_state(right: int, scripted: bool) -> None:
     if right < 7:
         ids[1 + right] = 99
     state = State(ids, torch.zeros(8, dtype=torch.int64, device=DEVICE), scalar(30), scalar(0),
-                  scalar(0), scalar(1))  # fmt: skip
-    record = torch.zeros(18, dtype=torch.int32, device=DEVICE)
+                  scalar(0), scalar(1), torch.arange(17, device=DEVICE) / 16)  # fmt: skip
+    record = accept.new_record(DEVICE)
     script = torch.tensor([4, 12, 2], dtype=torch.int32, device=DEVICE) if scripted else None
     n = 7 if scripted else accept.reference(ids[:8], chosen)
     assert scripted or n == right
     accept.accept(state, chosen, record, script)
     assert record.tolist()[:9] == [n, *chosen.tolist()]
+    confidence = [i / 16 for i in range(7)]
+    assert accept.read(record.cpu(), 7) == (n, chosen.tolist()[: n + 1], confidence)
     assert [int(x) for x in (state.length, state.start, state.committed, state.step)] == [
         31 + n, 30, n + 1, 2,
     ]  # fmt: skip

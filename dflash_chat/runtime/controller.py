@@ -1,0 +1,295 @@
+"""How many rows the next pass verifies, so that drafting never costs more than it wins.
+
+Every step takes the width that commits most tokens per millisecond, by what steps cost
+(`costs.py`) and what drafts are worth (`acceptance.py`); one row is plain decoding and drafts
+nothing. Estimates may be wrong, so a purse backs them, counted in plain steps: what drafting may
+lose to begin with and, up to a limit, what it has won since. No step is drafted whose worst outcome
+costs more than half of it, and once that leaves none, decoding is plain until the purse has filled
+a little. So in all drafting never loses more than `PURSE` plain steps beyond what it has won, and
+`REFILL` for every token decoded plainly.
+
+While plain decoding wins, single drafted steps look whether it still does, ever more rarely. Knows
+rows, tokens and milliseconds; knows neither models nor devices nor the clock.
+
+    decision = controller.decide(context, most)          before the draft
+    controller.cut(decision, confidence)                 behind it, if that is known in time
+    controller.observe(decision, accepted, …)            a step later, if the host runs ahead
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dflash_chat.runtime.acceptance import Acceptance
+from dflash_chat.runtime.costs import Costs, StepCosts
+
+PURSE = 7.0  # plain steps that drafting may lose before it has won any …
+PURSE_LIMIT = 30.0  # … and after it has won many
+REFILL = 0.01  # plain steps, for every token decoded plainly
+_BET = 0.5  # share of the purse that one step may lose
+_RESUME = 3.0  # plain steps to be refilled after it could not pay
+_BASELINE_EVERY = 400.0  # plain steps' time between two of them while drafting: 0.25 %
+_FIRST_LOOK, _LAST_LOOK = 15.0, 150.0  # plain tokens before a look, for each plain step it may lose
+_LOOK_STAKE = 1.0  # plain steps that a look may lose, if any width loses so little
+_TIE = 0.25  # drafting goes on while it seems slower by no more: the purse pays for the error
+_HOPE = 0.3  # how much one block counts in what drafting seems to win
+_FADE = 0.97  # share of the moment's text that is left after a plain step …
+_NEW_ANSWER = 0.5  # … and in the next answer
+_RECENT = 0.98  # share of a step that counts one step later in the speed-up
+_NO_LIMIT = float("inf")
+
+PAYS = "most tokens per millisecond"
+PLAIN = "plain decoding is faster"
+LOOK = "looking whether drafting pays again"
+SPENT = "drafting has lost too much lately"
+BASELINE = "measuring plain decoding"
+PINNED = "pinned"
+OFF = "drafting is off"
+NO_ROOM = "no room for drafted tokens"
+
+
+@dataclass(slots=True)
+class Decision:
+    """One step: `width` rows, of which the first is the anchor; with `draft` the drafter runs
+    first. `why` is one of this module's words; `ms` and `tokens` are what the step is expected to
+    take and to commit, `stake` the plain steps it loses if nothing is accepted.
+    """
+
+    width: int
+    draft: bool
+    why: str
+    costs: StepCosts
+    ms: float
+    tokens: float = 1.0
+    stake: float = 0.0
+    confidence: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Plain decoding at the present context, and when and behind how many tokens one of its steps
+    was last measured.
+    """
+
+    ms: float
+    age_ms: float  # of decoding since
+    measured_context_tokens: int
+
+    @property
+    def tok_s(self) -> float:
+        """Plain decoding's tokens per second."""
+        return 1000.0 / self.ms
+
+
+class Controller:
+    """Decides every step's width from what the steps before it have shown.
+
+    `late`: a width must be final before its draft is there, so `cut` is never called. `pinned`:
+    that many drafted tokens are verified whatever they cost; 0 never drafts.
+    """
+
+    def __init__(
+        self, costs: Costs, draft_tokens: int, late: bool, pinned: int | None = None
+    ) -> None:
+        self.widths = tuple(n for n in costs.table.widths if n <= draft_tokens + 1)
+        self.costs, self.late = costs, late
+        self.pinned = pinned if len(self.widths) > 1 else 0
+        self.acceptance = Acceptance(draft_tokens, late)
+        self.histogram = dict.fromkeys(self.widths, 0)  # steps by width
+        self.last: Decision | None = None
+        self._purse, self._spent = PURSE, False
+        self._staked = 0.0  # by steps whose outcome is not known yet
+        self._hope = 0.0  # plain steps that a block seems to win, as its confidence was cut
+        self._plain_tokens = 0  # since the last drafted step
+        self._look_after = _FIRST_LOOK
+        self._decoded_ms = self._baseline_due_ms = 0.0
+        self._context = 0
+        self._measured: tuple[float, int] | None = None  # the baseline: when, behind what
+        self._recent_tokens = self._recent_ms = 0.0
+
+    def decide(self, context: int, most: int) -> Decision:
+        """The next step behind `context` tokens, of at most `most` rows. Without `late` the width
+        of a drafted one is only an upper bound for `cut`.
+        """
+        decision = self._decide(self.costs.at(context), most)
+        self._staked += decision.stake
+        self.last = decision
+        return decision
+
+    def cut(self, decision: Decision, confidence: Sequence[float]) -> int:
+        """How many rows of a drafted step are worth verifying, now that the drafter's probability
+        of each drafted token is known; they become the decision's width.
+        """
+        decision.confidence = confidence
+        if decision.why is PINNED:
+            return decision.width
+        costs = decision.costs
+        self._staked -= decision.stake
+        expected = self.acceptance.expected(confidence)
+        one_row_ms = costs.drafted_ms[0]
+        i = self._best(expected, costs, decision.width, self._limit_ms(costs), one_row_ms)
+        if decision.why is LOOK:
+            i = max(i, 1)
+        self._set(decision, i, expected)
+        self._staked += decision.stake
+        hope = decision.tokens - decision.ms / costs.plain_ms
+        self._hope += (1.0 if decision.why is LOOK else _HOPE) * (hope - self._hope)
+        return decision.width
+
+    def observe(
+        self,
+        decision: Decision,
+        accepted: int,
+        context: int,
+        draft_ms: float,
+        verify_ms: float,
+        confidence: Sequence[float] | None = None,
+    ) -> None:
+        """The step is done: behind `context` tokens its draft took `draft_ms` (0: none) and the
+        rest of it `verify_ms`. Steps are observed in the order of their decisions. `confidence`:
+        what `cut` would have been told.
+        """
+        committed = accepted + 1
+        ms = draft_ms + verify_ms
+        self.histogram[decision.width] += 1
+        self.costs.observe(decision.width, context, draft_ms, verify_ms)
+        self._context = context
+        self._decoded_ms += ms
+        self._recent_tokens = self._recent_tokens * _RECENT + committed
+        self._recent_ms = self._recent_ms * _RECENT + ms
+        if not decision.draft:
+            self._measured = self._decoded_ms, context
+            self._plain_tokens += 1
+            self.acceptance.relax(_FADE)
+            self._purse = max(self._purse, min(PURSE, self._purse + REFILL))
+            return
+        self.acceptance.observe(decision.width - 1, accepted, confidence or decision.confidence)
+        won = committed - decision.ms / decision.costs.plain_ms
+        self._staked -= decision.stake
+        self._purse = min(PURSE_LIMIT, self._purse + won)
+        self._plain_tokens = 0
+        if won > 0 and decision.why is PAYS:
+            self._look_after = _FIRST_LOOK
+
+    def drop(self, decision: Decision) -> None:
+        """The step's outcome will never be read."""
+        self._staked -= decision.stake
+
+    def new_answer(self) -> None:
+        """Another answer begins, of which less is known."""
+        self.acceptance.relax(_NEW_ANSWER)
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """Plain decoding now; None before one of its steps has run."""
+        if self._measured is None:
+            return None
+        when, context = self._measured
+        return Baseline(self.costs.at(self._context).plain_ms, self._decoded_ms - when, context)
+
+    @property
+    def speedup(self) -> float:
+        """Of the last hundred steps or so over plain decoding; 1 before the first."""
+        if not self._recent_ms:
+            return 1.0
+        return self._recent_tokens * self.costs.at(self._context).plain_ms / self._recent_ms
+
+    @property
+    def reason(self) -> str:
+        """Why the last decision was made, in words and numbers."""
+        if self.last is None:
+            return ""
+        last, plain_ms = self.last, self.last.costs.plain_ms
+        if not last.draft:
+            return f"{last.why} ({plain_ms:.2f} ms a token)"
+        return (
+            f"{last.why}: {last.width} rows, {last.tokens:.1f} tokens in {last.ms:.2f} ms; "
+            f"plain 1 in {plain_ms:.2f}"
+        )
+
+    def _decide(self, costs: StepCosts, most: int) -> Decision:
+        if self.pinned == 0 or most < self.widths[1]:
+            return _plain(costs, OFF if self.pinned == 0 else NO_ROOM)
+        if self.pinned is not None:
+            i = self._widest(costs, min(most, self.pinned + 1), _NO_LIMIT)
+            return self._drafted(i, PINNED, costs, self.acceptance.expected())
+        if self._decoded_ms >= self._baseline_due_ms:
+            self._baseline_due_ms = self._decoded_ms + _BASELINE_EVERY * costs.plain_ms
+            return _plain(costs, BASELINE)
+        limit_ms = self._limit_ms(costs)
+        if not self._solvent(costs) or costs.drafted_ms[1] > limit_ms:
+            return _plain(costs, SPENT)
+        if not self.late and self._hope > -_TIE:
+            return self._drafted(self._widest(costs, most, _NO_LIMIT), PAYS, costs, None)
+        expected = self.acceptance.expected()
+        i = self._best(expected, costs, most, limit_ms, costs.plain_ms * (1.0 + _TIE))
+        if i:
+            return self._drafted(i, PAYS if self.late else LOOK, costs, expected)
+        i = self._widest(costs, most, (1.0 + _LOOK_STAKE) * costs.plain_ms)
+        stake = costs.drafted_ms[i] / costs.plain_ms - 1.0
+        if self._plain_tokens < self._look_after * stake:
+            return _plain(costs, PLAIN)
+        self._look_after = min(2 * self._look_after, _LAST_LOOK)
+        return self._drafted(i, LOOK, costs, expected)
+
+    def _limit_ms(self, costs: StepCosts) -> float:
+        """The longest step whose worst outcome the purse can pay."""
+        return (1.0 + _BET * (self._purse - self._staked)) * costs.plain_ms
+
+    def _solvent(self, costs: StepCosts) -> bool:
+        """Whether the purse can pay for a drafted step or, if it once could not, is full again."""
+        if self._spent:
+            self._spent = self._purse < _RESUME
+        else:
+            self._spent = costs.drafted_ms[1] > (1.0 + _BET * self._purse) * costs.plain_ms
+        return not self._spent
+
+    def _best(
+        self,
+        expected: Sequence[float],
+        costs: StepCosts,
+        most: int,
+        limit_ms: float,
+        one_row_ms: float,
+    ) -> int:
+        """Index of the width with most tokens per millisecond, among those of at most `most` rows
+        and `limit_ms`, if one row takes `one_row_ms`.
+        """
+        index, best = 0, 1.0 / one_row_ms
+        drafted_ms = costs.drafted_ms
+        for i, n in enumerate(self.widths):
+            ms = drafted_ms[i]
+            if n > most or ms > limit_ms:
+                break
+            rate = expected[n - 1] / ms
+            if rate > best and i:
+                index, best = i, rate
+        return index
+
+    def _widest(self, costs: StepCosts, most: int, limit_ms: float) -> int:
+        """Index of the widest drafted width of at most `most` rows and `limit_ms`; 1 if none is."""
+        for i in range(len(self.widths) - 1, 1, -1):
+            if self.widths[i] <= most and costs.drafted_ms[i] <= limit_ms:
+                return i
+        return 1
+
+    def _drafted(
+        self, index: int, why: str, costs: StepCosts, expected: Sequence[float] | None
+    ) -> Decision:
+        decision = Decision(0, True, why, costs, 0.0)
+        self._set(decision, index, expected)
+        return decision
+
+    def _set(self, decision: Decision, index: int, expected: Sequence[float] | None) -> None:
+        """Give a drafted step its width, and what follows from it."""
+        width, costs = self.widths[index], decision.costs
+        decision.width = width
+        decision.ms = costs.drafted_ms[index]
+        decision.stake = decision.ms / costs.plain_ms - 1.0
+        if expected is not None:
+            decision.tokens = expected[width - 1]
+
+
+def _plain(costs: StepCosts, why: str) -> Decision:
+    return Decision(1, False, why, costs, costs.plain_ms)

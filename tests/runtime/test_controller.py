@@ -1,0 +1,229 @@
+"""Never slower than plain decoding, and no worse than the best pinned width, in simulation."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import pytest
+
+from dflash_chat.runtime import controller as words
+from dflash_chat.runtime.controller import Controller
+from dflash_chat.runtime.costs import Costs, CostTable
+from tests.runtime import simulated_decoding as sim
+from tests.runtime.simulated_decoding import RIGS, Rig, Run, Trace
+
+MOE = RIGS[:2]
+TEXTS = ("chat", "mixed", "code")
+LATE = pytest.mark.parametrize("late", [True, False], ids=["late", "now"])
+CASES = [
+    *((text, "honest") for text in TEXTS),
+    *(("switching", confidence) for confidence in ("honest", "random", "inverted")),
+    ("dead", "honest"),
+]
+
+
+@cache
+def _trace(text: str, confidence: str, tokens: int) -> Trace:
+    return sim.trace(TEXTS if text == "switching" else [text], tokens, 5, confidence)
+
+
+@cache
+def _best_fixed(rig: Rig, text: str, tokens: int) -> float:
+    drafts = _trace(text, "honest", tokens)
+    return max(sim.fixed(rig, drafts, width).speedup for width in sim.WIDTHS)
+
+
+@cache
+def _run(rig: Rig, text: str, confidence: str, late: bool) -> Run:
+    tokens = 8000 if rig in MOE else 3000
+    drafts = _trace(text, confidence, tokens)
+    return sim.controlled(sim.controller(rig, late), rig, drafts)
+
+
+def _of_best_fixed(rig: Rig, text: str, confidence: str, late: bool) -> float:
+    tokens = 8000 if rig in MOE else 3000
+    return _run(rig, text, confidence, late).speedup / _best_fixed(rig, text, tokens)
+
+
+@pytest.mark.parametrize(
+    ("rig", "rows", "verify_gb", "draft_gb"),
+    [
+        (Rig("Gemma-4-26B-A4B", "H200", "bf16"), (1, 4, 8, 16), (7.90, 15.43, 23.46, 34.45), 2.44),
+        (Rig("Gemma-4-26B-A4B", "5090", "int4"), (1, 4, 8, 16), (3.35, 5.30, 7.39, 10.24), 2.44),
+        (Rig("Qwen3.6-27B", "3090", "int4"), (1, 16), (15.63, 15.63), 6.15),
+        (Rig("Qwen3-8B", "H200", "bf16"), (1, 16), (15.44, 15.44), 3.47),
+    ],
+    ids=str,
+)
+def test_the_simulated_passes_move_the_bytes_of_the_real_shapes(
+    rig: Rig, rows: tuple[int, ...], verify_gb: tuple[float, ...], draft_gb: float
+) -> None:
+    tb_s = sim.TB_S[rig.card]
+    moved = [rig.verify_ms(n, 2048) * tb_s for n in rows]
+    assert moved == pytest.approx(verify_gb, abs=0.006)
+    assert rig.draft_ms(2048) * tb_s == pytest.approx(draft_gb, abs=0.006)
+
+
+@LATE
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("rig", RIGS, ids=str)
+def test_steady_text_runs_within_3_percent_of_the_best_pinned_width(
+    rig: Rig, text: str, late: bool
+) -> None:
+    assert _of_best_fixed(rig, text, "honest", late) > 0.97
+
+
+@pytest.mark.parametrize("confidence", ["honest", "inverted"])
+@pytest.mark.parametrize("rig", MOE, ids=str)
+def test_text_that_switches_beats_every_pinned_width(rig: Rig, confidence: str) -> None:
+    assert _of_best_fixed(rig, "switching", confidence, late=False) > 1.0
+
+
+@LATE
+@pytest.mark.parametrize("confidence", ["honest", "random", "inverted"])
+@pytest.mark.parametrize("rig", RIGS, ids=str)
+def test_text_that_switches_never_falls_behind_the_best_pinned_width(
+    rig: Rig, confidence: str, late: bool
+) -> None:
+    """One step late, or with all widths costing the same, there is next to nothing to win."""
+    assert _of_best_fixed(rig, "switching", confidence, late) > 0.97
+
+
+@LATE
+@pytest.mark.parametrize(("text", "confidence"), CASES)
+@pytest.mark.parametrize("rig", RIGS, ids=str)
+def test_no_500_tokens_are_slower_than_plain_decoding(
+    rig: Rig, text: str, confidence: str, late: bool
+) -> None:
+    assert _run(rig, text, confidence, late).worst(500) > 0.98
+
+
+@LATE
+@pytest.mark.parametrize("rig", MOE, ids=str)
+def test_a_drafter_that_dies_amid_code_costs_less_than_the_purse_holds(
+    rig: Rig, late: bool
+) -> None:
+    code, dead = _trace("code", "honest", 2000), _trace("dead", "honest", 1500)
+    drafts = Trace(code.accepted + dead.accepted, code.confidence + dead.confidence)
+    run = sim.controlled(sim.controller(rig, late), rig, drafts)
+    most = words.PURSE_LIMIT + 500 * (words.REFILL + 0.0025)
+    assert run.worst(500) > 500 / (500 + most)
+
+
+@LATE
+def test_drafting_comes_back_when_it_pays_again(late: bool) -> None:
+    rig = MOE[0]
+    dead, code = _trace("dead", "honest", 3000), _trace("code", "honest", 2000)
+    drafts = Trace(dead.accepted + code.accepted, dead.confidence + code.confidence)
+    run = sim.controlled(sim.controller(rig, late), rig, drafts)
+    behind = run.tokens.cumsum() > 4000
+    assert run.plain_ms[behind].sum() / run.ms[behind].sum() > 1.7
+
+
+@LATE
+def test_a_table_that_was_wrong_is_found_out_while_decoding(late: bool) -> None:
+    rig = MOE[0]
+    true = rig.table()
+    cheap = tuple(
+        tuple(ms * (0.5 if width > 1 else 1.0) for ms in row)
+        for width, row in zip(true.widths, true.verify_ms, strict=True)
+    )
+    wrong = CostTable(true.widths, true.contexts, true.draft_ms, cheap)
+    misled = Controller(Costs(wrong), sim.SLOTS, late)
+    drafts = _trace("chat", "honest", 8000)
+    assert sim.controlled(misled, rig, drafts).speedup > 0.93 * _best_fixed(rig, "chat", 8000)
+
+
+def _controller(pinned: int | None = None, late: bool = True) -> Controller:
+    return Controller(Costs(MOE[0].table()), sim.SLOTS, late, pinned)
+
+
+@pytest.mark.parametrize(("pinned", "width"), [(3, 4), (15, 16), (8, 8)])
+def test_a_pinned_width_is_kept_whatever_happens(pinned: int, width: int) -> None:
+    pin = _controller(pinned)
+    for _ in range(50):
+        decision = pin.decide(2048, 16)
+        assert (decision.width, decision.draft, decision.why) == (width, True, words.PINNED)
+        pin.observe(decision, 0, 2048, 0.5, 5.0)
+    assert pin.histogram[width] == 50
+
+
+def test_off_and_no_room_are_plain_steps() -> None:
+    off = _controller(0).decide(2048, 16)
+    assert (off.width, off.draft, off.why) == (1, False, words.OFF)
+    full = _controller().decide(2048, 1)
+    assert (full.width, full.draft, full.why) == (1, False, words.NO_ROOM)
+    without = Controller(Costs(CostTable((1,), (64,), (1.0,), ((1.0,),))), 0, late=True)
+    assert without.decide(64, 16).why == words.OFF
+
+
+def test_no_pass_is_wider_than_there_is_room() -> None:
+    auto = _controller()
+    for most in (2, 3, 7, 16) * 10:
+        decision = auto.decide(2048, most)
+        assert decision.width <= most
+        auto.observe(decision, decision.width - 1, 2048, 0.5 * decision.draft, 5.0)
+
+
+def test_a_step_that_is_never_read_gives_its_stake_back() -> None:
+    auto = _controller()
+    auto.observe(auto.decide(2048, 16), 0, 2048, 0.0, 1.84)
+    first = auto.decide(2048, 16)
+    auto.drop(first)
+    assert auto.decide(2048, 16) == first
+    assert first.stake > 0
+
+
+def test_the_plain_baseline_is_measured_now_and_then_and_costs_a_quarter_percent() -> None:
+    rig = Rig("Qwen3-8B", "H200", "bf16")
+    auto = sim.controller(rig, late=True)
+    assert auto.baseline is None
+    run = sim.controlled(auto, rig, _trace("code", "honest", 16000))
+    measured = auto.histogram[1]
+    assert measured >= 5
+    assert measured * rig.verify_ms(1, 10000) < 0.004 * run.ms.sum()
+    assert auto.baseline is not None
+    assert auto.baseline.ms == pytest.approx(rig.verify_ms(1, 18000), rel=0.03)
+    assert auto.baseline.tok_s == pytest.approx(1000 / auto.baseline.ms)
+    assert 0 <= auto.baseline.age_ms < 420 * auto.baseline.ms
+    assert 2048 <= auto.baseline.measured_context_tokens < 18048
+    assert auto.speedup == pytest.approx(run.speedup, rel=0.3)
+    assert sum(auto.histogram.values()) == len(run.ms)
+
+
+def test_the_reason_names_the_numbers_behind_the_last_decision() -> None:
+    auto = _controller()
+    assert auto.reason == ""
+    auto.observe(auto.decide(2048, 16), 0, 2048, 0.0, 1.84)
+    assert auto.reason == f"{words.BASELINE} (1.84 ms a token)"
+    decision = auto.decide(2048, 16)
+    assert auto.reason.startswith(f"{words.PAYS}: {decision.width} rows, ")
+    assert auto.reason.endswith("plain 1 in 1.84")
+
+
+@LATE
+def test_equal_inputs_give_equal_decisions(late: bool) -> None:
+    rig, drafts = MOE[1], _trace("switching", "honest", 8000)
+    again = sim.controlled(sim.controller(rig, late), rig, drafts)
+    assert (again.ms == _run(rig, "switching", "honest", late).ms).all()
+
+
+@LATE
+def test_deciding_and_learning_take_microseconds(late: bool) -> None:
+    """Best of many batches against a plain loop of the same run, so that a busy machine fits."""
+    auto, sure = sim.controller(MOE[0], late), _trace("code", "honest", 2000).confidence
+    steps, loops = [], []
+    for batch in range(40):
+        begun = time.perf_counter()
+        for i in range(25):
+            decision = auto.decide(2048, 16)
+            if decision.draft and not late:
+                auto.cut(decision, sure[25 * batch + i])
+            told = sure[25 * batch + i] if decision.draft else None
+            auto.observe(decision, decision.width // 2, 2048, 0.5 * decision.draft, 5.0, told)
+        between = time.perf_counter()
+        sum([i * 2 for i in range(25000)])
+        loops.append(time.perf_counter() - between)
+        steps.append(between - begun)
+    assert min(steps) < 1.5 * min(loops)

@@ -88,7 +88,7 @@ class Meter:
         if stats is None:
             return
         self.context_tokens = stats.context_tokens
-        self.spec = self.spec.add(stats.drafted, stats.accepted, stats.committed)
+        self.spec = self.spec.add(stats)
         parts_ms = (stats.draft_ms, stats.verify_ms, stats.sample_ms, stats.host_ms)
         self._parts_ms = [a + b for a, b in zip(self._parts_ms, parts_ms, strict=True)]
         self._answer.add(stats)

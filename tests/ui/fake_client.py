@@ -95,7 +95,7 @@ class FakeClient(EngineClient):
             drafted = 7 if draft else 0
             draft_ms = 2.4 if draft else 0.0
             stats = StepStats(drafted, committed - 1, committed, draft_ms, 31.2, 0.6, 0.9, context)
-            spec = spec.add(drafted, committed - 1, committed)
+            spec = spec.add(stats)
             self.emit(Tokens(generation, piece, committed, stats))
         return spec
 

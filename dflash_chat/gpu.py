@@ -13,16 +13,33 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-_PROBLEMS = {  # NVML's error classes, without their prefix, in words
-    "LibraryNotFound": "there is no NVIDIA driver (libnvidia-ml.so.1)",
-    "DriverNotLoaded": "the NVIDIA driver is not loaded",
-    "LibRmVersionMismatch": "the NVIDIA driver was updated while its old version is still running",
-    "NoPermission": "there is no permission to ask the NVIDIA driver",
+
+class Cause(StrEnum):
+    """Why there is no card, or not all of them; what a person can do differs for each."""
+
+    NONE = ""
+    NO_PACKAGE = "no package"
+    NO_DRIVER = "no driver"
+    NOT_LOADED = "driver not loaded"
+    MISMATCH = "driver updated"
+    FORBIDDEN = "no permission"
+    SILENT = "no answer"
+    NO_CARD = "no card"
+    HIDDEN = "hidden"
+    NO_INSTANCE = "no MIG instance"
+
+
+_PROBLEMS = {  # NVML's error classes, without their prefix
+    "LibraryNotFound": (Cause.NO_DRIVER, "there is no NVIDIA driver (libnvidia-ml.so.1)"),
+    "DriverNotLoaded": (Cause.NOT_LOADED, "the NVIDIA driver is not loaded"),
+    "LibRmVersionMismatch": (Cause.MISMATCH, "the NVIDIA driver was updated, the old one runs on"),
+    "NoPermission": (Cause.FORBIDDEN, "there is no permission to ask the NVIDIA driver"),
 }
 _THROTTLING = (  # pynvml's nvmlClocksEventReason…, the gravest first; its other bits are harmless
     ("HwThermalSlowdown", "too hot"),
@@ -57,12 +74,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Survey:
-    """The cards in CUDA's order. `problem` says why there is none, or what is wrong with some;
-    `hidden` counts those that CUDA_VISIBLE_DEVICES, or MIG, keeps from CUDA programs.
+    """The cards in CUDA's order. `problem` says why there is none, or what is wrong with some,
+    `cause` the same for programs; `hidden` counts those that CUDA_VISIBLE_DEVICES, or MIG, keeps
+    from CUDA programs.
     """
 
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
+    cause: Cause = Cause.NONE
     hidden: int = 0
     driver: str = ""
     cuda: tuple[int, int] | None = None
@@ -87,9 +106,9 @@ class Sample:
 
 def survey(environ: Mapping[str, str] = os.environ) -> Survey:
     """Ask the driver about every card that CUDA programs under `environ` would see."""
-    with _nvml() as (nvml, problem):
+    with _nvml() as (nvml, failure):
         if nvml is None:
-            return Survey(problem=problem)
+            return failure
         driver = _told(nvml.nvmlSystemGetDriverVersion) or ""
         cuda = _version(_told(nvml.nvmlSystemGetCudaDriverVersion_v2))
         cards, problems = _cards(nvml)
@@ -100,14 +119,17 @@ def survey(environ: Mapping[str, str] = os.environ) -> Survey:
                 gpus.append(_gpu(nvml, device, len(gpus), driver, cuda))
             except nvml.NVMLError as error:
                 problems.append(f"{device.uuid} does not answer ({error})")
+        cause = Cause.SILENT if problems else Cause.NONE
         if not cards and not problems:
-            problems.append("the NVIDIA driver finds no card")
+            cause, problems = Cause.NO_CARD, ["the NVIDIA driver finds no card"]
         elif not seen and not problems:
             chosen = environ.get("CUDA_VISIBLE_DEVICES")
-            hides = f"CUDA_VISIBLE_DEVICES={chosen} hides every card"
-            problems.append("MIG is on and has no instance" if chosen is None else hides)
+            cause, problem = (Cause.NO_INSTANCE, "MIG is on and has no instance")
+            if chosen is not None:
+                cause, problem = Cause.HIDDEN, f"CUDA_VISIBLE_DEVICES={chosen} hides every card"
+            problems.append(problem)
         hidden = sum(len(card.devices) for card in cards) - len(seen)
-    return Survey(tuple(gpus), "; ".join(problems), hidden, driver, cuda)
+    return Survey(tuple(gpus), "; ".join(problems), cause, hidden, driver, cuda)
 
 
 class Sampler:
@@ -244,21 +266,24 @@ def _named(order: Sequence[Device], entry: str) -> Device | None:
 
 
 @contextmanager
-def _nvml() -> Iterator[tuple[Any, str]]:
-    """pynvml, initialised until the end of the block; or None and why not, in words."""
+def _nvml() -> Iterator[tuple[Any, Survey]]:
+    """pynvml, initialised until the end of the block; or None, and a survey that says why."""
     try:
         import pynvml
     except ImportError:
-        yield None, "the package nvidia-ml-py is not installed"
+        problem = "the package nvidia-ml-py is not installed"
+        yield None, Survey(problem=problem, cause=Cause.NO_PACKAGE)
         return
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         kind = type(error).__name__.removeprefix("NVMLError_")
-        yield None, _PROBLEMS.get(kind, f"the NVIDIA driver does not answer ({error})")
+        unknown = (Cause.SILENT, f"the NVIDIA driver does not answer ({error})")
+        cause, problem = _PROBLEMS.get(kind, unknown)
+        yield None, Survey(problem=problem, cause=cause)
         return
     try:
-        yield pynvml, ""
+        yield pynvml, Survey()
     finally:
         _told(pynvml.nvmlShutdown)
 

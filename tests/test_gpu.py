@@ -16,8 +16,10 @@ import pynvml
 import pytest
 
 from dflash_chat import gpu
+from dflash_chat.gpu import Cause
 
 GB = 10**9
+LOST = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
 ERRORS = [getattr(pynvml, name) for name in dir(pynvml) if name.startswith("NVML_ERROR_")]
 
 
@@ -222,21 +224,21 @@ def test_under_wsl_the_card_is_shared(
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "cause", "words"),
     [
-        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "no NVIDIA driver"),
-        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "not loaded"),
-        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "was updated"),
-        (pynvml.NVML_ERROR_NO_PERMISSION, "no permission"),
-        (pynvml.NVML_ERROR_UNKNOWN, "does not answer (Unknown Error)"),
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, Cause.NO_DRIVER, "no NVIDIA driver"),
+        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, Cause.NOT_LOADED, "not loaded"),
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, Cause.MISMATCH, "was updated"),
+        (pynvml.NVML_ERROR_NO_PERMISSION, Cause.FORBIDDEN, "no permission"),
+        (pynvml.NVML_ERROR_UNKNOWN, Cause.SILENT, "does not answer (Unknown Error)"),
     ],
 )
 def test_without_a_driver_there_is_a_reason_and_no_card(
-    install: Callable[..., Nvml], code: int, words: str
+    install: Callable[..., Nvml], code: int, cause: Cause, words: str
 ) -> None:
     install(board("GPU-a"), Init=pynvml.NVMLError(code))
     found = gpu.survey({})
-    assert found.gpus == ()
+    assert (found.gpus, found.cause) == ((), cause)
     assert words in found.problem
     with gpu.Sampler() as sampler:
         assert (sampler.available, sampler.sample()) == (False, None)
@@ -244,7 +246,9 @@ def test_without_a_driver_there_is_a_reason_and_no_card(
 
 def test_without_the_package_there_is_a_reason_and_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert gpu.survey({}) == gpu.Survey(problem="the package nvidia-ml-py is not installed")
+    found = gpu.survey({})
+    assert (found.gpus, found.cause) == ((), Cause.NO_PACKAGE)
+    assert "nvidia-ml-py" in found.problem
 
 
 @pytest.mark.parametrize("code", ERRORS)
@@ -263,28 +267,29 @@ def test_no_error_of_nvml_escapes_wherever_it_happens(
 
 
 @pytest.mark.parametrize(
-    ("boards", "problem"),
+    ("boards", "cause", "problem"),
     [
-        ([], "the NVIDIA driver finds no card"),
-        ([pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)], "card 0 does not answer (GPU is lost)"),
+        ([], Cause.NO_CARD, "the NVIDIA driver finds no card"),
+        ([LOST], Cause.SILENT, "card 0 does not answer (GPU is lost)"),
         (
-            [board("GPU-a", DeviceGetMemoryInfo=pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST))],
+            [board("GPU-a", DeviceGetMemoryInfo=LOST)],
+            Cause.SILENT,
             "GPU-a does not answer (GPU is lost)",
         ),
-        ([in_mig_mode("GPU-a", None)], "MIG is on and has no instance"),
+        ([in_mig_mode("GPU-a", None)], Cause.NO_INSTANCE, "MIG is on and has no instance"),
     ],
 )
 def test_why_there_is_no_card(
-    install: Callable[..., Nvml], boards: list[object], problem: str
+    install: Callable[..., Nvml], boards: list[object], cause: Cause, problem: str
 ) -> None:
     install(*boards)
     found = gpu.survey({})
-    assert (found.gpus, found.problem) == ((), problem)
+    assert (found.gpus, found.cause, found.problem) == ((), cause, problem)
     assert (found.driver, found.cuda) == ("580.95.05", (13, 0))
 
 
 def test_a_lost_card_does_not_hide_the_others(install: Callable[..., Nvml]) -> None:
-    install(pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST), board("GPU-b"))
+    install(LOST, board("GPU-b"))
     found = gpu.survey({})
     assert [card.uuid for card in found.gpus] == ["GPU-b"]
     assert found.problem == "card 0 does not answer (GPU is lost)"
@@ -330,6 +335,7 @@ def test_cuda_visible_devices(
     assert [card.uuid for card in found.gpus] == seen
     assert [card.index for card in found.gpus] == list(range(len(seen)))
     assert found.hidden == 3 - len(seen)
+    assert found.cause == (Cause.NONE if seen else Cause.HIDDEN)
     assert found.problem == ("" if seen else f"CUDA_VISIBLE_DEVICES={chosen} hides every card")
 
 
@@ -458,7 +464,7 @@ def test_a_card_that_is_lost_later_gives_no_more_samples(install: Callable[..., 
         assert sampler.sample() is not None
         (card,) = nvml.boards
         assert isinstance(card, Handle)
-        card.answers["DeviceGetMemoryInfo"] = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        card.answers["DeviceGetMemoryInfo"] = LOST
         assert sampler.sample() is None
 
 

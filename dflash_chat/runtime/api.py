@@ -38,6 +38,8 @@ GLOSSARY = {
     "cached": "prompt tokens found in the cache",
     "read": "prompt tokens that were not, and were read this turn",
     "context": "tokens whose keys and values the target's cache holds",
+    "memory by part": "bytes of the weights and caches as loaded; other: buffers, graphs, "
+    "workspace and the CUDA context; the first line counts every program on the card",
 }
 
 # ── what a person may set ───────────────────────────────────────────────────────────────────────

@@ -37,11 +37,12 @@ from dflash_chat.runtime.api import (
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.settings import parse_options
 from dflash_chat.ui import commands, pace
+from dflash_chat.ui.bars import bar
 from dflash_chat.ui.help_screen import HelpScreen
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.prompt import Prompt
-from dflash_chat.ui.side_panel import SidePanel, StatusLine, bar
+from dflash_chat.ui.side_panel import SidePanel, StatusLine
 from dflash_chat.ui.transcript import AnswerTurn, Card, Transcript, UserTurn
 from dflash_chat.ui.words import Words
 
@@ -197,6 +198,7 @@ class ChatScreen(Screen[None]):
                 self._progress = event
             case Ready():
                 self._info = event.info
+                self._meter.loaded(event.info)
                 self._next()
             case EngineDied():
                 await self._crashed(event)

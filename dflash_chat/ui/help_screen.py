@@ -23,6 +23,7 @@ Ctrl+N            new chat
 PageUp PageDown   scroll, also Ctrl+Up and Ctrl+Down
 End               to the end, and follow the answer again
 F2                show or hide the numbers
+F3                X-ray: the last answer by block and origin
 Ctrl+P            all commands
 Ctrl+Q            quit"""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dflash_chat.runtime.api import StepStats, Tokens
+from dflash_chat.runtime.api import Spec, StepStats, Tokens
 
 
 class Origin(Enum):
@@ -50,15 +50,24 @@ class Block:
 
 
 class Trace:
-    """The blocks of one answer."""
+    """The blocks of one answer, and their sums."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
+        self.spec = Spec()
+        self._news: int | None = None
         self._last: list[tuple[int, Piece]] = []  # tokens that may still get text, and their blocks
 
-    def take(self, event: Tokens) -> int:
-        """Take an event; the number of the first block whose text or length it changes."""
+    def news(self) -> int | None:
+        """The first block that was added or got text since this was asked last, or None."""
+        news, self._news = self._news, None
+        return news
+
+    def take(self, event: Tokens) -> None:
+        """Take an event."""
         changed = number = len(self.blocks)
+        if event.stats is not None:
+            self.spec = self.spec.add(event.stats)
         if event.tokens:
             block = Block(event.stats)
             block.pieces = [Piece(_origin(event.stats, i), i) for i in range(event.tokens)]
@@ -74,7 +83,8 @@ class Trace:
             if length:
                 piece.text += event.text[at : at + length]
                 changed, at = min(changed, number), at + length
-        return changed
+        if changed < len(self.blocks):
+            self._news = changed if self._news is None else min(changed, self._news)
 
 
 def _origin(stats: StepStats | None, place: int) -> Origin:

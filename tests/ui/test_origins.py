@@ -49,12 +49,18 @@ def test_a_pass_that_a_stop_cut_short_ends_with_a_draft() -> None:
 
 def test_text_that_was_held_back_goes_to_the_tokens_that_gave_it() -> None:
     trace = Trace()
-    assert trace.take(passed("a", (1, 0, 0), drafted=4, accepted=2, tokens=3)) == 0
-    assert trace.take(passed("", (0, 0, 0), drafted=4, accepted=0, tokens=1)) == 1
-    assert trace.take(passed("bcdef", (1, 1, 1, 2), drafted=4, accepted=0, tokens=1)) == 0
-    assert texts(trace) == [["a", "b", "c"], ["d"], ["ef"]]
+    trace.take(passed("a", (1, 0, 0), drafted=4, accepted=2, tokens=3))
+    assert trace.news() == 0
+    assert trace.news() is None
+    trace.take(passed("", (0, 0, 0), drafted=4, accepted=0, tokens=1))
+    assert trace.news() == 1
+    trace.take(passed("bcdef", (1, 1, 1, 2), drafted=4, accepted=0, tokens=1))
+    trace.take(passed("g", (1,), drafted=4, accepted=0, tokens=1))
+    assert trace.news() == 0
+    assert texts(trace) == [["a", "b", "c"], ["d"], ["ef"], ["g"]]
     trace.take(Tokens(1, "!", 0, None, (1,)))
-    assert texts(trace)[-1] == ["ef!"]
+    assert texts(trace)[-1] == ["g!"]
+    assert trace.spec.steps == 4
 
 
 def test_text_without_an_owner_is_the_last_tokens() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from textwrap import wrap
 
 from dflash_chat.gpu import Sample
 from dflash_chat.runtime.api import GLOSSARY, ModelInfo
@@ -102,8 +103,8 @@ def block_lines(view: View, level: int) -> list[str]:
     most = f" of {view.info.draft_tokens + 1}" if view.info else ""
     spec = view.meter.spec
     lines.append(f"width {last.width}{most}, mean {spec.drafted / spec.steps + 1:.1f}")
-    if level > 1 and last.why:
-        lines.append(f"  {last.why}"[:WIDTH])
+    if level > 1:
+        lines += wrap(last.why, WIDTH, initial_indent="  ", subsequent_indent="  ")
     return lines
 
 

@@ -117,7 +117,7 @@ class Layout:
 
 def marked(piece: Piece) -> list[tuple[str, str]]:
     """A token's text with its mark, in the styles of its parts. White space is left outside the
-    mark; where there is nothing else, a sign stands for it.
+    mark; where there is nothing else, or no text at all, a sign stands for it.
     """
     match piece.origin:
         case Origin.ACCEPTED:
@@ -143,7 +143,7 @@ def _parts(text: str) -> tuple[str, str, str]:
     if core:
         before, _, after = text.partition(core)
         return before, core, after
-    sign = "↵" if "\n" in text else "·" if text else ""
+    sign = "↵" if "\n" in text else "·" if text else "_"
     return "", sign, text
 
 

@@ -69,7 +69,7 @@ def test_no_row_is_wider_than_the_screen_and_tokens_stay_whole() -> None:
         (Origin.CORRECTION, "  a b ", "  ~a b~ "),
         (Origin.CORRECTION, " ", "~·~ "),
         (Origin.CORRECTION, "\n\n", "~↵~\n\n"),
-        (Origin.CORRECTION, "", "~~"),
+        (Origin.CORRECTION, "", "~_~"),
         (Origin.BONUS, " a\n", " a▸\n"),
         (Origin.BONUS, "\n", "↵▸\n"),
         (Origin.PLAIN, "a", "a"),

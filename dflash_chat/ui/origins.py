@@ -21,7 +21,7 @@ class Origin(Enum):
     PLAIN = "plain"  # the target's own, from a pass without drafts
 
 
-@dataclass
+@dataclass(slots=True)
 class Piece:
     """The text of one token as far as it has come; `place` in the block is 0 for the first."""
 
@@ -30,7 +30,7 @@ class Piece:
     text: str = ""
 
 
-@dataclass
+@dataclass(slots=True)
 class Block:
     """What one pass committed; `stats` is None for the token that prefill gave."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from textual.app import App
 
+import dflash_chat
 from dflash_chat.runtime.api import StepStats, Tokens
 from dflash_chat.ui.origins import Origin, Piece, Trace
 from dflash_chat.ui.xray import XrayScreen, XrayView
@@ -304,36 +307,46 @@ async def test_a_plain_answer_has_nothing_to_look_for(answered: Chat) -> None:
     assert await press(answered, screen, "tab", "w") == 4
 
 
-async def test_only_rows_in_view_are_drawn(answered: Chat) -> None:
-    trace = long_trace(6000)
-    screen = XrayScreen(trace)
-    await answered.app.push_screen(screen)
-    await answered.pilot.pause()
-    view = screen.query_one(XrayView)
-    view.on_resize()
-    asked: list[int] = []
-    original = view.render_line
-    view.render_line = lambda y: (asked.append(y), original(y))[1]  # type: ignore[method-assign]
-    await answered.pilot.press("home")
-    await answered.pilot.pause()
-    assert asked
-    assert len(asked) <= 4 * view.size.height
-    assert view.virtual_size.height > 300
-    assert view.scroll_offset.y == 0
+class Alone(App[None]):
+    """Nothing but X-ray."""
+
+    CSS_PATH = Path(dflash_chat.__file__).with_name("ui") / "app.tcss"
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.xray = XrayScreen(trace)
+
+    def get_default_screen(self) -> XrayScreen:
+        return self.xray
+
+
+async def test_only_rows_in_view_are_drawn() -> None:
+    app = Alone(long_trace(6000))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await pilot.pause()
+        view = app.xray.query_one(XrayView)
+        asked: list[int] = []
+        original = view.render_line
+        view.render_line = lambda y: (asked.append(y), original(y))[1]  # type: ignore[method-assign]
+        await pilot.press("home")
+        await pilot.pause()
+        assert asked
+        assert len(asked) <= 4 * view.size.height
+        assert view.virtual_size.height > 300
+        assert view.scroll_offset.y == 0
+        await pilot.press("end")
+        await pilot.pause()
+        assert view.scroll_offset.y + view.size.height >= view.virtual_size.height
 
 
 @pytest.mark.parametrize("theme", ["textual-dark", "textual-light", "ansi-dark", "ansi-light"])
-async def test_every_origin_looks_different_in_every_kind_of_theme(
-    answered: Chat, theme: str
-) -> None:
-    answered.app.theme = theme
-    screen = await xray(answered)
-    await press(answered, screen, "end")
-    view = screen.query_one(XrayView)
-    styles = {}
-    for segment in (segment for y in range(2) for segment in view.render_lines(
-        view.outer_size.region
-    )[y]):  # fmt: skip
-        styles[segment.text] = segment.style
-    looks = [styles[text] for text in (" fixed", "~buffer~", " indices▸", " head")]
-    assert len({(s.color, s.bgcolor, s.underline, s.bold) for s in looks if s}) == 4
+async def test_every_origin_looks_different_in_every_kind_of_theme(theme: str) -> None:
+    app = Alone(trace_of(*SAID))
+    async with app.run_test(size=(100, 30)) as pilot:
+        app.theme = theme
+        await pilot.pause()
+        view = app.xray.query_one(XrayView)
+        strips = view.render_lines(view.outer_size.region)[:2]
+        styles = {segment.text: segment.style for strip in strips for segment in strip}
+        looks = [styles[text] for text in (" fixed", "~buffer~", " indices▸", " head")]
+        assert len({(s.color, s.bgcolor, s.underline, s.bold) for s in looks if s}) == 4

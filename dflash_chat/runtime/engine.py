@@ -196,10 +196,10 @@ class Engine:
         ]
         passes.append(partial(self.drafter.draft, 0, self.draft_tokens))
         *verify_ms, draft_ms = quickest_ms(passes, self.target.device)
-        self.baseline = Baseline(Plain(verify_ms[0], 0))
         for n in range(len(verify_ms) - 1, 0, -1):  # fewer rows cannot take longer
             verify_ms[n - 1] = min(verify_ms[n - 1], verify_ms[n])
         self.chooser = WidthChooser(verify_ms, draft_ms)
+        self.baseline = Baseline(Plain(verify_ms[0], 0))
 
     def _dry_pass(self, n: int) -> Tensor:
         """A pass of n rows that commits nothing; its features [n, K·C]."""

@@ -7,12 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 
 from dflash_chat import hub, pairs
 from dflash_chat.errors import EXIT_INTERRUPTED, EXIT_OK
 from dflash_chat.progress import Reporter
-from dflash_chat.runtime.api import Finished, Generate, Message, ModelInfo, Progress, Timing, Tokens
+from dflash_chat.runtime.api import Finished, Generate, Message, ModelInfo, Progress, Tokens
 from dflash_chat.settings import OnceArgs
 
 
@@ -60,7 +61,7 @@ def run(args: OnceArgs) -> int:
 
 def as_json(text: str, finished: Finished, info: ModelInfo, load_s: float) -> dict[str, object]:
     """The one object of `--json`; field names are part of the interface."""
-    timing = Timing(load_s, finished.timing.ttft_s, finished.timing.decode_s, finished.timing.tok_s)
+    timing = replace(finished.timing, load_s=load_s)
     return {
         "text": text,
         "finish_reason": finished.reason,
@@ -75,8 +76,9 @@ def as_json(text: str, finished: Finished, info: ModelInfo, load_s: float) -> di
 def in_words(finished: Finished, load_s: float) -> str:
     """Two lines for `--stats`."""
     usage, spec, timing = finished.usage, finished.spec, finished.timing
+    against = f" ({timing.speedup:.2f}× plain)" if timing.speedup else ""
     return (
-        f"{usage.completion} tokens · {timing.tok_s:.1f} tok/s · "
+        f"{usage.completion} tokens · {timing.tok_s:.1f} tok/s{against} · "
         f"ttft {timing.ttft_s * 1000:.0f} ms · load {load_s:.1f} s · "
         f"prompt {usage.prompt} ({usage.cached} cached) · {finished.reason}\n"
         f"tau {spec.tau:.2f} = {max(0.0, spec.tau - 1):.2f} drafted + 1 · "

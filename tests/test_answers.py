@@ -46,9 +46,16 @@ def test_json_is_one_object_whose_sums_agree(smollm2_gguf: Path) -> None:
         "text", "finish_reason", "usage", "spec", "timing", "pair", "versions",
     }  # fmt: skip
     assert set(answer["usage"]) == {"prompt", "cached", "completion"}
-    assert set(answer["timing"]) == {"load_s", "ttft_s", "decode_s", "tok_s"}
+    assert set(answer["timing"]) == {
+        "load_s", "ttft_s", "decode_s", "tok_s", "prefill_s", "ar_tok_s", "speedup",
+    }  # fmt: skip
     spec = answer["spec"]
-    assert set(spec) == {"steps", "drafted", "accepted", "tau", "accept_rate", "histogram"}
+    assert set(spec) == {
+        "steps", "drafted", "accepted", "tau", "accept_rate", "histogram", "survival",
+        "full_blocks", "widths",
+    }  # fmt: skip
+    assert sum(spec["widths"]) == spec["steps"]
+    assert sum(i * count for i, count in enumerate(spec["widths"])) == spec["drafted"]
     committed = sum((i + 1) * count for i, count in enumerate(spec["histogram"]))
     assert sum(spec["histogram"]) == spec["steps"]
     assert committed == answer["usage"]["completion"] - 1  # the first token is prefill's

@@ -22,7 +22,7 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "chat", "cli", "completion", "errors", "fetch", "hub", "once", "pairs",
+            "bench", "chat", "cli", "completion", "errors", "fetch", "gpu", "hub", "once", "pairs",
             "progress", "runtime.api", "runtime.client", "runtime.worker", "settings",
         )
     ),

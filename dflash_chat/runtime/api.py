@@ -1,28 +1,46 @@
 """Everything that crosses the border of the engine process, and what each number means.
 
 Frozen dataclasses of builtins: they travel as one JSON line each, are logged as they are, and can
-be replayed. This module knows no tensors, no processes and no widgets.
-
-Glossary (one definition per word, used on screen, in `--json` and in the code):
-
-drafted      proposed tokens that were put before the target (the anchor does not count)
-accepted     drafted tokens the target agreed with
-committed    accepted + 1: each verify pass also yields one token of the target's own, the bonus
-tau          acceptance length: committed ÷ verify passes. Without drafting it is exactly 1.
-histogram    histogram[i] = verify passes that committed i + 1 tokens
-tok/s        committed tokens ÷ seconds over the same window, never a mean of ratios
-ttft         submit → first committed token
-context      tokens whose keys and values the target's cache holds
-cached       prompt tokens found in the cache; `prompt - cached` were read this turn
+be replayed. This module knows no tensors, no processes and no widgets. `GLOSSARY` has one
+definition per number, for the screen, `--json` and the code.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+
+GLOSSARY = {
+    "drafted": "proposed tokens that were put before the target; the anchor does not count",
+    "accepted": "drafted tokens the target agreed with",
+    "committed": "accepted + 1: each verify pass also yields a token of the target's own",
+    "correction": "the target's own token where it disagreed with a draft",
+    "bonus": "the target's own token behind a block of which every draft was accepted",
+    "tau": "acceptance length: committed ÷ verify passes; exactly 1 without drafting",
+    "histogram": "verify passes by how many tokens they committed",
+    "survival": "of the passes with drafts, the share that accepted at least i; adds up to the "
+    "accepted tokens per such pass",
+    "full blocks": "of the passes with drafts, the share that accepted all of them",
+    "width": "rows of a verify pass: the anchor and the drafts behind it",
+    "tok/s": "committed tokens ÷ seconds over the same window, never a mean of ratios",
+    "plain": "tok/s without drafting: 1 ÷ the time of a verify pass of the anchor alone, "
+    "the median of the last three",
+    "speed-up": "tok/s of the answer ÷ plain",
+    "draft": "milliseconds in which the drafter fills a block",
+    "verify": "milliseconds of the target's pass over the block",
+    "sample": "milliseconds in which the rows choose their tokens",
+    "host": "milliseconds of a pass that none of the other parts explains",
+    "ttft": "time to first token: submit → first committed token",
+    "prefill": "tokens read ÷ seconds from the tokenised prompt to the first committed token",
+    "cached": "prompt tokens found in the cache",
+    "read": "prompt tokens that were not, and were read this turn",
+    "context": "tokens whose keys and values the target's cache holds",
+    "memory by part": "bytes of the weights and caches as loaded; other: buffers, graphs, "
+    "workspace and the CUDA context; the first line counts every program on the card",
+}
 
 # ── what a person may set ───────────────────────────────────────────────────────────────────────
 
@@ -87,7 +105,11 @@ class Message:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One verify pass. Times in milliseconds; `context_tokens` after the commit."""
+    """One verify pass. Times in milliseconds; `context_tokens` after the commit.
+
+    `why` says in words why the pass had this width. A `probe` drafted nothing in order to time
+    plain decoding.
+    """
 
     drafted: int
     accepted: int
@@ -97,6 +119,23 @@ class StepStats:
     sample_ms: float
     host_ms: float
     context_tokens: int
+    why: str = ""
+    probe: bool = False
+
+    @property
+    def width(self) -> int:
+        """Rows of the pass."""
+        return self.drafted + 1
+
+    @property
+    def full(self) -> bool:
+        """Whether there were drafts and all of them were accepted."""
+        return 0 < self.drafted == self.accepted
+
+    @property
+    def total_ms(self) -> float:
+        """From draft to commit."""
+        return self.draft_ms + self.verify_ms + self.sample_ms + self.host_ms
 
 
 @dataclass(frozen=True)
@@ -110,16 +149,22 @@ class Usage:
 
 @dataclass(frozen=True)
 class Spec:
-    """Speculation over one answer, or pooled over many: sums, never means of ratios."""
+    """Speculation over one answer, or pooled over many: sums, never means of ratios.
+
+    `histogram[i]` passes committed i + 1 tokens, `widths[i]` passes had i + 1 rows, and of `full`
+    ones every draft was accepted.
+    """
 
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
     histogram: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    full: int = 0
 
     @property
     def tau(self) -> float:
-        """Committed tokens per verify pass, the bonus token included; 0 before the first pass."""
+        """Committed tokens per verify pass, the target's own included; 0 before the first pass."""
         committed = sum((i + 1) * count for i, count in enumerate(self.histogram))
         return committed / self.steps if self.steps else 0.0
 
@@ -128,24 +173,39 @@ class Spec:
         """Accepted ÷ drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def add(self, drafted: int, accepted: int, committed: int) -> Spec:
+    @property
+    def survival(self) -> tuple[float, ...]:
+        """Of the passes with drafts, the share that accepted at least i; i from 1."""
+        tried, survived = self._tried, [*self.histogram, *[0] * len(self.widths)]
+        return tuple(sum(survived[i:]) / tried for i in range(1, len(self.widths))) if tried else ()
+
+    @property
+    def full_blocks(self) -> float:
+        """Of the passes with drafts, the share that accepted all of them."""
+        return self.full / self._tried if self._tried else 0.0
+
+    @property
+    def _tried(self) -> int:
+        """Passes with drafts."""
+        return sum(self.widths[1:])
+
+    def add(self, stats: StepStats) -> Spec:
         """The same sums with one more verify pass."""
-        histogram = list(self.histogram) + [0] * (committed - len(self.histogram))
-        histogram[committed - 1] += 1
-        return Spec(
-            self.steps + 1, self.drafted + drafted, self.accepted + accepted, tuple(histogram)
-        )
+        one = Spec(
+            1, stats.drafted, stats.accepted, _one_of(stats.committed), _one_of(stats.width),
+            int(stats.full),
+        )  # fmt: skip
+        return self.merge(one)
 
     def merge(self, other: Spec) -> Spec:
         """Pooled sums of two answers."""
-        width = max(len(self.histogram), len(other.histogram))
-        a = list(self.histogram) + [0] * (width - len(self.histogram))
-        b = list(other.histogram) + [0] * (width - len(other.histogram))
         return Spec(
             self.steps + other.steps,
             self.drafted + other.drafted,
             self.accepted + other.accepted,
-            tuple(x + y for x, y in zip(a, b, strict=True)),
+            _summed(self.histogram, other.histogram),
+            _summed(self.widths, other.widths),
+            self.full + other.full,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -157,24 +217,46 @@ class Spec:
             "tau": round(self.tau, 4),
             "accept_rate": round(self.accept_rate, 4),
             "histogram": list(self.histogram),
+            "survival": [round(share, 4) for share in self.survival],
+            "full_blocks": round(self.full_blocks, 4),
+            "widths": list(self.widths),
         }
+
+
+def _one_of(n: int) -> tuple[int, ...]:
+    """Counts of one pass that stands at n, the first being 1."""
+    return (0,) * (n - 1) + (1,)
+
+
+def _summed(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    return tuple(map(int.__add__, longer, shorter)) + longer[len(shorter) :]
 
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds. `decode_s` runs from the first committed token to the last; `tok_s` covers the
-    same.
+    same. `prefill_s` is the part of `ttft_s` behind the rendering of the prompt. `ar_tok_s` is
+    plain decoding as measured lately, `speedup` what `tok_s` is of it; 0 is not known.
     """
 
     load_s: float = 0.0
     ttft_s: float = 0.0
     decode_s: float = 0.0
     tok_s: float = 0.0
+    prefill_s: float = 0.0
+    ar_tok_s: float = 0.0
+    speedup: float = 0.0
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is loaded, for titles and panels. Byte counts are resident bytes."""
+    """What is loaded, for titles and panels. Byte counts are resident bytes.
+
+    `other_bytes` is what a GPU holds for us beside target, drafter and caches: buffers, graphs and
+    workspace as reserved after loading, and `memory`'s figure for the CUDA context. `plain_ms` is
+    a verify pass of one row with `plain_context` tokens before it, timed at load; 0: was not.
+    """
 
     pair: str
     target: str
@@ -190,6 +272,9 @@ class ModelInfo:
     cache_bytes: int
     load_s: float
     versions: dict[str, str] = field(default_factory=dict)
+    other_bytes: int = 0
+    plain_ms: float = 0.0
+    plain_context: int = 0
 
 
 # ── requests: UI → engine ───────────────────────────────────────────────────────────────────────
@@ -269,13 +354,20 @@ class Tokens:
     """Text committed by one verify pass (the first token of an answer comes from prefill).
 
     `text` may be empty while an incomplete character or a possible stop string is held back.
-    `tokens` counts committed tokens; `stats` is None for the token that prefill gave.
+    `tokens` counts committed tokens; `stats` is None for the token that prefill gave, which comes
+    with the `timing` of the prompt.
+
+    `lengths` says whose the text is: characters of each of the answer's last `len(lengths)` tokens,
+    which reaches back behind this pass where text had been held. What it does not cover belongs to
+    the last token. The first `stats.accepted` tokens of a pass were drafted.
     """
 
     id: int
     text: str
     tokens: int
     stats: StepStats | None = None
+    lengths: tuple[int, ...] = ()
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True)
@@ -310,9 +402,13 @@ _NESTED: dict[tuple[str, str], Any] = {
     ("Generate", "messages"): lambda d: tuple(Message(**m) for m in d),
     ("Generate", "params"): lambda d: SamplingParams(**{**d, "stop": tuple(d.get("stop", ()))}),
     ("Ready", "info"): lambda d: ModelInfo(**d),
-    ("Tokens", "stats"): lambda d: None if d is None else StepStats(**d),
+    ("Tokens", "stats"): lambda d: StepStats(**d),
+    ("Tokens", "lengths"): tuple,
+    ("Tokens", "timing"): lambda d: Timing(**d),
     ("Finished", "usage"): lambda d: Usage(**d),
-    ("Finished", "spec"): lambda d: Spec(**{**d, "histogram": tuple(d["histogram"])}),
+    ("Finished", "spec"): lambda d: Spec(
+        **{**d, "histogram": tuple(d.get("histogram", ())), "widths": tuple(d.get("widths", ()))}
+    ),
     ("Finished", "timing"): lambda d: Timing(**d),
 }
 _KINDS: dict[str, type[Any]] = {
@@ -323,10 +419,29 @@ _KINDS: dict[str, type[Any]] = {
 }  # fmt: skip
 
 
+def _news(value: Any) -> dict[str, Any]:  # noqa: ANN401 -- one of the dataclasses above
+    """Fields of a dataclass that differ from their defaults."""
+    return {
+        name: found
+        for name, default in _DEFAULTS[type(value)]
+        if (found := getattr(value, name)) is not default and found != default
+    }
+
+
+_DEFAULTS = {
+    kind: tuple((f.name, f.default) for f in fields(kind))
+    for kind in (
+        *_KINDS.values(), EngineOptions, SamplingParams, Message, StepStats, Usage, Spec, Timing,
+        ModelInfo,
+    )
+}  # fmt: skip
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_news)
+
+
 def encode(message: Request | Event) -> bytes:
-    """One JSON line, newline included."""
-    body = {"type": type(message).__name__, **asdict(message)}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    """One JSON line, newline included. Fields that have their default stay away."""
+    body = {"type": type(message).__name__, **_news(message)}
+    return _ENCODER.encode(body).encode() + b"\n"
 
 
 def decode(line: bytes) -> Request | Event:

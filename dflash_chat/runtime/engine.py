@@ -25,10 +25,11 @@ from torch import Tensor
 
 from dflash_chat.errors import UsageError
 from dflash_chat.runtime.api import SamplingParams, StepStats
+from dflash_chat.runtime.baseline import Baseline, Plain
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.sampling import Sampler, accepted
 from dflash_chat.runtime.timing import StepTimer, quickest_ms
-from dflash_chat.runtime.width import WidthChooser
+from dflash_chat.runtime.width import NO_DRAFTING, NO_ROOM, PAYS, PINNED, PROBE, WidthChooser
 
 if TYPE_CHECKING:
     from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
@@ -107,7 +108,8 @@ class Engine:
     """One target, its drafter and their caches; one sequence at a time.
 
     `draft_tokens` is how many tokens are drafted. A verify pass carries all of them, or, once
-    `measure` has timed every width, the prefix that pays. `taps` are the target layers the drafter
+    `measure` has timed every width, the prefix that pays; after `measure` a pass is plain now and
+    then, so that `baseline` tells what drafting is worth. `taps` are the target layers the drafter
     observes. Closing the generator between steps is safe: every yield is a consistent state.
     """
 
@@ -125,6 +127,7 @@ class Engine:
         self.draft_tokens = draft_tokens
         self.stop_ids = stop_ids
         self.chooser: WidthChooser | None = None
+        self.baseline: Baseline | None = None
         self.graphed: GraphedSteps | None = None  # runs the steps, if there
         self.eager_because = ""  # why it is not there
         self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
@@ -153,6 +156,8 @@ class Engine:
             steps = self.graphed.decode(anchor, sampler, draft, self.log.extend)
         with closing(steps):
             for tokens, stats in steps:
+                if self.baseline is not None:
+                    self.baseline.take(stats)
                 step = self._clip(tokens, stats, sampler)
                 yield step
                 if step.reason:
@@ -173,12 +178,18 @@ class Engine:
             self.drafter.truncate(0)
 
     @torch.inference_mode()
-    def measure(self) -> None:
-        """Time the draft and every verify width; from then on verify only the prefix that pays."""
-        if self.graphed is not None:
-            self.graphed.measure()
-            return
+    def measure(self, pinned: bool = False) -> None:
+        """Time the draft and every verify width; from then on verify only the prefix that pays.
+        With `pinned` time but plain decoding, and verify all drafts.
+        """
         if self.drafter is None:
+            return
+        if self.graphed is not None:
+            self.baseline = self.graphed.measure(pinned)
+            return
+        if pinned:
+            (plain_ms,) = quickest_ms([partial(self._dry_pass, 1)], self.target.device)
+            self.baseline = Baseline(Plain(plain_ms, 0))
             return
         passes: list[Callable[[], object]] = [
             partial(self._dry_pass, n) for n in range(1, self.draft_tokens + 2)
@@ -188,6 +199,7 @@ class Engine:
         for n in range(len(verify_ms) - 1, 0, -1):  # fewer rows cannot take longer
             verify_ms[n - 1] = min(verify_ms[n - 1], verify_ms[n])
         self.chooser = WidthChooser(verify_ms, draft_ms)
+        self.baseline = Baseline(Plain(verify_ms[0], 0))
 
     def _dry_pass(self, n: int) -> Tensor:
         """A pass of n rows that commits nothing; its features [n, K·C]."""
@@ -242,7 +254,7 @@ class Engine:
         timer = StepTimer(self.target.device)
         while True:
             timer.start()
-            drafted = self._propose(anchor, sampler) if draft else self._tensor([])
+            drafted, why = self._propose(anchor, sampler, draft)
             width = len(drafted)
             block = torch.cat([self._tensor([anchor]), drafted])
             timer.mark("draft")
@@ -265,21 +277,26 @@ class Engine:
                 sample_ms=ms["sample"],
                 host_ms=ms["host"],
                 context_tokens=self.cache.length,
+                why=why,
+                probe=why == PROBE,
             )
             yield choices[: n + 1], stats
             anchor = choices[n]
 
-    def _propose(self, anchor: int, sampler: Sampler) -> Tensor:
-        """The drafted tokens worth verifying, int64 [≤ draft_tokens]; none without room for
-        them.
-        """
+    def _propose(self, anchor: int, sampler: Sampler, draft: bool) -> tuple[Tensor, str]:
+        """The drafted tokens worth verifying, int64 [≤ draft_tokens], and why so many."""
+        nothing = self._tensor([])
         n = min(self.draft_tokens, self.cache.capacity - self.cache.length - 1)
-        if self.drafter is None or n < 1:
-            return self._tensor([])
+        if self.drafter is None or not draft:
+            return nothing, NO_DRAFTING
+        if n < 1:
+            return nothing, NO_ROOM
+        if self.baseline is not None and self.baseline.asks():
+            return nothing, PROBE
         tokens, chances = sampler.guess(self.drafter.draft(anchor, n))
-        if self.chooser is not None:
-            n = self.chooser.choose(chances.tolist()) - 1
-        return tokens[:n]
+        if self.chooser is None:
+            return tokens, PINNED if n == self.draft_tokens else NO_ROOM
+        return tokens[: self.chooser.choose(chances.tolist()) - 1], PAYS
 
     def _commit(self, ids: list[int], features: Tensor) -> None:
         """The first len(ids) rows of the block become context of target, drafter and log."""

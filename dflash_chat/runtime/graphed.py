@@ -22,13 +22,24 @@ from torch import Tensor
 
 from dflash_chat.runtime import timing
 from dflash_chat.runtime.api import StepStats
+from dflash_chat.runtime.baseline import Baseline, Plain
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.kernels import accept, sample
 from dflash_chat.runtime.sampling import Sampler
 from dflash_chat.runtime.step import Describable, Graphs, Step, TargetParts
-from dflash_chat.runtime.width import MAX_ROWS, WIDTHS, Survival, WidthChooser
+from dflash_chat.runtime.width import (
+    MAX_ROWS,
+    NO_DRAFTING,
+    NO_ROOM,
+    PAYS,
+    PINNED,
+    PROBE,
+    WIDTHS,
+    Survival,
+    WidthChooser,
+)
 
 CONTEXT_OF_MEASURE = 1024  # tokens that stand in the cache while the widths are timed
 
@@ -48,6 +59,7 @@ class _Flight:
     """A step that was launched: its rows, where its record goes, and when what was done."""
 
     width: int
+    why: str
     record: Tensor  # `accept.read`s it
     features: Tensor | None  # [1, K·C] of a plain step with a drafter
     begun: timing.Mark
@@ -67,6 +79,7 @@ class GraphedSteps:
         self.widths = sorted({n for n in WIDTHS if n < most} | {1, most})
         self.survival = Survival(most - 1)
         self.chooser: WidthChooser | None = None
+        self.baseline: Baseline | None = None
         self._device = step.state.length.device
         self._request = sample.new_params(self._device)
         self._logits = torch.zeros(most, step.head_shape[0], device=self._device)
@@ -128,10 +141,10 @@ class GraphedSteps:
             "project": drafting.project, "draft": draft, "propose": propose, "guess": guess,
         }  # fmt: skip
 
-    def measure(self) -> None:
-        """Time the draft and every verify width; from then on verify only what pays."""
-        if self.drafter is None:
-            return
+    def measure(self, pinned: bool = False) -> Baseline:
+        """Time the draft and every verify width; from then on verify only what pays. With `pinned`
+        time but plain decoding, and verify all drafts.
+        """
         state = self.step.state
         context = min(CONTEXT_OF_MEASURE, self.cache.capacity - 2 * MAX_ROWS)
         vocab = self.step.head_shape[0]
@@ -148,15 +161,21 @@ class GraphedSteps:
 
         passes: list[Callable[[], object]] = [
             lambda n=n: verify(n)  # type: ignore[misc]
-            for n in self.widths
+            for n in self.widths[: 1 if pinned else None]
         ]
+        if pinned:
+            (plain_ms,) = timing.quickest_ms(passes, self._device)
+            self.baseline = Baseline(Plain(plain_ms, context))
+            return self.baseline
         passes += [draft, lambda: self.passes.replay("project")]
         *verify_ms, draft_ms, project_ms = timing.quickest_ms(passes, self._device)
         cost = [float("inf")] * self.widths[-1]  # of widths without a graph
         for n, ms in zip(self.widths, verify_ms, strict=True):
             cost[n - 1] = ms
+        self.baseline = Baseline(Plain(cost[0], context))
         cost[0] += project_ms - draft_ms  # a pass of one row drafts nothing
         self.chooser = WidthChooser(cost, draft_ms)
+        return self.baseline
 
     def decode(
         self, anchor: int, sampler: Sampler, draft: bool, commit: Callable[[list[int]], None]
@@ -173,32 +192,38 @@ class GraphedSteps:
             sample.write(self._request, sampler, self.cache.length - sampler.length)
         ahead = not sampler.penalises  # else the next launch needs this step's tokens
         previous: timing.Mark | None = None
-        flight = self._launch(self._width(drafting), drafting, sampler)
+        flight = self._launch(*self._width(drafting), drafting, sampler)
         following: _Flight | None = None
         try:
             while True:
                 following = None
-                width = self._width(drafting)
-                if ahead and self.cache.length + flight.width + width <= self.cache.capacity:
-                    following = self._launch(width, drafting, sampler)
+                if ahead:
+                    width, why = self._width(drafting)
+                    if self.cache.length + flight.width + width <= self.cache.capacity:
+                        following = self._launch(width, why, drafting, sampler)
                 choices, stats = self._land(flight, anchor, previous, following, commit)
                 previous, anchor = flight.done, choices[-1]
                 yield choices, stats
-                flight = following or self._launch(self._width(drafting), drafting, sampler)
+                flight = following or self._launch(*self._width(drafting), drafting, sampler)
         finally:
             if following is not None:  # nobody will read it
                 self.cache.advance(following.width, 0)
             elif self._unprojected:
                 self._observe(self.step.features[: self._unprojected].clone())
 
-    def _width(self, drafting: bool) -> int:
-        """Rows of the next pass: what pays, and has room behind the committed rows."""
-        most = self.cache.capacity - self.cache.length
+    def _width(self, drafting: bool) -> tuple[int, str]:
+        """Rows of the next pass and why: what pays, and has room behind the committed rows."""
+        most, why = self.widths[-1], PINNED
         if not drafting:
-            most = 1
+            most, why = 1, NO_DRAFTING
+        elif self.baseline is not None and self.baseline.asks():
+            most, why = 1, PROBE
         elif self.chooser is not None:
-            most = min(most, self.chooser.choose(self.survival.chances))
-        return max(n for n in self.widths if n <= most)
+            most, why = self.chooser.choose(self.survival.chances), PAYS
+        room = self.cache.capacity - self.cache.length
+        if room < most:
+            most, why = room, NO_ROOM
+        return max(n for n in self.widths if n <= most), why
 
     def _place(self, anchor: int, length: int) -> None:
         """The device's state as if `length` rows were committed and projected."""
@@ -210,7 +235,7 @@ class GraphedSteps:
         state.block[:1].fill_(anchor)
         self._unprojected = 0
 
-    def _launch(self, n: int, drafting: bool, sampler: Sampler) -> _Flight:
+    def _launch(self, n: int, why: str, drafting: bool, sampler: Sampler) -> _Flight:
         """Put a step of n rows into the device's queue."""
         step, state = self.step, self.step.state
         begun = timing.mark(self._device)
@@ -234,7 +259,7 @@ class GraphedSteps:
         if not drafting and self.drafter is not None:
             features = step.features[:1].clone()
         done = timing.mark(self._device)
-        return _Flight(n, record, features, begun, drafted, verified, done)
+        return _Flight(n, why, record, features, begun, drafted, verified, done)
 
     def _draft(self, n: int, sampler: Sampler) -> None:
         """Project what was committed last and, if more than the anchor is verified, draft."""
@@ -275,6 +300,8 @@ class GraphedSteps:
             sample_ms=between(flight.verified, flight.done),
             host_ms=0.0 if previous is None else max(0.0, between(previous, flight.begun)),
             context_tokens=self.cache.length,
+            why=flight.why,
+            probe=flight.why == PROBE,
         )
         return choices, stats
 

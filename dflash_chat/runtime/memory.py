@@ -40,6 +40,8 @@ CUDA_CONTEXT = 500_000_000
 MODULES = 300_000_000  # code of kernels, workspaces of cuBLAS, what the allocator rounds up
 GRAPHS = 200_000_000  # what the driver keeps of captured passes, and their small tensors
 
+OUTSIDE = CUDA_CONTEXT + MODULES  # of torch's own memory
+
 STEP = 256  # tokens between the contexts that are proposed
 LEAST = 1024  # tokens of the smallest one
 META = torch.device("meta")

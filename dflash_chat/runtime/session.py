@@ -117,6 +117,7 @@ class Session:
         started = time.perf_counter()
         prompt = self.tokenizer.render(request.messages)
         answer = _Answer(request, self.tokenizer, started)
+        baseline = self.engine.baseline
         steps = self.engine.generate(prompt, request.params, request.draft)
         for step in steps:
             if isinstance(step, Prefilled):
@@ -128,8 +129,9 @@ class Session:
                 break
         steps.close()
         if tail := answer.tail():
-            yield Tokens(request.id, tail, 0)
-        yield answer.finished()
+            yield tail
+        plain = baseline.plain if baseline is not None else None
+        yield answer.finished(plain.tok_s if plain is not None else 0.0)
 
 
 class _Answer:
@@ -140,7 +142,8 @@ class _Answer:
         self._stop_ids = tokenizer.stop_ids
         self._stream = tokenizer.decode_stream()
         self._stops = text.StopStrings(request.params.stop)
-        self._started = started
+        self._lengths = text.Lengths()
+        self._started, self._rendered = started, time.perf_counter()
         self._first = self._last = 0.0
         self._usage = Usage(0, 0, 0)
         self._spec = Spec()
@@ -152,35 +155,57 @@ class _Answer:
     def committed(self, step: Step) -> Tokens:
         """Count a step's tokens and turn them into text that is safe to show."""
         self._last = time.perf_counter()
-        self._first = self._first or self._last
+        timing = None
+        if not self._first:
+            self._first = self._last
+            timing = Timing(ttft_s=self._ttft_s, prefill_s=self._prefill_s)
         self._usage = Usage(
             self._usage.prompt, self._usage.cached, self._usage.completion + len(step.tokens)
         )
         if step.stats is not None:
             stats = step.stats
             self._decoded += stats.committed
-            self._spec = self._spec.add(stats.drafted, stats.accepted, stats.committed)
-        shown = [token for token in step.tokens if token not in self._stop_ids]
-        emit, stopped = self._stops.push(self._stream.push(shown))
+            self._spec = self._spec.add(stats)
+        pieces = [
+            "" if token in self._stop_ids else self._stream.push((token,)) for token in step.tokens
+        ]
+        emit, stopped = self._stops.push("".join(pieces))
         self.reason = "stop" if stopped else step.reason
-        return Tokens(self.id, emit, len(step.tokens), step.stats)
+        lengths = self._lengths.share(map(len, pieces), len(emit))
+        return Tokens(self.id, emit, len(step.tokens), step.stats, lengths, timing)
 
     def cancel(self) -> bool:
         """End here because the reader asked to."""
         self.reason = "cancelled"
         return True
 
-    def tail(self) -> str:
+    def tail(self) -> Tokens | None:
         """What was held back and turns out to be text after all."""
         emit, stopped = self._stops.push(self._stream.finish())
-        return emit if stopped else emit + self._stops.finish()
+        emit += "" if stopped else self._stops.finish()
+        return (
+            Tokens(self.id, emit, 0, lengths=self._lengths.share((), len(emit))) if emit else None
+        )
 
-    def finished(self) -> Finished:
+    @property
+    def _ttft_s(self) -> float:
+        return self._first - self._started if self._first else 0.0
+
+    @property
+    def _prefill_s(self) -> float:
+        return self._first - self._rendered if self._first else 0.0
+
+    def finished(self, ar_tok_s: float) -> Finished:
+        """The sums. `ar_tok_s` is what plain decoding would reach, 0 if unknown."""
         decode_s = max(0.0, self._last - self._first)
+        tok_s = self._decoded / decode_s if decode_s else 0.0
         timing = Timing(
-            ttft_s=self._first - self._started if self._first else 0.0,
+            ttft_s=self._ttft_s,
             decode_s=decode_s,
-            tok_s=self._decoded / decode_s if decode_s else 0.0,
+            tok_s=tok_s,
+            prefill_s=self._prefill_s,
+            ar_tok_s=ar_tok_s,
+            speedup=tok_s / ar_tok_s if ar_tok_s else 0.0,
         )
         return Finished(self.id, self.reason, self._usage, self._spec, timing)
 
@@ -290,8 +315,7 @@ def _build(
         engine.graphed, engine.eager_because = _graphs(engine)
     progress(Progress("warming up", 0, 0))
     engine.warm_up()
-    if not options.draft_tokens:
-        engine.measure()
+    engine.measure(pinned=options.draft_tokens > 0)
     return engine
 
 
@@ -375,6 +399,12 @@ def _info(
     drafter = engine.drafter
     assert isinstance(drafter, Drafter)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    cache_bytes = engine.cache.nbytes + drafter.cache.nbytes
+    other_bytes = 0
+    if device.type == "cuda":
+        ours = engine.target.nbytes + drafter.nbytes + cache_bytes
+        other_bytes = max(0, torch.cuda.memory_reserved(device) - ours) + memory.OUTSIDE
+    plain = engine.baseline.plain if engine.baseline is not None else None
     return ModelInfo(
         pair=installed.pair.name,
         target=f"{installed.pair.title} ({installed.source})",
@@ -387,13 +417,16 @@ def _info(
         draft_tokens=engine.draft_tokens,
         target_bytes=engine.target.nbytes,
         drafter_bytes=drafter.nbytes,
-        cache_bytes=engine.cache.nbytes + drafter.cache.nbytes,
+        cache_bytes=cache_bytes,
         load_s=load_s,
         versions={
             "dflash-chat": __version__,
             "torch": torch.__version__,
             "transformers": metadata.version("transformers"),
         },
+        other_bytes=other_bytes,
+        plain_ms=plain.ms if plain is not None else 0.0,
+        plain_context=plain.context_tokens if plain is not None else 0,
     )
 
 

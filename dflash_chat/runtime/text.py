@@ -142,6 +142,27 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
 
+class Lengths:
+    """Whose the shown text is: characters of each token, owed until stop strings let them pass."""
+
+    def __init__(self) -> None:
+        self._owed: list[int] = []
+
+    def share(self, given: Iterable[int], shown: int) -> tuple[int, ...]:
+        """The next tokens gave `given` characters each, and the next `shown` characters are shown:
+        how many of them each token gave, from the first that was owed some to the last of all.
+        """
+        owed = [*self._owed, *given]
+        shares = []
+        for i, length in enumerate(owed):
+            shares.append(min(length, shown))
+            shown -= shares[i]
+            owed[i] -= shares[i]
+        first = next((i for i, length in enumerate(owed) if length), len(owed))
+        self._owed = owed[first:]
+        return tuple(shares)
+
+
 class StopStrings:
     """Ends an answer where one of `stops` first completes, however the text is cut into pushes."""
 

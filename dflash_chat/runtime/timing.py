@@ -35,12 +35,12 @@ def reach(point: Mark) -> None:
 
 
 def ms_between(begin: Mark, end: Mark) -> float:
-    """Milliseconds between two points that the device has passed."""
+    """Milliseconds between two points that the device has passed, to a tenth of a microsecond."""
     if isinstance(begin, float) and isinstance(end, float):
-        return (end - begin) * 1000
+        return round((end - begin) * 1000, 4)
     assert not isinstance(begin, float)
     assert not isinstance(end, float)
-    return float(begin.elapsed_time(end))
+    return round(float(begin.elapsed_time(end)), 4)
 
 
 class StepTimer:
@@ -70,7 +70,7 @@ class StepTimer:
         parts: dict[str, float] = {}
         for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
             parts[part] = parts.get(part, 0.0) + ms_between(begin, end)
-        parts["host"] = max(0.0, wall_ms - sum(parts.values()))
+        parts["host"] = round(max(0.0, wall_ms - sum(parts.values())), 4)
         return parts
 
 

@@ -11,6 +11,14 @@ from collections.abc import Sequence
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # for which a CUDA graph is worth its memory
 MAX_ROWS = 17  # of a block: sixteen drafted tokens behind their anchor
+
+# Why a pass has the width it has, in words.
+PAYS = "commits most per second"
+PINNED = "every draft is verified"
+PROBE = "plain, to compare"
+NO_ROOM = "the context ends here"
+NO_DRAFTING = "no drafting"
+
 _PRIOR = 0.75  # chance of a drafted token before anything is known
 _RATE = 0.06  # how much one observation counts: some twenty steps are remembered
 _DRIFT = 0.01  # how fast a position that is not looked at returns to the prior

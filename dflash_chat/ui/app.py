@@ -62,6 +62,8 @@ class ChatApp(App[None]):
             yield SystemCommand("Stop", "Stop the answer", screen.action_stop)
             yield SystemCommand("Retry", "Ask again after a failure", screen.action_retry)
             yield SystemCommand("Panel", "Show or hide the numbers", screen.action_toggle_panel)
+            if screen.check_action("xray", ()):
+                yield SystemCommand("X-ray", "The answer by block and origin", screen.action_xray)
             yield SystemCommand("To the end", "Follow the answer", screen.action_follow)
             yield SystemCommand("Keys and commands", "Help", screen.action_help)
         yield from super().get_system_commands(screen)

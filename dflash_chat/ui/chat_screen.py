@@ -37,13 +37,15 @@ from dflash_chat.runtime.api import (
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.settings import parse_options
 from dflash_chat.ui import commands, pace
+from dflash_chat.ui.bars import bar
 from dflash_chat.ui.help_screen import HelpScreen
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.prompt import Prompt
-from dflash_chat.ui.side_panel import SidePanel, StatusLine, bar
+from dflash_chat.ui.side_panel import SidePanel, StatusLine
 from dflash_chat.ui.transcript import AnswerTurn, Card, Transcript, UserTurn
 from dflash_chat.ui.words import Words
+from dflash_chat.ui.xray import XrayScreen
 
 NUMBERS_S = 1 / 5
 WIDTHS = [(0, "-tiny"), (60, "-narrow"), (96, "-wide")]
@@ -62,6 +64,7 @@ KEYS: list[BindingType] = [
     Binding("ctrl+q", "app.quit", "Quit", id="quit", priority=True),
     Binding("ctrl+n", "new_chat", "New chat", id="new", priority=True),
     Binding("f2", "toggle_panel", "Panel", id="panel"),
+    Binding("f3", "xray", "X-ray", id="xray"),
     Binding("ctrl+j", "newline", "Newline", id="newline"),
     Binding("ctrl+c", "copy_or_stop", "Copy", id="copy", show=False, priority=True),
     Binding("pageup", "page(-1)", "Page up", id="page_up", show=False, priority=True),
@@ -197,6 +200,7 @@ class ChatScreen(Screen[None]):
                 self._progress = event
             case Ready():
                 self._info = event.info
+                self._meter.loaded(event.info)
                 self._next()
             case EngineDied():
                 await self._crashed(event)
@@ -218,6 +222,7 @@ class ChatScreen(Screen[None]):
                 if not self._text:
                     answer.say("")
                 self._meter.take(event, time.monotonic())
+                answer.trace.take(event)
                 self._text.append(event.text)
                 answer.write(event.text)
             case Finished():
@@ -321,6 +326,9 @@ class ChatScreen(Screen[None]):
                 self.action_help()
             case "/clear":
                 self.action_new_chat()
+            case "/xray":
+                if self.check_action("xray", ()):
+                    self.action_xray()
             case "/quit":
                 self.app.exit()
             case "/system":
@@ -350,6 +358,8 @@ class ChatScreen(Screen[None]):
             return self._answer is not None or bool(self._waiting)
         if action == "retry":
             return self._down or (self._retry_after is not None and self._answer is None)
+        if action == "xray":
+            return bool(self.query(AnswerTurn))
         if action == "follow":
             return self.query_one(Prompt).at_line_end
         return True
@@ -410,6 +420,10 @@ class ChatScreen(Screen[None]):
     def action_toggle_panel(self) -> None:
         """Show or hide the numbers."""
         self.toggle_class("-bare")
+
+    def action_xray(self) -> None:
+        """Show the last answer by block and origin."""
+        self.app.push_screen(XrayScreen(self.query(AnswerTurn).last().trace))
 
     def action_help(self) -> None:
         """Show keys and commands."""

@@ -13,6 +13,7 @@ USAGE = {
     "/system": "/system TEXT      set the system prompt; without TEXT none",
     "/draft": "/draft on|off     draft with the small model, or decode plainly",
     "/set": "/set key=value    temperature, top_p, top_k, seed, max_tokens …",
+    "/xray": "/xray             the last answer by block and origin",
     "/quit": "/quit             leave",
 }
 

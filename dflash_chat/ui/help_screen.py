@@ -11,6 +11,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from dflash_chat.runtime.api import GLOSSARY
 from dflash_chat.ui.commands import USAGE
 
 KEYS = """\
@@ -23,13 +24,11 @@ Ctrl+N            new chat
 PageUp PageDown   scroll, also Ctrl+Up and Ctrl+Down
 End               to the end, and follow the answer again
 F2                show or hide the numbers
+F3                X-ray: the last answer by block and origin
 Ctrl+P            all commands
 Ctrl+Q            quit"""
 
-NUMBERS = """\
-tau               tokens committed per verify pass; one of them is the target's own
-cached, read      prompt tokens found in the cache, and read this turn
-ttft              from sending to the first token"""
+NUMBERS = "\n".join(f"{word:17} {meaning}" for word, meaning in GLOSSARY.items())
 
 
 class HelpScreen(ModalScreen[None]):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from dflash_chat.runtime.api import Finished, Prefill, Spec, StepStats, Tokens
+from dflash_chat.runtime.api import Finished, ModelInfo, Prefill, Spec, StepStats, Timing, Tokens
+from dflash_chat.runtime.baseline import Baseline, Plain
 
 WINDOW_S = 1.5
 BUCKET_S = 0.5
@@ -41,16 +42,11 @@ class _Rate:
 
     def add(self, stats: StepStats) -> None:
         self.committed += stats.committed
-        self.seconds += step_ms(stats) / 1000
+        self.seconds += stats.total_ms / 1000
 
     @property
     def tok_s(self) -> float:
         return self.committed / self.seconds if self.seconds else 0.0
-
-
-def step_ms(stats: StepStats) -> float:
-    """One verify pass from draft to commit."""
-    return stats.draft_ms + stats.verify_ms + stats.sample_ms + stats.host_ms
 
 
 class Meter:
@@ -60,7 +56,14 @@ class Meter:
         self._recent: deque[_Rate] = deque()
         self._buckets: deque[_Rate] = deque(maxlen=BUCKETS)
         self.context_tokens = 0
+        self._baseline = Baseline()
+        self._plain_at: float | None = None
         self.begin()
+
+    def loaded(self, info: ModelInfo) -> None:
+        """A pair was loaded; plain decoding is measured anew."""
+        at_load = Plain(info.plain_ms, info.plain_context) if info.plain_ms else None
+        self._baseline, self._plain_at = Baseline(at_load), None
 
     def begin(self) -> None:
         """A new answer starts."""
@@ -69,6 +72,8 @@ class Meter:
         self._finished: Finished | None = None
         self.spec = Spec()
         self.prefill: Prefill | None = None
+        self.last: StepStats | None = None
+        self._timing = Timing()
 
     def clear(self) -> None:
         """A new chat starts: the engine's cache no longer stands for what is on screen."""
@@ -84,11 +89,15 @@ class Meter:
 
     def take(self, event: Tokens, now: float) -> None:
         """Take the tokens of one verify pass that arrived at `now` (seconds of any clock)."""
+        self._timing = event.timing or self._timing
         stats = event.stats
         if stats is None:
             return
+        self.last = stats
+        if self._baseline.take(stats):
+            self._plain_at = now
         self.context_tokens = stats.context_tokens
-        self.spec = self.spec.add(stats.drafted, stats.accepted, stats.committed)
+        self.spec = self.spec.add(stats)
         parts_ms = (stats.draft_ms, stats.verify_ms, stats.sample_ms, stats.host_ms)
         self._parts_ms = [a + b for a, b in zip(self._parts_ms, parts_ms, strict=True)]
         self._answer.add(stats)
@@ -102,7 +111,7 @@ class Meter:
     def finish(self, event: Finished) -> None:
         """Take the engine's own sums; they replace ours."""
         self._finished = event
-        self.spec = event.spec
+        self.spec, self._timing = event.spec, event.timing
         self._recent.clear()
 
     def now_tok_s(self, now: float) -> float:
@@ -116,6 +125,37 @@ class Meter:
     def answer_tok_s(self) -> float:
         """Committed ÷ seconds since the answer's first token."""
         return self._finished.timing.tok_s if self._finished else self._answer.tok_s
+
+    @property
+    def plain(self) -> Plain | None:
+        """What plain decoding costs, as measured last."""
+        return self._baseline.plain
+
+    def plain_age_s(self, now: float) -> float | None:
+        """Seconds since that was measured; None if it was at load."""
+        return None if self._plain_at is None else now - self._plain_at
+
+    @property
+    def speedup(self) -> float:
+        """tok/s of the answer ÷ plain; 0 as long as one of them is not known."""
+        plain = self.plain.tok_s if self.plain else 0.0
+        return self._timing.speedup or (self.answer_tok_s / plain if plain else 0.0)
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds to the first token; 0 before it."""
+        return self._timing.ttft_s
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of the prompt that were not cached."""
+        return self.prefill.total - self.prefill.cached if self.prefill else 0
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Read ÷ seconds of the prompt; 0 before the first token."""
+        prefill_s = self._timing.prefill_s
+        return self.read_tokens / prefill_s if prefill_s else 0.0
 
     @property
     def rates(self) -> list[float]:

@@ -21,6 +21,7 @@ from textual.widgets import Static
 
 from dflash_chat.ui import pace
 from dflash_chat.ui.markdown import Flow, plain, render
+from dflash_chat.ui.origins import Trace
 from dflash_chat.ui.splitter import Chunk, Splitter
 
 FRAME_CHARS = 2000
@@ -92,6 +93,7 @@ class AnswerTurn(Vertical):
 
     def __init__(self) -> None:
         super().__init__()
+        self.trace = Trace()  # what X-ray shows of it
         self._splitter = Splitter()
         self._pending = ""
         self._note: str | None = None

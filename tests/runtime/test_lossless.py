@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dflash_chat.runtime.api import SamplingParams
+from dflash_chat.runtime.baseline import Baseline
 from dflash_chat.runtime.engine import BlockDrafter, Engine, Prefilled
-from dflash_chat.runtime.width import WidthChooser
+from dflash_chat.runtime.width import PINNED, PROBE, WidthChooser
 from tests.runtime import tiny
 
 PROMPT = [5, 9, 2, 33, 17, 8]
@@ -80,6 +81,36 @@ def test_widths_that_change_at_random_do_not_change_the_answer(temperature: floa
     assert len({step.stats.drafted for step in steps if step.stats is not None}) == BLOCK + 1
 
 
+class NowAndThen(Baseline):
+    """Asks for a plain pass at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._draws = random.Random(4)
+
+    def asks(self) -> bool:
+        return self._draws.random() < 0.3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_plain_passes_in_between_change_neither_the_answer_nor_the_next_draft(
+    temperature: float,
+) -> None:
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=150)
+    plain = _plain(150, params)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [3])
+    engine = _engine(drafter)
+    engine.baseline = NowAndThen()
+    steps = tiny.run(engine, PROMPT, params)
+    assert tiny.tokens(steps) == plain
+    stats = [step.stats for step in steps[:-1] if step.stats is not None]
+    assert {(s.drafted, s.accepted, s.why) for s in stats if s.probe} == {(0, 0, PROBE)}
+    assert {(s.drafted, s.accepted, s.why) for s in stats if not s.probe} == {(BLOCK, 3, PINNED)}
+    assert engine.baseline.plain is not None
+    assert engine.baseline.plain.ms > 0
+    assert engine.baseline.plain.context_tokens == [s for s in stats if s.probe][-1].context_tokens
+
+
 def test_measuring_leaves_the_engine_as_it_was() -> None:
     target = tiny.target()
     engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset())
@@ -89,8 +120,24 @@ def test_measuring_leaves_the_engine_as_it_was() -> None:
     assert len(engine.chooser.verify_ms) == 5
     assert min(*engine.chooser.verify_ms, engine.chooser.draft_ms) > 0
     assert list(engine.chooser.verify_ms) == sorted(engine.chooser.verify_ms)
+    assert engine.baseline is not None
+    assert engine.baseline.plain is not None
+    assert engine.baseline.plain.ms == engine.chooser.verify_ms[0]
     steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=60))
     assert tiny.tokens(steps) == _plain(60)
+
+
+def test_a_pinned_width_is_measured_against_plain_decoding_and_stays() -> None:
+    target = tiny.target()
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 3, frozenset())
+    engine.warm_up()
+    engine.measure(pinned=True)
+    assert engine.chooser is None
+    steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=100))
+    stats = [step.stats for step in steps if step.stats is not None]
+    assert {s.drafted for s in stats if not s.probe} == {3}
+    assert [i for i, s in enumerate(stats) if s.probe][:2] == [24, 74]
+    assert tiny.tokens(steps) == _plain(100)
 
 
 def test_a_real_drafter_equals_plain_greedy() -> None:

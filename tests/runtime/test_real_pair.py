@@ -23,6 +23,7 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.models import llama
 from dflash_chat.runtime.session import Session
+from dflash_chat.ui.origins import Trace
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
@@ -173,6 +174,27 @@ def test_a_second_turn_reads_only_what_is_new(quick: Session) -> None:
     _, second, prefill = _answer(quick, *follow, params=params)
     assert prefill.cached == second.usage.cached >= first.usage.prompt
     assert second.usage.prompt - second.usage.cached < 40
+
+
+def test_the_pieces_by_token_add_up_to_the_answer_and_plain_passes_to_a_speed_up(
+    quick: Session,
+) -> None:
+    trace = Trace()
+    ask = _ask("Say this once more, exactly: naïve café, 日本語, 😀😃, schöne Grüße.")
+    shown, finished = "", None
+    for event in quick.generate(Generate(1, (ask,), SamplingParams(max_tokens=60)), lambda: False):
+        if isinstance(event, Tokens):
+            assert sum(event.lengths) == len(event.text)
+            trace.take(event)
+            shown += event.text
+        elif isinstance(event, Finished):
+            finished = event
+    assert finished is not None
+    assert "".join(piece.text for block in trace.blocks for piece in block.pieces) == shown
+    assert sum(len(block.pieces) for block in trace.blocks) == finished.usage.completion
+    assert trace.spec == finished.spec
+    assert finished.timing.speedup == finished.timing.tok_s / finished.timing.ar_tok_s
+    assert 0 < finished.timing.prefill_s < finished.timing.ttft_s
 
 
 def test_a_seed_fixes_the_answer(quick: Session) -> None:

@@ -1,4 +1,4 @@
-"""A session whose memory runs out in the middle of an answer."""
+"""What a session tells of an answer, and what becomes of it when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from dflash_chat.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
-from dflash_chat.runtime.api import Finished, Generate, Message, ModelInfo, SamplingParams, Tokens
+from dflash_chat.runtime.api import (
+    Event,
+    Finished,
+    Generate,
+    Message,
+    ModelInfo,
+    SamplingParams,
+    Tokens,
+)
+from dflash_chat.runtime.baseline import Baseline, Plain
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.session import Session
 from tests.runtime import tiny
@@ -74,6 +83,64 @@ def engine() -> Engine:
     target = tiny.target()
     drafter = tiny.drafter(target, window=8)
     return Engine(target, target.new_cache(256), drafter, tiny.TAPS, 4, frozenset())
+
+
+def tokens_of(
+    session: Session, stop: tuple[str, ...] = (), draft: bool = True
+) -> tuple[list[Tokens], Finished]:
+    request = Generate(1, CHAT, SamplingParams(max_tokens=30, stop=stop), draft)
+    events: list[Event] = list(session.generate(request, lambda: False))
+    assert isinstance(events[-1], Finished)
+    return [event for event in events if isinstance(event, Tokens)], events[-1]
+
+
+def test_every_token_is_told_its_own_text() -> None:
+    tokens, _ = tokens_of(session_of(engine()))
+    ids = iter(engine_ids())
+    for event in tokens:
+        assert len(event.lengths) == event.tokens
+        at = 0
+        for length in event.lengths:
+            assert event.text[at : at + length] == f"{next(ids)} "
+            at += length
+        assert at == len(event.text)
+
+
+def engine_ids() -> list[int]:
+    prompt = [int(word) for word in CHAT[0].content.split()]
+    return tiny.tokens(tiny.run(engine(), prompt, SamplingParams(max_tokens=30)))
+
+
+def test_held_back_text_comes_with_the_tokens_it_is_of() -> None:
+    ids = engine_ids()
+    almost = f"{ids[3]} {ids[4]} {ids[5]} never"
+    tokens, finished = tokens_of(session_of(engine()), (almost,))
+    assert "".join(event.text for event in tokens) == "".join(f"{i} " for i in ids)
+    assert any(len(event.lengths) > event.tokens for event in tokens), "nothing was held"
+    assert all(sum(event.lengths) == len(event.text) for event in tokens)
+    assert sum(event.tokens for event in tokens) == finished.usage.completion == 30
+
+
+def test_the_first_token_brings_the_prompts_timing_and_the_end_the_speed_up() -> None:
+    session = session_of(engine())
+    session.engine.baseline = baseline = Baseline(Plain(4.0, 0))
+    (first, *rest), finished = tokens_of(session)
+    assert first.timing is not None
+    assert 0 < first.timing.prefill_s <= first.timing.ttft_s == finished.timing.ttft_s
+    assert all(event.timing is None for event in rest)
+    assert finished.timing.prefill_s == first.timing.prefill_s
+    assert baseline.plain is not None
+    assert finished.timing.ar_tok_s == baseline.plain.tok_s
+    assert finished.timing.speedup == finished.timing.tok_s / baseline.plain.tok_s
+
+
+def test_a_plain_answer_measures_plain_decoding_and_an_unmeasured_one_claims_nothing() -> None:
+    session = session_of(engine())
+    assert tokens_of(session)[1].timing.speedup == 0
+    session.engine.baseline = Baseline(Plain(1e9, 0))
+    timing = tokens_of(session, draft=False)[1].timing
+    assert timing.ar_tok_s > 1
+    assert timing.speedup == timing.tok_s / timing.ar_tok_s
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["first answer", "second answer"])

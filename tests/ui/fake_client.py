@@ -22,6 +22,8 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.client import EngineClient, EngineDied
 
+PLAIN_TOK_S = 40.0  # what decoding without drafts would reach
+
 INFO = ModelInfo(
     pair="smollm2-135m",
     target="SmolLM2-135M-Instruct",
@@ -36,6 +38,8 @@ INFO = ModelInfo(
     drafter_bytes=24_000_000,
     cache_bytes=30_000_000,
     load_s=1.2,
+    plain_ms=1000 / PLAIN_TOK_S,
+    plain_context=1024,
 )
 
 COMMITS = (1, 3, 2, 1, 4, 2, 1, 8, 2, 3, 1, 2)  # tokens per pass, over and over
@@ -86,7 +90,8 @@ class FakeClient(EngineClient):
         """Prefill and all tokens of `text` for the last request, four characters a token."""
         generation = self.asked[-1].id
         self.emit(Prefill(generation, cached, prompt, prompt))
-        self.emit(Tokens(generation, text[:4], 1))
+        first = Timing(ttft_s=0.084, prefill_s=0.08)
+        self.emit(Tokens(generation, text[:4], 1, None, (4,), first))
         spec, at, context = Spec(), 4, prompt
         while at < len(text):
             committed = COMMITS[spec.steps % len(COMMITS)] if draft else 1
@@ -94,9 +99,13 @@ class FakeClient(EngineClient):
             context += committed
             drafted = 7 if draft else 0
             draft_ms = 2.4 if draft else 0.0
-            stats = StepStats(drafted, committed - 1, committed, draft_ms, 31.2, 0.6, 0.9, context)
-            spec = spec.add(drafted, committed - 1, committed)
-            self.emit(Tokens(generation, piece, committed, stats))
+            stats = StepStats(
+                drafted, committed - 1, committed, draft_ms, 31.2, 0.6, 0.9, context,
+                "commits most per second" if draft else "no drafting",
+            )  # fmt: skip
+            spec = spec.add(stats)
+            lengths = tuple(len(piece[4 * i : 4 * i + 4]) for i in range(committed))
+            self.emit(Tokens(generation, piece, committed, stats, lengths))
         return spec
 
     def answer(self, text: str, cached: int = 0, prompt: int = 61, reason: str = "stop") -> None:
@@ -107,7 +116,8 @@ class FakeClient(EngineClient):
     def finish(self, spec: Spec, cached: int = 0, prompt: int = 61, reason: str = "stop") -> None:
         committed = sum((i + 1) * n for i, n in enumerate(spec.histogram))
         seconds = spec.steps * 0.0351
-        timing = Timing(1.2, 0.084, seconds, committed / seconds if seconds else 0.0)
+        tok_s = committed / seconds if seconds else 0.0
+        timing = Timing(1.2, 0.084, seconds, tok_s, 0.08, PLAIN_TOK_S, tok_s / PLAIN_TOK_S)
         usage = Usage(prompt, cached, committed + 1)
         self.emit(Finished(self.asked[-1].id, reason, usage, spec, timing))
 

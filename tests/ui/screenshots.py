@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
+from dflash_chat.runtime.api import StepStats, Tokens
 from dflash_chat.ui.prompt import Prompt
 from tests.ui.test_chat_flow import Chat, open_chat
 
@@ -77,6 +80,28 @@ async def crash(chat: Chat) -> None:
     await chat.settle()
 
 
+async def xray(pictured: Chat) -> None:
+    """An answer by block and origin, a word to a token."""
+    await pictured.load()
+    await pictured.type(QUESTION)
+    words = re.findall(r"\s*(?:\w+|[^\w\s]+)", ANSWER)
+    pictured.client.emit(Tokens(1, words[0], 1))
+    left, accepted = words[1:], itertools.cycle((3, 1, 6, 2, 0, 4, 7, 2, 5))
+    while left:
+        taken, left = left[: (n := next(accepted)) + 1], left[n + 1 :]
+        stats = StepStats(7, n, len(taken), 2.4, 31.2, 0.6, 0.9, 300, "commits most per second")
+        lengths = tuple(map(len, taken))
+        pictured.client.emit(Tokens(1, "".join(taken), len(taken), stats, lengths))
+    await pictured.settle()
+    await pictured.pilot.press("f3", "home", "tab")
+
+
+async def xray_light(pictured: Chat) -> None:
+    """The same in a light theme."""
+    pictured.app.theme = "textual-light"
+    await xray(pictured)
+
+
 async def light(pictured: Chat) -> None:
     """The same chat in a light theme."""
     pictured.app.theme = "textual-light"
@@ -89,6 +114,8 @@ PICTURES: dict[str, tuple[tuple[int, int], Callable[[Chat], Awaitable[None]]]] =
     "narrow": ((60, 20), chat),
     "crash": ((120, 40), crash),
     "light": ((120, 40), light),
+    "xray": ((80, 24), xray),
+    "xray-light": ((120, 40), xray_light),
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dflash_chat.runtime.api import Finished, Prefill, Spec, StepStats, Timing, Tokens, Usage
 from dflash_chat.ui.meter import BlockMs, Meter
+from tests.ui.fake_client import INFO
 
 
 def step(committed: int, ms: float = 10.0, context: int = 100) -> Tokens:
@@ -105,3 +108,47 @@ def test_a_new_chat_forgets_everything() -> None:
 
     assert meter.context_tokens == 0
     assert meter.rates == []
+
+
+def test_speed_up_is_the_answers_rate_over_a_plain_pass_of_the_same_chat() -> None:
+    meter = Meter()
+    assert meter.speedup == 0
+    meter.loaded(replace(INFO, plain_ms=12.5, plain_context=512))
+    meter.take(step(3, ms=10.0), 0.0)
+    assert meter.speedup == pytest.approx(300 / 80)
+    assert meter.plain_age_s(5.0) is None
+
+    plain = StepStats(0, 0, 1, 0.0, 18.0, 1.0, 1.0, 600, "plain, to compare", probe=True)
+    meter.take(Tokens(1, "x", 1, plain), 2.0)
+    assert meter.plain is not None
+    assert (meter.plain.ms, meter.plain.context_tokens) == (20.0, 600)
+    assert meter.plain_age_s(5.0) == 3.0
+    assert meter.speedup == pytest.approx(4 / 0.030 / 50)
+
+    meter.begin()
+    assert meter.plain.ms == 20.0, "it is the engine's, not the answer's"
+
+
+def test_the_engines_own_speed_up_replaces_ours_at_the_end() -> None:
+    meter = Meter()
+    meter.take(step(2), 0.0)
+    timing = Timing(tok_s=22.0, ar_tok_s=11.0, speedup=2.0)
+    meter.finish(Finished(1, "stop", Usage(9, 0, 11), Spec(), timing))
+    assert meter.speedup == 2.0
+
+
+def test_prefill_counts_what_was_not_cached() -> None:
+    meter = Meter()
+    meter.read(Prefill(1, 4812, 4873, 4873))
+    assert (meter.read_tokens, meter.ttft_s, meter.prefill_tok_s) == (61, 0, 0)
+    meter.take(Tokens(1, "x", 1, None, (1,), Timing(ttft_s=0.1, prefill_s=0.05)), 0.0)
+    assert (meter.ttft_s, meter.prefill_tok_s) == (0.1, 61 / 0.05)
+
+
+def test_the_last_pass_says_its_width_until_the_next_answer() -> None:
+    meter = Meter()
+    meter.take(step(2), 0.0)
+    assert meter.last is not None
+    assert meter.last.width == 8
+    meter.begin()
+    assert meter.last is None

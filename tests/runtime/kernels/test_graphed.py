@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine, Prefilled
+from dflash_chat.runtime.fused import MAX_ROWS
 from dflash_chat.runtime.graphed import GraphedSteps, Passes
 from dflash_chat.runtime.quant import cpu
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
@@ -29,6 +30,7 @@ from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
 from tests.runtime.kernels.plain_step import PlainStep
 from tests.runtime.kernels.truth import relative_error
+from tests.runtime.test_lossless import NowAndThen
 
 PROMPT = [5, 9, 2, 33, 17, 8]
 GREEDY = SamplingParams(max_tokens=20)
@@ -163,9 +165,11 @@ def test_widths_that_change_at_random_do_not_change_the_answer(
     graphed, other = llamas
     assert graphed.graphed is not None
     monkeypatch.setattr(graphed.graphed, "chooser", AnyWidth(4))
+    monkeypatch.setattr(graphed.graphed, "baseline", NowAndThen())
     steps = tiny.run(graphed, PROMPT, GREEDY)
     assert tiny.tokens(steps) == tiny.tokens(tiny.run(other, PROMPT, GREEDY))
     assert {step.stats.drafted for step in steps if step.stats} == {0, 1, 2, 3}
+    assert {step.stats.drafted for step in steps if step.stats and step.stats.probe} == {0}
     consistent(graphed)
 
 
@@ -216,6 +220,10 @@ def test_measuring_leaves_the_answer_as_it_was() -> None:
     chooser = graphed.graphed.chooser
     assert chooser is not None
     assert len(chooser.verify_ms) == 4
+    assert graphed.baseline is graphed.graphed.baseline is not None
+    assert graphed.baseline.plain is not None
+    assert graphed.baseline.plain.ms > 0
+    assert graphed.baseline.plain.context_tokens == 96 - 2 * MAX_ROWS
     ours, theirs = (tiny.tokens(tiny.run(e, PROMPT, GREEDY)) for e in (graphed, eager("llama")))
     assert ours == theirs
 

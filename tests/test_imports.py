@@ -22,7 +22,8 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "chat", "cli", "completion", "errors", "fetch", "hub", "once", "pairs",
+            "bench", "budget", "chat", "cli", "completion", "errors", "fetch", "geometry", "hub",
+            "once", "pairs",
             "progress", "runtime.api", "runtime.client", "runtime.worker", "settings",
         )
     ),

@@ -73,6 +73,11 @@ class EngineOptions:
     draft_rows: int = 0
     head: str = "auto"
 
+    @property
+    def copies_head(self) -> bool:
+        """Whether drafts are read off a copy of the target's head."""
+        return bool(self.draft_rows) or (self.draft_head == "fp8" and self.head != "fp8")
+
 
 @dataclass(frozen=True)
 class Message:

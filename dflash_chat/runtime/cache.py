@@ -19,12 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dflash_chat.budget import CUDA_PREFILL_CHUNK
 from dflash_chat.geometry import Geometry, slots
 
 __all__ = ["CUDA_PREFILL_CHUNK", "PREFILL_CHUNK", "Geometry", "KVCache", "prefill_chunk"]
 
 PREFILL_CHUNK = 512  # rows per prefill forward: bounds activations and the wait for a cancel
-CUDA_PREFILL_CHUNK = 2048  # each of 128 experts gets 128 rows where a row goes to 8 of them
 
 
 def prefill_chunk(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dflash_chat import __version__
+from dflash_chat.budget import TargetShape
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
 from dflash_chat.runtime import draft_head, kernels, memory, models, text, weights
@@ -38,7 +39,6 @@ from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
-from dflash_chat.runtime.memory import TargetConfig
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.weights import Checkpoint, Shape
@@ -264,7 +264,7 @@ def _build(
     dtype: torch.dtype,
     progress: ReportProgress,
 ) -> Engine:
-    """What stays comes first, in the order of `memory.Plan`; what comes and goes is run last."""
+    """What stays comes first, in the order of `budget.Budget`; what comes and goes is run last."""
     config, drafter_config, capacity = opened.config, opened.drafter_config, opened.capacity
     packed = weights.load_packed(*opened.for_target)
     target = opened.architecture.Target(config, packed, capacity, dtype, device)
@@ -325,7 +325,7 @@ def _capacity(options: EngineOptions, limit: int) -> int:
     return options.context_tokens or min(limit, CONTEXT_LIMIT)
 
 
-def _check_match(drafter: DrafterConfig, target: TargetConfig) -> None:
+def _check_match(drafter: DrafterConfig, target: TargetShape) -> None:
     """A drafter serves one target only; refuse what cannot be its own."""
     for what, wants, has in (
         ("hidden_size", drafter.hidden_size, target.hidden_size),

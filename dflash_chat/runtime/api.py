@@ -48,6 +48,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
 
+DEFAULT_CONTEXT = 8192  # tokens reserved unless options or a plan say otherwise
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What is fixed while a pair stays loaded.
@@ -57,8 +60,9 @@ class EngineOptions:
     `draft_tokens` 0 takes the pair's default; otherwise how many drafted tokens are verified, at
     most the trained block minus one. `threads` 0 leaves torch's choice.
 
-    "fp8" instead of "auto" rounds weights to e4m3 with a scale per row: the `drafter`'s matrices, a
-    copy of the head that only drafts (`draft_head`), or the target's own `head`. Only the last of
+    "fp8" rounds weights to e4m3 with a scale per row: the `drafter`'s matrices, a copy of the head
+    that only drafts (`draft_head`), or the target's own `head`. "bf16" and "own" refuse the first
+    two; "auto" leaves them to the plan on a GPU, and as they are elsewhere. Only the last of
     them changes answers. `draft_rows` keeps the rows of that many lowest ids in the copy, and those
     of added tokens; 0 keeps all.
     """
@@ -202,10 +206,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Load:
-    """Load an installed pair. `source` "" takes the first installed one of the pair's list."""
+    """Load a pair. `quant` names one of its builds; "" leaves the choice to the pair."""
 
     pair: str
-    source: str = ""
+    quant: str = ""
     options: EngineOptions = EngineOptions()
 
 

@@ -23,6 +23,7 @@ from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
 from dflash_chat.runtime import draft_head, kernels, memory, models, text, weights
 from dflash_chat.runtime.api import (
+    DEFAULT_CONTEXT,
     EngineOptions,
     Event,
     Finished,
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
 
 log = logging.getLogger(__name__)
-
-CONTEXT_LIMIT = 8192  # tokens reserved unless the options say otherwise
 
 ReportProgress = Callable[[Progress], None]
 
@@ -322,7 +321,7 @@ def _capacity(options: EngineOptions, limit: int) -> int:
         raise UsageError(
             f"ctx {options.context_tokens} is more than the target's {limit} positions"
         )
-    return options.context_tokens or min(limit, CONTEXT_LIMIT)
+    return options.context_tokens or min(limit, DEFAULT_CONTEXT)
 
 
 def _check_match(drafter: DrafterConfig, target: TargetShape) -> None:
@@ -377,7 +376,7 @@ def _info(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return ModelInfo(
         pair=installed.pair.name,
-        target=f"{installed.pair.title} ({installed.source})",
+        target=f"{installed.pair.title} ({installed.build.source})",
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",

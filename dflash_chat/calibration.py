@@ -49,7 +49,8 @@ def read(key: Key) -> Costs | None:
         costs = Costs(dict(sorted(verify.items())), float(entry["draft_ms"]))
     except (KeyError, TypeError, ValueError):
         return None
-    usable = 1 in verify and len(verify) > 1 and min(verify.values()) > 0 and costs.draft_ms >= 0
+    times = (*verify.values(), costs.draft_ms)
+    usable = 1 in verify and len(verify) > 1 and all(0 < ms < float("inf") for ms in times)
     return costs if usable else None
 
 

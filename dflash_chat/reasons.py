@@ -47,7 +47,7 @@ def card_for(total: int) -> str:
     """`a 24 GB card`: the smallest that is sold with so many bytes free."""
     for size in SIZES:
         if cards.usable(size * GIB) >= total:
-            return f"a {size} GB card"
+            return f"{'an' if size in (8, 80) else 'a'} {size} GB card"
     return "no single card"
 
 

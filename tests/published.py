@@ -74,7 +74,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _drafter(name: str, inner: int, taps: list[int], sliding: int) -> dict[str, Any]:
+def _drafter(name: str, inner: int, taps: list[int], sliding: int,
+             **changed: int) -> dict[str, Any]:  # fmt: skip
     """Five layers, 32 query and 8 kv heads of 128, block 16: what most published drafters are."""
     target = TARGETS[name]
     return {
@@ -83,13 +84,30 @@ def _drafter(name: str, inner: int, taps: list[int], sliding: int) -> dict[str, 
         "vocab_size": target["vocab_size"], "num_target_layers": target["num_hidden_layers"],
         "layer_types": ["sliding_attention"] * sliding + ["full_attention"] * (5 - sliding),
         "sliding_window": 2048, "dflash_config": {"mask_token_id": 4, "target_layer_ids": taps},
+        **changed,
     }  # fmt: skip
 
 
 DRAFTERS: dict[str, dict[str, Any]] = {
     "gemma-4-26b-a4b": _drafter("gemma-4-26b-a4b", 5632, [1, 6, 11, 17, 22, 27], 4),
+    # widths and heads that have the published size: 3.07 GB
+    "gemma-4-31b": _drafter(
+        "gemma-4-31b", 10752, [1, 12, 23, 35, 46, 57], 4, num_attention_heads=64
+    ),
     "qwen3.6-27b": _drafter("qwen3.6-27b", 17408, [1, 16, 31, 46, 61], 4),
+    # a width that has the stated 0.4 B parameters
+    "qwen3.6-35b-a3b": _drafter(
+        "qwen3.6-35b-a3b",
+        10368,
+        [1, 10, 19, 28, 37],
+        4,
+        num_key_value_heads=4,
+        sliding_window=4096,
+    ),
+    "qwen3.5-9b": _drafter("qwen3.5-9b", 12288, [1, 8, 15, 22, 29], 0),
     "qwen3.5-4b": _drafter("qwen3.5-4b", 9728, [1, 8, 15, 22, 29], 0),
     "qwen3-8b": _drafter("qwen3-8b", 12288, [1, 9, 17, 25, 33], 0),
     "qwen3-4b": _drafter("qwen3-4b", 9728, [1, 9, 17, 25, 33], 0),
+    # a width that has the size of Qwen3-8B's, as the table of plans takes it
+    "llama-3.1-8b": _drafter("llama-3.1-8b", 12288, [1, 8, 15, 22, 29], 0),
 }

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dflash_chat import __version__, completion
 from dflash_chat.errors import (
@@ -166,6 +166,10 @@ def build_parser() -> argparse.ArgumentParser:
         how = listing.add_mutually_exclusive_group()
         how.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
         how.add_argument("-q", "--quiet", action="store_true", help="names only")
+
+    show = _command(commands, "show", _show, "all that is known of a pair")
+    show.add_argument("pair", metavar="PAIR")
+    show.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
     plan = _command(commands, "plan", _plan, "what a card can take, and why; loads nothing")
     plan.add_argument(
@@ -347,16 +351,17 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _pull(args: argparse.Namespace) -> int:
     from dflash_chat import hub
+    from dflash_chat.listing import size
     from dflash_chat.progress import Reporter
 
     pair, _ = _chosen(args.pair, parse_options(_options(args)))
     first = pair.wanted()[0].source
     large = first.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair)
     if large and not args.yes and _is_terminal(sys.stdin):
-        _confirm(f"Fetch {pair.name} ({_size(first.bytes)})?")
+        _confirm(f"Fetch {pair.name} ({size(first.bytes)})?")
     with Reporter() as reporter:
         found = hub.ensure(pair, report=reporter, check=args.verify)
-    print(f"{pair.name}: {_size(found.bytes)}, {found.build.source}", file=sys.stderr)
+    print(f"{pair.name}: {size(found.bytes)}, {found.build.source}", file=sys.stderr)
     print(found.target)
     return EXIT_OK
 
@@ -377,42 +382,29 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from dflash_chat import hub, pairs
+    from dflash_chat import listing, pairs
 
     catalogue = pairs.load_catalogue(pairs.user_file())
     if args.quiet:
-        print("\n".join(pair.name for pair in catalogue))
-        return EXIT_OK
-    rows: list[dict[str, Any]] = []
-    for pair in catalogue:
-        found = hub.installed(pair)
-        rows.append(
-            {
-                "name": pair.name,
-                "title": pair.title,
-                "licence": pair.licence,
-                "installed": found is not None,
-                "source": (found.build if found else pair.builds[0]).source.kind,
-                "bytes": found.bytes if found else pair.builds[0].source.bytes,
-                "path": str(found.target) if found else None,
-            }
-        )
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return EXIT_OK
-    table = [["PAIR", "SIZE", "STATE", "SOURCE", "LICENCE", "TITLE"]]
-    for row in rows:
-        state = "installed" if row["installed"] else "–"
-        words = (row[key] for key in ("source", "licence", "title"))
-        table.append([row["name"], _size(row["bytes"]), state, *words])
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+        print(listing.names(catalogue))
+    elif args.json:
+        print(json.dumps(listing.rows(catalogue), indent=1))
+    else:
+        print(listing.table(listing.rows(catalogue), listing.terminal_width()))
+    return EXIT_OK
+
+
+def _show(args: argparse.Namespace) -> int:
+    from dflash_chat import listing, pairs
+
+    pair = pairs.find(args.pair)
+    print(listing.as_json(pair) if args.json else listing.describe(pair))
     return EXIT_OK
 
 
 def _rm(args: argparse.Namespace) -> int:
     from dflash_chat import hub, pairs
+    from dflash_chat.listing import size
 
     pair = pairs.find(args.pair)
     present = [found for build in pair.builds if (found := hub.installed(pair, build.name))]
@@ -421,9 +413,9 @@ def _rm(args: argparse.Namespace) -> int:
     if not args.yes:
         shared = any(found.build.source.kind == "hub" for found in present)
         note = " (its snapshot in the hub cache, too)" if shared else ""
-        size = _size(sum(found.bytes for found in present))
-        _confirm(f"Delete {pair.name}, {size}{note}?")
-    print(f"{pair.name}: {_size(hub.remove(pair))} freed", file=sys.stderr)
+        total = size(sum(found.bytes for found in present))
+        _confirm(f"Delete {pair.name}, {total}{note}?")
+    print(f"{pair.name}: {size(hub.remove(pair))} freed", file=sys.stderr)
     return EXIT_OK
 
 
@@ -443,7 +435,3 @@ def _confirm(question: str) -> None:
 
 def _is_terminal(stream: object) -> bool:
     return stream is not None and bool(getattr(stream, "isatty", lambda: False)())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

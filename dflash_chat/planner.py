@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from dflash_chat import budget, cards, geometry, speed
 from dflash_chat.budget import Budget, Demand
@@ -69,9 +70,7 @@ class Candidate:
     def of(cls, pair: Pair, build: Build, draft_tokens: int, on_gpu: bool) -> Candidate:
         """Raises ConfigError if the pair's configs cannot be counted."""
         target = geometry.target(pair.config)
-        drafter = geometry.drafter(
-            {"block_size": pair.drafter.block_size, **pair.drafter.config}, target.hidden_size
-        )
+        drafter = geometry.drafter(_drafter_config(pair), target.hidden_size)
         dense = on_gpu and build.format == "gguf"
         demand = budget.demand(
             target, drafter, budget.BF16 * target.parameters if dense else build.resident_bytes,
@@ -285,6 +284,14 @@ def _candidates(pair: Pair, wishes: Wishes, on_gpu: bool) -> list[Candidate]:
         builds = pair.loadable or pair.builds
         builds = tuple(sorted(builds, key=lambda b: b.name not in pair.default[:1]))
     return [Candidate.of(pair, build, width, on_gpu) for build in builds]
+
+
+def _drafter_config(pair: Pair) -> dict[str, Any]:
+    """As published, with what the catalogue says beside it."""
+    config = {"block_size": pair.drafter.block_size, **pair.drafter.config}
+    if pair.drafter.version == 2:
+        config.setdefault("architectures", ["DFlash2DraftModel"])
+    return config
 
 
 def _wanted_context(target: TargetGeometry, wishes: Wishes, on_gpu: bool) -> int:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from dflash_chat.geometry import ConfigError
 from dflash_chat.gpu import Gpu
 from dflash_chat.pairs import Pair
 from dflash_chat.planner import Plan, Wishes
+from dflash_chat.runtime.api import EngineOptions
 
 COLUMNS = 80
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([GM])?(?:I?B)?", re.IGNORECASE)
-_SHADES = "█▓▒░▞▚"
+_SHADES = "█▓▒░▞▚▙▟"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def run(args: Args) -> int:
     if args.pair:
         pair = pairs.find(args.pair)
         made = planner.plan(pair, args.wishes, device, ram, calibration.read)
-        out = json.dumps(as_json(made), indent=1) if args.json else _page(made, problem)
+        out = (
+            json.dumps(as_json(made), indent=1) if args.json else _page(made, args.wishes, problem)
+        )
         sys.stdout.write(out + "\n")
         if not made.fits:
             sys.stderr.write(f"dflash-chat: {reasons.shortage(made)}\n  {reasons.remedy(made)}\n")
@@ -74,6 +78,7 @@ def as_json(made: Plan) -> dict[str, Any]:
         "gpu": made.gpu.name if made.gpu else None,
         "fits": made.fits,
         "missing": made.missing,
+        "approximate": _approximate(made),
         "context_tokens": made.context_tokens,
         "kv_dtype": made.kv_dtype,
         "drafter": made.options.drafter,
@@ -164,17 +169,29 @@ def _clipped(pair: Pair, wishes: Wishes, device: Gpu | None, ram: int) -> Plan:
 # ── printing ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _page(made: Plan, problem: str) -> str:
+def _page(made: Plan, wishes: Wishes, problem: str) -> str:
     title = f"{made.pair.name}@{made.build.name} on {_where(made.gpu, problem)}"
     lines = [*_wrapped(title, "", ""), "", *_memory(made), ""]
     for line in made.why:
         words = "; ".join(part for part in (line.because, line.instead) if part)
         lines += _wrapped(f"{line.choice}: {words}", f"{line.what:<13}", " " * 13)
+    if guessed := _approximate(made):
+        lines += ["", *_wrapped(f"Estimates: {guessed}.", "", "")]
     if made.missing:
-        lines += ["", *_wrapped(f"Not to be loaded yet: {made.missing}.", "", "")]
+        lines += ["", *_wrapped(f"It cannot be loaded yet: {made.missing}.", "", "")]
     elif made.fits:
-        lines += ["", f"dflash-chat -m {made.pair.name}@{made.build.name}{_flags(made)}"]
+        lines += ["", f"dflash-chat -m {made.pair.name}@{made.build.name}{_flags(wishes.options)}"]
     return "\n".join(lines)
+
+
+def _approximate(made: Plan) -> str:
+    """Which facts of the catalogue, those that plans are made of, are estimates."""
+    parts = {"build": made.build.approximate, "drafter": made.pair.drafter.approximate}
+    return "; ".join(
+        f"{part}: {', '.join(keys)}"
+        for part, facts in parts.items()
+        if (keys := [key for key in facts if key != "bytes"])
+    )
 
 
 def _where(device: Gpu | None, problem: str) -> str:
@@ -185,27 +202,34 @@ def _where(device: Gpu | None, problem: str) -> str:
 
 
 def _memory(made: Plan) -> Iterator[str]:
-    """Parts of the memory by size, and a bar of them."""
-    sizes = {name.replace("_", " "): n for name, n in asdict(made.budget).items() if n}
-    words = " · ".join(f"{name} {n / GIB:.2f}" for name, n in sizes.items())
-    total = reasons.gib(made.budget.total)
-    rest = f"{reasons.gib(made.spare)} spare" if made.spare >= 0 else "does not fit"
-    yield from _wrapped(f"{total} = {words}; {rest}", f"{'memory':<13}", " " * 13)
-    if 0 < made.budget.total <= made.free:
-        width, parts = COLUMNS - 13, sorted(sizes.values(), reverse=True)
-        bar = "".join(
-            _SHADES[i % len(_SHADES)] * round(width * n / made.free) for i, n in enumerate(parts)
-        )
+    """Parts of the memory, and a bar of those that have a column of it."""
+    width = COLUMNS - 13
+    words: list[str] = []
+    bar, shades = "", cycle(_SHADES)
+    for name, size in asdict(made.budget).items():
+        columns = round(width * size / made.free) if made.fits and made.free else 0
+        shade = next(shades) if columns else ""
+        bar += shade * columns
+        if size:
+            words.append(f"{shade} {name.replace('_', ' ')} {size / GIB:.2f}".strip())
+    spare = f"{reasons.gib(made.spare)} spare" if made.fits and made.free else "does not fit"
+    spare = spare if made.free else "free memory unknown"
+    total = f"{reasons.gib(made.budget.total)} = {' · '.join(words)}; {spare}"
+    yield from _wrapped(total, f"{'memory':<13}", " " * 13)
+    if bar:
         yield f"{'':13}{bar[:width]:·<{width}}"
 
 
-def _flags(made: Plan) -> str:
-    """What must be typed to get this plan where nothing is filled in."""
+def _flags(options: EngineOptions) -> str:
+    """What must be typed to wish for this; the rest is planned again when the pair is loaded."""
+    rows = f"{options.draft_rows}" if options.draft_rows else ""
+    head = "" if options.draft_head == "auto" else options.draft_head
     given = {
-        "ctx": str(made.context_tokens),
-        "drafter": made.options.drafter if made.options.drafter == "fp8" else "",
-        "draft_head": made.options.draft_head if made.options.draft_head == "fp8" else "",
-        "head": made.options.head if made.options.head == "fp8" else "",
+        "ctx": f"{options.context_tokens or ''}",
+        "k": f"{options.draft_tokens or ''}",
+        "drafter": "" if options.drafter == "auto" else options.drafter,
+        "draft_head": ":".join(word for word in (head, rows) if word),
+        "head": "" if options.head == "auto" else options.head,
     }
     return "".join(f" -o {key}={value}" for key, value in given.items() if value)
 

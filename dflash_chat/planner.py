@@ -31,6 +31,7 @@ from dflash_chat.speed import CURVES, Costs, Formats
 
 COMFORTABLE = 32_768  # tokens: a long conversation with a few files in it
 MEASURED_AT = 2048  # tokens of context that estimates of speed assume
+MARGIN = 40  # a fortieth stays free where the plan chooses: predictions are within 3 % of peaks
 QUICKER = 1.03  # so much must a rounded drafter gain before it is taken unasked
 KERNELS_FROM = (8, 0)  # compute capability; below it nothing of speed.py holds
 FP8_FROM = (8, 9)  # Triton refuses e4m3 on older cards; only plain matrices go round it
@@ -206,8 +207,8 @@ def rank(plans: Iterable[Plan], floor: float = 30.0) -> list[Plan]:
     """Plans of several pairs, the one to recommend first, those that cannot be loaded or do not fit
     last.
 
-    The biggest model that writes at `floor` tokens per second or more; of models within a third of
-    its size, the quickest. On a CPU the smallest.
+    The biggest model that writes at `floor` tokens per second or more and has room for the default
+    context; of models within a third of its size, the quickest. On a CPU the smallest.
     """
     rest = list(plans)
     ranked: list[Plan] = []
@@ -215,7 +216,8 @@ def rank(plans: Iterable[Plan], floor: float = 30.0) -> list[Plan]:
         if usable[0].gpu is None:
             best = min(usable, key=lambda p: p.budget.target)
         else:
-            quick = [p for p in usable if p.tok_s() >= floor] or usable
+            long = [p for p in usable if p.context_tokens >= DEFAULT_CONTEXT] or usable
+            quick = [p for p in long if p.tok_s() >= floor] or long
             size = max(map(parameters, quick))
             best = max((p for p in quick if parameters(p) * 3 >= size * 2), key=Plan.tok_s)
         ranked.append(best)
@@ -243,11 +245,21 @@ def lean(options: EngineOptions) -> EngineOptions:
     return replace(options, drafter="fp8") if options.drafter == "auto" else options
 
 
+def roomy(free: int) -> int:
+    """Of so many free bytes, those that a plan takes unasked."""
+    return free - free // MARGIN
+
+
 def bandwidth(gpu: Gpu) -> float:
     """GB/s: what the driver says, or the data sheet, or the middle of the cards of its size."""
     card = cards.reported(gpu.name)
     sheet = card.bandwidth_gb_s if card else cards.guessed_bandwidth(gpu.total)
     return gpu.bandwidth_gb_s or sheet
+
+
+def rounds_unasked(gpu: Gpu) -> bool:
+    """Whether 8 bits are taken for speed alone: only where they have been measured."""
+    return (gpu.capability or FP8_FROM) >= FP8_FROM
 
 
 def without_kernels(gpu: Gpu, candidate: Candidate) -> str:
@@ -307,12 +319,13 @@ def _on_ladder(
     rungs: list[Candidate], options: EngineOptions, wanted: int, free: int
 ) -> tuple[Candidate, int]:
     """The highest rung that fits; if none does, the lowest as it was wanted."""
+    room = roomy(free)
     for candidate in reversed(rungs):
-        if candidate.total(lean(options), wanted) <= free:
+        if candidate.total(lean(options), wanted) <= room:
             return candidate, wanted
     lowest, context = rungs[0], 0
     if not options.context_tokens:
-        beside = free - budget.CUDA_CONTEXT
+        beside = room - budget.CUDA_CONTEXT
         context = lowest.demand.largest_context(lean(options), wanted, beside)
         wanted = min(wanted, budget.LEAST)
     return lowest, context or wanted
@@ -336,7 +349,7 @@ def _precision(
             ("own", "fp8") if _may_copy(options, chosen) else (options.draft_head,),
         )
         if chosen.total(variant := replace(options, drafter=drafter, draft_head=head),
-                        options.context_tokens) <= free
+                        options.context_tokens) <= roomy(free)
     ]  # fmt: skip
     first = variants[0] if variants else lean(options)
     if without_kernels(gpu, chosen):
@@ -352,7 +365,7 @@ def _precision(
         return made.drafted(CURVES["mixed"], made.best(CURVES["mixed"]))
 
     best = max(variants, key=rate, default=first)
-    if (gpu.capability or FP8_FROM) < FP8_FROM or rate(best) < QUICKER * rate(first):
+    if not rounds_unasked(gpu) or rate(best) < QUICKER * rate(first):
         best = first
     if found:
         return _decided(best), _up_to(found, chosen.demand.draft_tokens), True

@@ -13,6 +13,7 @@ from dflash_chat.cards import GIB
 from dflash_chat.entries import Build
 from dflash_chat.planner import (
     COMFORTABLE,
+    FP8_FROM,
     MEASURED_AT,
     Candidate,
     Plan,
@@ -20,6 +21,8 @@ from dflash_chat.planner import (
     Wishes,
     bandwidth,
     ladder,
+    roomy,
+    rounds_unasked,
     without_kernels,
 )
 from dflash_chat.runtime.api import EngineOptions
@@ -70,15 +73,14 @@ def _build(
     made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes
 ) -> Why:  # fmt: skip
     name, context = chosen.build.name, made.context_tokens
-    if made.missing:
-        because = made.missing
-    elif wishes.build or made.pair.quant:
+    if named := bool(wishes.build or made.pair.quant):
         because = "you named it"
     elif made.gpu is None:
         because = "the pair's own first choice"
     else:
         better = [c for c in ladder(candidates, context) if c.quality > chosen.quality]
-        because = "the best that can be loaded" if made.fits else "the smallest that can be loaded"
+        which = "there is" if made.missing else "that can be loaded"
+        because = f"the {'best' if made.fits else 'smallest'} {which}"
         if better and made.fits:
             total, word = better[0].total(made.options, context), better[0].build.name
             because = f"{word} needs {gib(total)}, {gib(made.free)} are free"
@@ -90,7 +92,8 @@ def _build(
         if smaller.total(made.options, context) <= made.free:
             return Why("build", name, because, f"{smaller.build.name} would fit")
         return _also(made, chosen, Why("build", name, because, _what_fits(made, chosen)))
-    return _also(made, chosen, Why("build", name, because))
+    line = Why("build", name, because)
+    return line if named else _also(made, chosen, line)
 
 
 def _what_fits(made: Plan, chosen: Candidate) -> str:
@@ -138,7 +141,7 @@ def _context(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
         because += "what fits" if made.fits else "the least there is"
     else:
         because += "a long conversation" if made.gpu else "a CPU reads long prompts slowly"
-    largest = _largest(made, chosen, made.options, limit) if made.gpu else limit
+    largest = _largest(made, chosen, made.options, limit) if made.gpu else context
     instead = f"-o ctx={largest} would fit, too" if largest > context else ""
     if largest < context and made.gpu:
         freed = made.budget.total - chosen.total(made.options, largest) if largest else 0
@@ -150,7 +153,7 @@ def _context(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
 
 
 def _largest(made: Plan, chosen: Candidate, options: EngineOptions, most: int) -> int:
-    return chosen.demand.largest_context(options, most, made.free - budget.CUDA_CONTEXT)
+    return chosen.demand.largest_context(options, most, roomy(made.free) - budget.CUDA_CONTEXT)
 
 
 def _kv(made: Plan) -> Why:
@@ -171,10 +174,8 @@ def _drafter(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
         fits = chosen.total(plain, made.context_tokens) <= made.free
         quicker = "quicker to read, same answers" if fits else "takes least; same answers"
         return Why("drafter", choice, f"{quicker}; saves {gib(saved)}", "-o drafter=bf16")
-    return Why(
-        "drafter", choice, "rounding it would gain next to nothing",
-        f"-o drafter=fp8 would free {gib(saved)}",
-    )  # fmt: skip
+    because = "rounding it would gain next to nothing" if _rounds(made) else _UNMEASURED
+    return Why("drafter", choice, because, f"-o drafter=fp8 would free {gib(saved)}")
 
 
 def _draft_head(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
@@ -188,7 +189,17 @@ def _draft_head(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
         because = f"a copy of {took} that drafts are read off in half the time; same answers"
         return Why("draft head", choice, because, "-o draft_head=own")
     read = gib(round(_head_bytes(chosen) * chosen.formats(made.options).head / 8))
-    return Why("draft head", choice, f"the target's own, {read} a draft; a copy would not pay")
+    own = f"the target's own, {read} a draft"
+    if not _rounds(made):
+        return Why("draft head", choice, own, "-o draft_head=fp8 reads half")
+    return Why("draft head", choice, f"{own}; a copy would not pay, or not fit")
+
+
+_UNMEASURED = "rounding is not measured below compute capability {}.{}".format(*FP8_FROM)
+
+
+def _rounds(made: Plan) -> bool:
+    return made.gpu is not None and rounds_unasked(made.gpu)
 
 
 def _head_bytes(chosen: Candidate) -> int:

@@ -179,6 +179,12 @@ class Demand:
         fitting = bisect_right(contexts, free, key=lambda n: self.plan(options, n).needed)
         return contexts[fitting - 1] if fitting else 0
 
+    def room(self, options: EngineOptions, most: int, free: int) -> int:
+        """`most` tokens, or the largest context that fits; `most` again if none does."""
+        if self.plan(options, most).needed <= free:
+            return most
+        return self.largest_context(options, most, free) or most
+
     def _draft_head(self, options: EngineOptions) -> int:
         """The copy that drafts are read off, and its ids."""
         if not options.copies_head:

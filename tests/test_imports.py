@@ -22,8 +22,7 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "budget", "chat", "cli", "completion", "errors", "fetch", "geometry", "hub",
-            "once", "pairs",
+            "bench", "chat", "cli", "completion", "errors", "fetch", "hub", "once", "pairs", "plan",
             "progress", "runtime.api", "runtime.client", "runtime.worker", "settings",
         )
     ),
@@ -58,7 +57,8 @@ def test_the_ui_side_imports_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["--version"], ["list"], ["list", "--json"], ["completion", "bash"]]
+    "argv",
+    [["--help"], ["--version"], ["list"], ["list", "--json"], ["plan"], ["completion", "bash"]],
 )
 def test_quick_commands_import_neither_torch_nor_textual(
     argv: list[str], own_folders: Path

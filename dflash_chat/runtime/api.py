@@ -56,7 +56,8 @@ class EngineOptions:
     """What is fixed while a pair stays loaded.
 
     `device`: "auto", "cpu" or "cuda". `dtype`: "auto", "fp32" or "bf16", the type of activations
-    and of unquantised weights. `context_tokens` 0 takes the target's own limit, at most 8192.
+    and of unquantised weights. `context_tokens` 0 takes the target's own limit, at most 8192,
+    or what the plan says on a GPU.
     `draft_tokens` 0 takes the pair's default; otherwise how many drafted tokens are verified, at
     most the trained block minus one. `threads` 0 leaves torch's choice.
 

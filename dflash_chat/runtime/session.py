@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from dflash_chat import __version__
 from dflash_chat.budget import TargetShape
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import draft_head, kernels, memory, models, text, weights
+from dflash_chat.runtime import draft_head, fitting, kernels, memory, models, text, weights
 from dflash_chat.runtime.api import (
     DEFAULT_CONTEXT,
     EngineOptions,
@@ -74,6 +74,8 @@ class Session:
         """
         started = time.perf_counter()
         device, dtype = _placement(options)
+        card, named = fitting.card_of(device), options.context_tokens
+        options = fitting.planned(installed, options, card, dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -81,7 +83,8 @@ class Session:
         with torch.inference_mode(), _opened(installed, options, device) as opened:
             what_fits = ""
             if device.type == "cuda":
-                what_fits = _check_memory(opened, installed.pair.title, options, dtype)
+                title = installed.pair.title
+                opened, what_fits = _with_room(opened, title, options, dtype, named)
             try:
                 engine = _build(opened, options, device, dtype, progress)
             except RuntimeError as error:
@@ -90,6 +93,7 @@ class Session:
                 raise DoesNotFitError(
                     f"the GPU's memory ran out while {installed.pair.title} was loaded", what_fits
                 ) from error
+        fitting.keep_costs(installed, engine, card)
         took = time.perf_counter() - started
         info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
         return cls(engine, opened.tokenizer, info, what_fits)
@@ -243,17 +247,22 @@ def _opened(
         )  # fmt: skip
 
 
-def _check_memory(opened: _Opened, name: str, options: EngineOptions, dtype: torch.dtype) -> str:
-    """Refuse what cannot fit; returns what to try if it does not fit all the same."""
+def _with_room(
+    opened: _Opened, title: str, options: EngineOptions, dtype: torch.dtype, named: int
+) -> tuple[_Opened, str]:
+    """Refuse what cannot fit, and cut a context that nobody named to what does; with what to try if
+    it does not fit all the same.
+    """
     pair = memory.Pair.of(
         opened.config, weights.outlines(*opened.for_target), opened.drafter_config,
         weights.outlines(*opened.for_drafter), dtype, opened.draft_tokens,
         opened.tokenizer.added_ids,
     )  # fmt: skip
     free = memory.available()
-    log.info("memory: %s, %.2f GB are free", pair.plan(options, opened.capacity), free / 1e9)
-    pair.check(name, options, opened.capacity, free)
-    return pair.what_fits(options, opened.capacity // 2, free)
+    capacity = opened.capacity if named else pair.room(options, opened.capacity, free)
+    log.info("memory: %s, %.2f GB are free", pair.plan(options, capacity), free / 1e9)
+    pair.check(title, options, capacity, free)
+    return replace(opened, capacity=capacity), pair.what_fits(options, capacity // 2, free)
 
 
 def _build(

@@ -371,14 +371,13 @@ def _plan(args: argparse.Namespace) -> int:
     from dflash_chat import plan
     from dflash_chat.planner import Wishes
 
-    name = args.pair
-    if settings.quant and not name:
+    pair = None
+    if args.pair:
+        pair, settings = _chosen(args.pair, settings)
+    elif settings.quant:
         raise UsageError("a build is named, and no pair", "dflash-chat plan PAIR@BUILD")
-    if name:
-        pair, settings = _chosen(name, settings)
-        name = f"{name.partition('@')[0]}@{pair.quant}" if pair.quant else name
     wishes = Wishes(settings.quant, settings.engine)
-    return plan.run(plan.Args(wishes, name, args.vram, args.gpu, args.json))
+    return plan.run(plan.Args(wishes, pair, args.vram, args.gpu, args.json))
 
 
 def _list(args: argparse.Namespace) -> int:

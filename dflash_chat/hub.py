@@ -64,8 +64,8 @@ def installed(pair: Pair, quant: str = "") -> Installed | None:
     """The first complete build of the pair, or the one named. Looks at sizes only; no network."""
     name = quant or pair.quant
     for build in (pair.build(name),) if name else pair.builds:
-        if isinstance(build.source, FolderSource):
-            return _in_folder(pair, build, build.source)
+        if found := _in_folders(pair, build):
+            return found
         manifest = _Manifest.read(pair, build)
         if manifest and not manifest.damage():
             return manifest.installed(pair, build)
@@ -159,10 +159,13 @@ class _Manifest:
     def create(cls, pair: Pair, build: Build, folder: Path, drafter: str) -> _Manifest:
         """For files that were just fetched and checked."""
         source = build.source
-        assert not isinstance(source, FolderSource), "folders have no manifest"
-        hashes = (
-            {source.file_name: source.sha256} if isinstance(source, PyPISource) else source.sha256
-        )
+        if isinstance(source, FolderSource):  # what was fetched is the drafter
+            assert pair.drafter.source, "nothing was fetched"
+            hashes = pair.drafter.source.sha256
+        elif isinstance(source, PyPISource):
+            hashes = {source.file_name: source.sha256}
+        else:
+            hashes = source.sha256
         names = (
             [source.file_name]
             if isinstance(source, PyPISource)
@@ -194,7 +197,11 @@ class _Manifest:
     def installed(self, pair: Pair, build: Build) -> Installed:
         total = sum(entry["bytes"] for entry in self.files.values())
         folder = Path(self.folder)
-        target = folder / build.source.file_name if isinstance(build.source, PyPISource) else folder
+        target = folder
+        if isinstance(build.source, PyPISource):
+            target = folder / build.source.file_name
+        elif isinstance(build.source, FolderSource):
+            target, total = build.source.path, build.source.bytes
         return Installed(pair, build, target, pair.drafter.path or Path(self.drafter), total)
 
     def damage(self) -> str:
@@ -227,9 +234,10 @@ class _Manifest:
 
 def _identity(pair: Pair, source: Source) -> str:
     """What must not have changed in the catalogue since the pull."""
-    assert not isinstance(source, FolderSource), "folders have no manifest"
     if isinstance(source, PyPISource):
         own = f"{source.package}=={source.version} {source.sha256}"
+    elif isinstance(source, FolderSource):
+        own = str(source.path)
     else:
         own = f"{source.repo}@{source.revision}"
     drafter = pair.drafter.source
@@ -246,11 +254,13 @@ def _manifest_path(pair: Pair, build: Build) -> Path:
     return _folder(pair) / ("pypi.json" if pypi else f"hub-{build.name}.json")
 
 
-def _in_folder(pair: Pair, build: Build, source: FolderSource) -> Installed | None:
-    """A pair whose target lies in a folder, which is never fetched nor checked here."""
-    drafter = pair.drafter.path
-    if drafter is None or not source.path.exists():
+def _in_folders(pair: Pair, build: Build) -> Installed | None:
+    """A pair that lies in two folders of somebody else's, which are never checked here."""
+    source, drafter = build.source, pair.drafter.path
+    if not isinstance(source, FolderSource) or drafter is None:
         return None
+    if not source.path.exists():
+        raise UnknownModelError(f"there is nothing at {source.path}")
     return Installed(pair, build, source.path, drafter, source.bytes)
 
 
@@ -259,8 +269,8 @@ def _in_folder(pair: Pair, build: Build, source: FolderSource) -> Installed | No
 
 def _healthy(pair: Pair, build: Build, report: Report, check: bool) -> Installed | None:
     """What is installed and stands the checks; what does not is reported and counts as absent."""
-    if isinstance(build.source, FolderSource):
-        return _in_folder(pair, build, build.source)
+    if found := _in_folders(pair, build):
+        return found
     manifest = _Manifest.read(pair, build)
     if manifest is None:
         return None
@@ -295,12 +305,11 @@ def _first_that_works(pair: Pair, builds: tuple[Build, ...], report: Report) -> 
 
 
 def _fetch(pair: Pair, build: Build, report: Report) -> Installed:
-    source = build.source
-    if isinstance(source, FolderSource):
-        raise UnknownModelError(f"there is nothing at {source.path}")
-    of_drafter = pair.drafter.source
+    source, of_drafter = build.source, pair.drafter.source
     drafter = str(_checked_snapshot(of_drafter, report)) if of_drafter else ""
-    if isinstance(source, HubSource):
+    if isinstance(source, FolderSource):
+        folder = Path(drafter)
+    elif isinstance(source, HubSource):
         folder = _checked_snapshot(source, report)
     else:
         folder = _folder(pair)

@@ -31,10 +31,10 @@ _SHADES = "█▓▒░▞▚▙▟"
 
 @dataclass(frozen=True)
 class Args:
-    """`pair` "" ranks all pairs. `vram` and `card` describe a GPU that need not be here."""
+    """`pair` None ranks all pairs. `vram` and `card` describe a GPU that need not be here."""
 
     wishes: Wishes
-    pair: str = ""
+    pair: Pair | None = None
     vram: str = ""
     card: str = ""
     json: bool = False
@@ -44,13 +44,12 @@ def run(args: Args) -> int:
     """Print the plan of a pair, or all pairs ranked. Returns 5 if nothing fits.
 
     Raises UsageError for sizes, cards and contexts that make no sense, UnknownModelError for an
-    unknown pair or build, and ConfigError for a pair that cannot be counted.
+    unknown build, and ConfigError for a pair that cannot be counted.
     """
     device, problem = _device(args.vram, args.card)
     ram = 0 if device else _free_ram()
     if args.pair:
-        pair = pairs.find(args.pair)
-        made = planner.plan(pair, args.wishes, device, ram, calibration.read)
+        made = planner.plan(args.pair, args.wishes, device, ram, calibration.read)
         out = (
             json.dumps(as_json(made), indent=1) if args.json else _page(made, args.wishes, problem)
         )

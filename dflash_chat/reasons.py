@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dflash_chat import budget, cards, speed
-from dflash_chat.cards import GIB
-from dflash_chat.entries import Build
-from dflash_chat.planner import (
+from dflash_chat.candidates import (
     COMFORTABLE,
     FP8_FROM,
     MEASURED_AT,
@@ -25,6 +23,8 @@ from dflash_chat.planner import (
     rounds_unasked,
     without_kernels,
 )
+from dflash_chat.cards import GIB
+from dflash_chat.entries import Build
 from dflash_chat.runtime.api import EngineOptions
 
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141, 180)  # GB that cards are sold with

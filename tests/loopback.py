@@ -118,6 +118,7 @@ class Server:
     headers: dict[str, str] = field(default_factory=dict)
     started: threading.Event = field(default_factory=threading.Event)
     bodies: int = 0
+    asked: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -168,6 +169,7 @@ class _Running:
                 self._answer(with_body=True)
 
             def _answer(self, with_body: bool) -> None:
+                server.asked.append(self.path)
                 body = server.files.get(self.path.split("?")[0])
                 if server.status != 200 or body is None:
                     self.send_response(server.status if server.status != 200 else 404)

@@ -64,7 +64,11 @@ def run(args: Args) -> int:
         sys.stdout.write(json.dumps({"recommended": best, "plans": found}, indent=1) + "\n")
     else:
         sys.stdout.write(_ranking(plans, uncounted, device, problem) + "\n")
-    return EXIT_OK if plans and plans[0].recommendable else EXIT_DOES_NOT_FIT
+    if plans and plans[0].recommendable:
+        return EXIT_OK
+    where = _where(device, problem)
+    sys.stderr.write(f"dflash-chat: no pair that can be loaded fits {where}\n")
+    return EXIT_DOES_NOT_FIT
 
 
 def as_json(made: Plan) -> dict[str, Any]:

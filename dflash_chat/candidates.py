@@ -92,9 +92,9 @@ class Plan:
     """What to load, and why. `options` are complete: nothing that a plan decides is "auto".
 
     `free` counts the device's bytes before we come; `fits` says that `budget.total` is no more.
-    `drafts` are the numbers of drafted tokens that pay best by kind of text, empty where nothing
-    is known of speeds; `costs` are `measured`, or estimates. `missing` says what the runtime lacks
-    to load this, or "".
+    `drafts` are the numbers of drafted tokens by kind of text, those that pay best unless one was
+    asked for, empty where nothing is known of speeds; `costs` are `measured`, or estimates.
+    `missing` says what the runtime lacks to load this, or "".
     """
 
     pair: Pair
@@ -135,8 +135,7 @@ class Plan:
         """Tokens per second of this kind of text, drafted; 0 if unknown."""
         if self.costs is None:
             return 0.0
-        k = self.drafts.get(kind) or self.num_speculative_tokens
-        return self.costs.drafted(CURVES[kind], k)
+        return self.costs.drafted(CURVES[kind], self.drafts[kind])
 
 
 # ── rules ───────────────────────────────────────────────────────────────────────────────────────
@@ -162,11 +161,13 @@ def roomy(free: int) -> int:
     return free - free // MARGIN
 
 
-def bandwidth(gpu: Gpu) -> float:
-    """GB/s: what the driver says, or the data sheet, or the middle of the cards of its size."""
-    card = cards.reported(gpu.name)
-    sheet = card.bandwidth_gb_s if card else cards.guessed_bandwidth(gpu.total)
-    return gpu.bandwidth_gb_s or sheet
+def bandwidth(gpu: Gpu) -> tuple[float, str]:
+    """GB/s, and who says so: the driver's clock and bus, or a data sheet, or nobody."""
+    if gpu.bandwidth_gb_s:
+        return gpu.bandwidth_gb_s, "by its clock and bus"
+    if card := cards.reported(gpu.name):
+        return card.bandwidth_gb_s, "by data sheet"
+    return cards.guessed_bandwidth(gpu.total), "a guess by its size"
 
 
 def rounds_unasked(gpu: Gpu) -> bool:

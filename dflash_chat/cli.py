@@ -201,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quant(bench, argparse.SUPPRESS)
     bench.add_argument("--context", metavar="TOKENS", type=int, default=2048)
     bench.add_argument("--widths", metavar="N,N,…", type=_whole_numbers, default=())
-    bench.add_argument("--drafter", choices=("auto", "fp8"), help="same as -o drafter=…")
+    bench.add_argument("--drafter", choices=("auto", "bf16", "fp8"), help="same as -o drafter=…")
     bench.add_argument("--draft-head", metavar="HEAD", help="same as -o draft_head=HEAD")
     law = bench.add_mutually_exclusive_group()
     law.add_argument("--accept-length", metavar="X", type=float, default=0.0)

@@ -114,10 +114,8 @@ def _device(vram: str, card: str) -> tuple[Gpu | None, str]:
     if card:
         found = cards.find(card)
         total = parse_size(vram) if vram else round(found.gib * GIB)
-        return Gpu(
-            0, "", found.name, total, cards.usable(total), capability=found.capability,
-            bandwidth_gb_s=found.bandwidth_gb_s,
-        ), ""  # fmt: skip
+        free = cards.usable(total)
+        return Gpu(0, "", found.name, total, free, capability=found.capability), ""
     if vram:
         total = parse_size(vram)
         return Gpu(0, "", f"a card of {total / GIB:g} GB", total, cards.usable(total)), ""

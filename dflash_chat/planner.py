@@ -67,9 +67,9 @@ def plan(
         chosen, context = candidates[0], wanted
     options = replace(wishes.options, context_tokens=context)
     options, costs, known = _precision(pair, chosen, options, gpu, free, measured)
-    drafts = {kind: costs.best(curve) for kind, curve in CURVES.items()} if costs else {}
-    most = chosen.demand.draft_tokens
-    options = replace(options, draft_tokens=options.draft_tokens or drafts.get("mixed", most))
+    most, asked = chosen.demand.draft_tokens, options.draft_tokens
+    drafts = {kind: asked or costs.best(curve) for kind, curve in CURVES.items()} if costs else {}
+    options = replace(options, draft_tokens=asked or drafts.get("mixed", most))
     spent = chosen.demand.plan(options, context)
     spent = spent if gpu else _on_cpu(spent)
     decided = Plan(
@@ -176,9 +176,9 @@ def _precision(
     measured: Measured,
 ) -> tuple[EngineOptions, Costs | None, bool]:  # fmt: skip
     """The options with drafter and draft head decided, the costs of passes, and whether these were
-    measured.
+    measured, at the width that was asked for if one was.
     """
-    plain = _decided(options)
+    plain, most = _decided(options), chosen.demand.draft_tokens
     if gpu is None:
         return plain, None, False
     found = measured(Key(gpu.name, gpu.driver, pair.name, chosen.build.name))
@@ -196,9 +196,10 @@ def _precision(
         return _decided(first), None, False
 
     def costs(variant: EngineOptions) -> Costs:
-        formats, context = chosen.formats(variant), min(options.context_tokens, MEASURED_AT)
-        made = speed.estimated(chosen.target, chosen.drafter, formats, bandwidth(gpu), context)
-        return _up_to(made, chosen.demand.draft_tokens)
+        return speed.estimated(
+            chosen.target, chosen.drafter, chosen.formats(variant), bandwidth(gpu)[0],
+            min(options.context_tokens, MEASURED_AT), most,
+        )  # fmt: skip
 
     def rate(variant: EngineOptions) -> float:
         made = costs(variant)
@@ -207,8 +208,9 @@ def _precision(
     best = max(variants, key=rate, default=first)
     if not rounds_unasked(gpu) or rate(best) < QUICKER * rate(first):
         best = first
-    if found:
-        return _decided(best), _up_to(found, chosen.demand.draft_tokens), True
+    verify_ms = {n: ms for n, ms in found.verify_ms.items() if n <= most + 1} if found else {}
+    if found and len(verify_ms) > 1 and (not options.draft_tokens or most + 1 in verify_ms):
+        return _decided(best), Costs(verify_ms, found.draft_ms), True
     return _decided(best), costs(best), False
 
 
@@ -225,10 +227,6 @@ def _may_copy(options: EngineOptions, chosen: Candidate) -> bool:
     """Whether a copy of the head in 8 bits is ours to choose, and smaller than the head."""
     free = options.draft_head == "auto" and not options.draft_rows
     return free and chosen.formats(options).head > 8
-
-
-def _up_to(costs: Costs, most: int) -> Costs:
-    return replace(costs, verify_ms={n: ms for n, ms in costs.verify_ms.items() if n <= most + 1})
 
 
 def _on_cpu(spent: Budget) -> Budget:

@@ -244,6 +244,7 @@ def _rates(made: Plan, chosen: Candidate) -> Why:
     choice = f"{costs.plain:.0f} tok/s plain; drafted {drafted}"
     if made.measured:
         return Why("speed", choice, "passes measured on this card, usual acceptance")
+    speed_of, source = bandwidth(gpu)
     context = min(made.context_tokens, MEASURED_AT)
-    because = f"estimated from bytes at {bandwidth(gpu):.0f} GB/s, {context} tokens of context"
+    because = f"estimated at {speed_of:.0f} GB/s ({source}) and {context} tokens of context"
     return Why("speed", choice, because, "what a load measures replaces it")

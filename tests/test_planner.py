@@ -19,7 +19,7 @@ from dflash_chat.geometry import ConfigError
 from dflash_chat.gpu import Gpu
 from dflash_chat.planner import Plan, Wishes
 from dflash_chat.runtime.api import EngineOptions
-from dflash_chat.speed import Costs
+from dflash_chat.speed import CURVES, Costs
 from tests.published import DRAFTERS, TARGETS
 
 SIZES = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -229,6 +229,21 @@ def test_without_kernels_nothing_is_said_of_speed() -> None:
     assert made.num_speculative_tokens == 15
 
 
+@pytest.mark.parametrize(
+    ("card", "speed", "source"),
+    [
+        (gpu(24, speed=700.0), 700, "by its clock and bus"),
+        (replace(gpu(24), name="NVIDIA GeForce RTX 3090", bandwidth_gb_s=None), 936, "data sheet"),
+        (replace(gpu(24), bandwidth_gb_s=None), 896, "a guess"),
+    ],
+    ids=["driver", "sheet", "guess"],
+)
+def test_a_bandwidth_says_where_it_comes_from(card: Gpu, speed: int, source: str) -> None:
+    line = why(planner.plan(gemma(), gpu=card), "speed")
+    assert f"{speed} GB/s" in line.because
+    assert source in line.because
+
+
 def test_experts_get_a_smaller_width_for_prose_than_a_dense_target() -> None:
     sparse = planner.plan(gemma(), gpu=gpu(24))
     dense = planner.plan(pair("qwen3-8b", build("fp8", 8, "qwen3-8b")), gpu=gpu(24))
@@ -254,6 +269,19 @@ def test_measured_costs_replace_estimates() -> None:
     assert made.costs is not None
     assert made.costs.plain == 100
     assert "measured on this card" in why(made, "speed").because
+
+
+def test_a_width_that_was_asked_for_is_the_one_whose_speed_is_told() -> None:
+    for k in (1, 6, 15):
+        wishes = Wishes(options=EngineOptions(draft_tokens=k))
+        made = planner.plan(gemma(), wishes, gpu(24))
+        assert set(made.drafts.values()) == {k}
+        assert made.costs is not None
+        assert made.tok_s("code") == made.costs.drafted(CURVES["code"], k)
+    unmeasured = planner.plan(
+        gemma(), wishes, gpu(24), measured=lambda _: Costs({1: 10.0, 2: 10.1}, 1.0)
+    )
+    assert not unmeasured.measured
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,8 @@ def _rm(args: argparse.Namespace) -> int:
     from dflash_chat.listing import size
 
     pair = pairs.find(args.pair)
-    present = [found for build in pair.builds if (found := hub.installed(pair, build.name))]
+    fetched = [build.name for build in pair.builds if build.source.kind != "folder"]
+    present = [found for name in fetched if (found := hub.installed(pair, name))]
     if not present:
         raise UnknownModelError(f"{pair.name} is not installed", hint="see dflash-chat list")
     if not args.yes:

@@ -254,7 +254,10 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
-    """The pair, and the settings with the build that was named beside it."""
+    """The pair, and the settings with the build that was named beside it.
+
+    Refuses what the runtime cannot load, before anything starts.
+    """
     from dflash_chat import pairs
 
     pair = pairs.find(name)
@@ -262,6 +265,7 @@ def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
         if pair.quant not in ("", settings.quant):
             raise UsageError(f"two builds are named: {pair.quant} and {settings.quant}")
         pair = pair.narrowed(settings.quant)
+    pair.wanted()
     return pair, replace(settings, quant=pair.quant)
 
 

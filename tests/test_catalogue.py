@@ -105,6 +105,13 @@ def test_layer_types_are_written_once_and_count_for_every_layer(pair: Pair) -> N
             assert len(config["layer_types"]) == config["num_hidden_layers"]
 
 
+def test_a_dflash2_drafter_has_the_architecture_that_its_config_names() -> None:
+    drafters = {pair.name: pair.drafter for pair in SHIPPED}
+    assert drafters["qwen3.8-27b"].config["architectures"] == ["DFlash2DraftModel"]
+    assert drafters["qwen3.8-27b"].config["block_size"] == 8
+    assert "architectures" not in drafters["qwen3.6-27b"].config
+
+
 # ── edits ───────────────────────────────────────────────────────────────────────────────────────
 
 Edit = Callable[[random.Random, list[str], int], None]

@@ -265,7 +265,17 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
-    """The pair, and the settings with the build that was named beside it."""
+    """The pair, and the settings with the build that was named beside it.
+
+    Refuses what the runtime cannot load, before anything starts.
+    """
+    pair = _named(name, settings)
+    pair.wanted()
+    return pair, replace(settings, quant=pair.quant)
+
+
+def _named(name: str, settings: Settings) -> Pair:
+    """The pair, with the build that was named in either way."""
     from dflash_chat import pairs
 
     pair = pairs.find(name)
@@ -273,7 +283,7 @@ def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
         if pair.quant not in ("", settings.quant):
             raise UsageError(f"two builds are named: {pair.quant} and {settings.quant}")
         pair = pair.narrowed(settings.quant)
-    return pair, replace(settings, quant=pair.quant)
+    return pair
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -371,12 +381,10 @@ def _plan(args: argparse.Namespace) -> int:
     from dflash_chat import plan
     from dflash_chat.planner import Wishes
 
-    pair = None
-    if args.pair:
-        pair, settings = _chosen(args.pair, settings)
-    elif settings.quant:
+    if settings.quant and not args.pair:
         raise UsageError("a build is named, and no pair", "dflash-chat plan PAIR@BUILD")
-    wishes = Wishes(settings.quant, settings.engine)
+    pair = _named(args.pair, settings) if args.pair else None
+    wishes = Wishes(pair.quant if pair else "", settings.engine)
     return plan.run(plan.Args(wishes, pair, args.vram, args.gpu, args.json))
 
 
@@ -406,7 +414,8 @@ def _rm(args: argparse.Namespace) -> int:
     from dflash_chat.listing import size
 
     pair = pairs.find(args.pair)
-    present = [found for build in pair.builds if (found := hub.installed(pair, build.name))]
+    fetched = [build.name for build in pair.builds if build.source.kind != "folder"]
+    present = [found for name in fetched if (found := hub.installed(pair, name))]
     if not present:
         raise UnknownModelError(f"{pair.name} is not installed", hint="see dflash-chat list")
     if not args.yes:

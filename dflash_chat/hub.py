@@ -143,6 +143,8 @@ class _Manifest:
     def read(cls, pair: Pair, build: Build) -> _Manifest | None:
         """The manifest of a finished pull of exactly this build; None for anything else."""
         path = _manifest_path(pair, build)
+        if isinstance(build.source, FolderSource) and not build.source.path.exists():
+            return None
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             manifest = cls(path, **body)
@@ -257,10 +259,8 @@ def _manifest_path(pair: Pair, build: Build) -> Path:
 def _in_folders(pair: Pair, build: Build) -> Installed | None:
     """A pair that lies in two folders of somebody else's, which are never checked here."""
     source, drafter = build.source, pair.drafter.path
-    if not isinstance(source, FolderSource) or drafter is None:
+    if not isinstance(source, FolderSource) or drafter is None or not source.path.exists():
         return None
-    if not source.path.exists():
-        raise UnknownModelError(f"there is nothing at {source.path}")
     return Installed(pair, build, source.path, drafter, source.bytes)
 
 
@@ -306,6 +306,8 @@ def _first_that_works(pair: Pair, builds: tuple[Build, ...], report: Report) -> 
 
 def _fetch(pair: Pair, build: Build, report: Report) -> Installed:
     source, of_drafter = build.source, pair.drafter.source
+    if isinstance(source, FolderSource) and not source.path.exists():
+        raise UnknownModelError(f"{pair.name}@{build.name}: there is nothing at {source.path}")
     drafter = str(_checked_snapshot(of_drafter, report)) if of_drafter else ""
     if isinstance(source, FolderSource):
         folder = Path(drafter)

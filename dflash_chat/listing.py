@@ -16,7 +16,7 @@ from typing import Any
 from dflash_chat import hub
 from dflash_chat.pairs import Build, Drafter, Fact, HubSource, Pair
 
-_SIZE_FROM, _LICENCE_FROM = 50, 72  # columns of the terminal from which these are shown
+_SIZE_FROM, _LICENCE_FROM = 62, 74  # columns of the terminal from which these are shown
 _LEAST = 24  # columns that the last cell keeps
 
 

@@ -30,9 +30,9 @@ from dflash_chat.runtime.api import EngineOptions
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141, 180)  # GB that cards are sold with
 
 
-def why(made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes) -> tuple[
-    Why, ...
-]:  # fmt: skip
+def why(
+    made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes
+) -> tuple[Why, ...]:
     """One for every choice of the plan, in the order of their weight."""
     lines = [_build(made, chosen, candidates, wishes), _context(made, chosen, wishes)]
     if made.gpu:
@@ -69,9 +69,7 @@ def remedy(made: Plan) -> str:
     return first or f"{card_for(made.budget.total)} would take it"
 
 
-def _build(
-    made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes
-) -> Why:  # fmt: skip
+def _build(made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes) -> Why:
     name, context = chosen.build.name, made.context_tokens
     if named := bool(wishes.build or made.pair.quant):
         because = "you named it"

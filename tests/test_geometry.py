@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dflash_chat
-from dflash_chat import geometry
+from dflash_chat import geometry, loads
 from dflash_chat.geometry import ConfigError
 from tests.published import DRAFTERS, TARGETS
 
@@ -190,7 +190,7 @@ _values = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_config_is_counted_or_refused(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([*TINY, "drafter"]))
@@ -203,6 +203,12 @@ def test_any_config_is_counted_or_refused(data: st.DataObject) -> None:
     except ConfigError:
         return
     assert parameters > 0
+
+
+@pytest.mark.parametrize("model_type", loads.ARCHITECTURES)
+def test_every_architecture_that_is_loaded_is_counted(model_type: str) -> None:
+    raw = {**TINY["gemma4_text"], "model_type": model_type}
+    assert geometry.target(raw).parameters > 0
 
 
 def test_a_multimodal_config_is_read_by_its_text_part() -> None:

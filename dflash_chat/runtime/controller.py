@@ -241,7 +241,7 @@ class Controller:
         return (1.0 + _BET * (self._purse - self._staked)) * costs.plain_ms
 
     def _solvent(self, costs: StepCosts) -> bool:
-        """Whether the purse can pay for a drafted step or, if it once could not, has been refilled."""
+        """Whether the purse can pay for a drafted step, or has been refilled since it could not."""
         if self._spent:
             self._spent = self._purse < _RESUME
         else:

@@ -296,9 +296,7 @@ class Engine:
         timer, controller = StepTimer(self.target.device), self.controller
         while True:
             timer.start()
-            decision = controller.decide(
-                self.cache.length, self.cache.capacity - self.cache.length
-            )
+            decision = controller.decide(self.cache.length, self.cache.capacity - self.cache.length)
             drafted = self._propose(anchor, sampler, decision)
             width = len(drafted)
             block = torch.cat([self._tensor([anchor]), drafted])

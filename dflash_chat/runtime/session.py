@@ -94,7 +94,7 @@ class Session:
                 raise DoesNotFitError(
                     f"the GPU's memory ran out while {installed.pair.title} was loaded", what_fits
                 ) from error
-        fitting.keep_costs(installed, engine, card)
+            fitting.measure(installed, engine, options, card)
         took = time.perf_counter() - started
         info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
         return cls(engine, opened.tokenizer, info, what_fits)
@@ -386,7 +386,6 @@ def _build(
         engine.graphed, engine.eager_because = _graphs(engine)
     progress(Progress("warming up", 0, 0))
     engine.warm_up()
-    engine.measure(pinned=options.draft_tokens > 0)
     return engine
 
 

@@ -85,18 +85,27 @@ def user_file() -> Path:
 
 
 def load_catalogue(user_file: Path | None = None) -> tuple[Pair, ...]:
-    """All pairs: the packaged ones in their order, replaced or followed by those of `user_file`."""
-    pairs = {pair.name: pair for pair in _read(packaged_file())}
+    """All pairs: the packaged ones in their order, replaced or followed by those of `user_file`.
+
+    There, an entry may say `based_on`, the name of a packaged pair, and what differs from it: keys
+    of tables are merged, builds by their name; a build or drafter with a `kind` is a new one.
+    UsageError names file, entry and key of the first mistake.
+    """
+    packaged = packaged_file()
+    values = toml_table.read(packaged)
+    pairs = {pair.name: pair for pair in _pairs(packaged, values, {})}
     if user_file is not None and user_file.exists():
-        pairs |= {pair.name: pair for pair in _read(user_file)}
+        known = {entry["name"]: entry for entry in values["pair"]}
+        own = _pairs(user_file, toml_table.read(user_file), known)
+        pairs |= {pair.name: pair for pair in own}
     return tuple(pairs.values())
 
 
-def _read(path: Path) -> tuple[Pair, ...]:
-    root = Table(toml_table.read(path), str(path))
+def _pairs(path: Path, values: dict[str, Any], known: dict[str, Any]) -> tuple[Pair, ...]:
+    root = Table(values, str(path))
     pairs: dict[str, Pair] = {}
     for table in root.tables("pair"):
-        pair = _pair(table)
+        pair = _pair(table, known)
         if pair.name in pairs:
             raise table.wrong("name", f"appears twice: {pair.name!r}")
         pairs[pair.name] = pair
@@ -104,9 +113,17 @@ def _read(path: Path) -> tuple[Pair, ...]:
     return tuple(pairs.values())
 
 
-def _pair(table: Table) -> Pair:
+def _pair(table: Table, known: dict[str, Any]) -> Pair:
     name = table.text("name", shape=_NAME)
     table.where = f"{table.where} ({name})"
+    if "based_on" in table.values:
+        base = table.text("based_on")
+        if base not in known:
+            raise table.wrong("based_on", f"names no packaged pair: {base!r}", _known(list(known)))
+        inherited = dict(known[base])
+        if base != name:
+            inherited.pop("aliases", None)
+        table.values = _merged(inherited, table.values)
     architecture = table.text("architecture", shape=_WORD)
     builds = tuple(_build(build, architecture) for build in table.tables("build"))
     names = [build.name for build in builds]
@@ -137,6 +154,34 @@ def _pair(table: Table) -> Pair:
     )
     table.done()
     return pair
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`base` changed by what `own` says; lists are replaced, but builds merged by name."""
+    merged = dict(base)
+    for key, value in own.items():
+        before = base.get(key)
+        if key == "build" and isinstance(value, list) and isinstance(before, list):
+            merged[key] = _merged_builds(before, value)
+        elif isinstance(value, dict) and isinstance(before, dict) and "kind" not in value:
+            merged[key] = _merged(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _merged_builds(base: list[Any], own: list[Any]) -> list[Any]:
+    names = [build["name"] for build in base]
+    builds = list(base)
+    for build in own:
+        name = build.get("name") if isinstance(build, dict) else None
+        if name not in names:
+            builds.append(build)
+        elif "kind" in build:
+            builds[names.index(name)] = build
+        else:
+            builds[names.index(name)] = _merged(base[names.index(name)], build)
+    return builds
 
 
 # ── builds ──────────────────────────────────────────────────────────────────────────────────────
@@ -215,6 +260,9 @@ def _drafter(table: Table) -> Drafter:
         local = _own_config(path)
     block_size = table.whole("block_size", 2, 64)
     version = table.whole("version", 1, 9, 1)
+    implied: dict[str, Any] = {"block_size": block_size}
+    if version > 1:
+        implied["architectures"] = [f"DFlash{version}DraftModel"]
     drafter = Drafter(
         path=path,
         block_size=block_size,
@@ -225,7 +273,7 @@ def _drafter(table: Table) -> Drafter:
         bytes=source.bytes if source else table.whole("bytes", 1, _LARGEST, 0),
         version=version,
         missing=loads.missing_drafter(version),
-        config=_config(table.table("config", {}), {"block_size": block_size}) or local,
+        config=_config(table.table("config", {}), implied) or local,
         notes=table.text("notes", ""),
         facts=_facts(table),
         approximate=_approximate(table),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dflash_chat import __version__, completion
 from dflash_chat.errors import (
@@ -25,7 +25,6 @@ from dflash_chat.errors import (
     UsageError,
     UserError,
 )
-from dflash_chat.progress import size
 from dflash_chat.settings import (
     DEFAULT_PAIR,
     KEYS,
@@ -170,6 +169,10 @@ def build_parser() -> argparse.ArgumentParser:
         how = listing.add_mutually_exclusive_group()
         how.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
         how.add_argument("-q", "--quiet", action="store_true", help="names only")
+
+    show = _command(commands, "show", _show, "all that is known of a pair")
+    show.add_argument("pair", metavar="PAIR")
+    show.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
     rm = _command(commands, "rm", _rm, "delete a pair's weights")
     rm.add_argument("pair", metavar="PAIR")
@@ -348,37 +351,23 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from dflash_chat import hub, pairs
+    from dflash_chat import listing, pairs
 
     catalogue = pairs.load_catalogue(pairs.user_file())
     if args.quiet:
-        print("\n".join(pair.name for pair in catalogue))
-        return EXIT_OK
-    rows: list[dict[str, Any]] = []
-    for pair in catalogue:
-        found = hub.installed(pair)
-        rows.append(
-            {
-                "name": pair.name,
-                "title": pair.title,
-                "licence": pair.licence,
-                "installed": found is not None,
-                "source": (found.build if found else pair.builds[0]).source.kind,
-                "bytes": found.bytes if found else pair.builds[0].source.bytes,
-                "path": str(found.target) if found else None,
-            }
-        )
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return EXIT_OK
-    table = [["PAIR", "SIZE", "STATE", "SOURCE", "LICENCE", "TITLE"]]
-    for row in rows:
-        state = "installed" if row["installed"] else "–"
-        words = (row[key] for key in ("source", "licence", "title"))
-        table.append([row["name"], size(row["bytes"]), state, *words])
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+        print(listing.names(catalogue))
+    elif args.json:
+        print(json.dumps(listing.rows(catalogue), indent=1))
+    else:
+        print(listing.table(listing.rows(catalogue), listing.terminal_width()))
+    return EXIT_OK
+
+
+def _show(args: argparse.Namespace) -> int:
+    from dflash_chat import listing, pairs
+
+    pair = pairs.find(args.pair)
+    print(listing.as_json(pair) if args.json else listing.describe(pair))
     return EXIT_OK
 
 

@@ -44,7 +44,7 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _after_command(name: str, command: argparse.ArgumentParser) -> str:
     """Words that may follow a command, as shell text."""
     after = list(_flags(command))
-    if name in ("pull", "rm"):
+    if name in ("pull", "rm", "show"):
         after.append("$(dflash-chat list -q 2>/dev/null)")
     return " ".join([*after, *(SHELLS if name == "completion" else ())])
 
@@ -93,7 +93,7 @@ def _fish(parser: argparse.ArgumentParser) -> str:
     lines += _fish_options(parser, anywhere)
     for name, command in commands.items():
         here = f"__fish_seen_subcommand_from {name}"
-        if name in ("pull", "rm"):
+        if name in ("pull", "rm", "show"):
             lines.append(f"complete -c dflash-chat -n '{here}' -a '(dflash-chat list -q)'")
         if name == "completion":
             lines.append(f"complete -c dflash-chat -n '{here}' -a '{' '.join(SHELLS)}'")

@@ -87,8 +87,8 @@ def installed(pair: Pair, quant: str = "") -> Installed | None:
     """The first complete build of the pair, or the one named. Looks at sizes only; no network."""
     name = quant or pair.quant
     for build in (pair.build(name),) if name else pair.builds:
-        if isinstance(build.source, FolderSource):
-            return _in_folder(pair, build, build.source)
+        if found := _in_folders(pair, build):
+            return found
         manifest = manifest_of(pair, build)
         if manifest and not manifest.damage():
             return _installed(pair, build, manifest)
@@ -162,9 +162,10 @@ def _manifest_path(pair: Pair, build: Build) -> Path:
 
 def _identity(pair: Pair, source: Source) -> str:
     """What must not have changed in the catalogue since the pull."""
-    assert not isinstance(source, FolderSource), "folders have no manifest"
     if isinstance(source, PyPISource):
         own = f"{source.package}=={source.version} {source.sha256}"
+    elif isinstance(source, FolderSource):
+        own = str(source.path)
     else:
         own = f"{source.repo}@{source.revision}"
     drafter = pair.drafter.source
@@ -172,27 +173,31 @@ def _identity(pair: Pair, source: Source) -> str:
 
 
 def _installed(pair: Pair, build: Build, manifest: Manifest) -> Installed:
-    target = Path(manifest.folder)
-    if isinstance(build.source, PyPISource):
+    target, bytes_ = Path(manifest.folder), manifest.bytes
+    if isinstance(build.source, FolderSource):
+        target, bytes_ = build.source.path, bytes_ + build.source.bytes
+    elif isinstance(build.source, PyPISource):
         target /= build.source.file_name
     elif build.format == "gguf":
         target /= next(name for name in manifest.files if name.endswith(".gguf"))
     drafter = pair.drafter.path or Path(manifest.drafter)
-    return Installed(pair, build, target, drafter, manifest.bytes)
+    return Installed(pair, build, target, drafter, bytes_)
 
 
-def _in_folder(pair: Pair, build: Build, source: FolderSource) -> Installed | None:
-    """A pair whose target lies in a folder, which is never fetched nor checked here."""
-    drafter = pair.drafter.path
-    if drafter is None or not source.path.exists():
+def _in_folders(pair: Pair, build: Build) -> Installed | None:
+    """A pair that lies in two folders of somebody else's, which are never checked here."""
+    source, drafter = build.source, pair.drafter.path
+    if not isinstance(source, FolderSource) or drafter is None:
         return None
+    if not source.path.exists():
+        raise UnknownModelError(f"there is nothing at {source.path}")
     return Installed(pair, build, source.path, drafter, source.bytes)
 
 
 def _healthy(pair: Pair, build: Build, report: Report, check: bool) -> Installed | None:
     """What is installed and stands the checks; what does not is reported and counts as absent."""
-    if isinstance(build.source, FolderSource):
-        return _in_folder(pair, build, build.source)
+    if found := _in_folders(pair, build):
+        return found
     manifest = manifest_of(pair, build)
     if manifest is None:
         return None
@@ -240,8 +245,6 @@ def _first_that_works(
 
 
 def _plan(pair: Pair, build: Build, report: Report, asks: Asks) -> PullPlan:
-    if isinstance(build.source, FolderSource):
-        raise UnknownModelError(f"there is nothing at {build.source.path}")
     found = preflight.plan(pair, build, folder_of(pair), report, asks.fits)
     preflight.require_space(found)
     return found
@@ -258,16 +261,13 @@ def _fetch(plan: PullPlan, report: Report, check: bool, asks: Asks) -> Installed
     if plan.listings:
         unfinished.write()
     _transfer(plan, report, check, asks.watch or tell)
+    manifest = replace(unfinished, path=_manifest_path(pair, build))
     if isinstance(build.source, PyPISource):
-        folder = _from_index(pair, build.source, report)
-        name = build.source.file_name
-        files = describe(folder, [name], {name: build.source.sha256})
-    else:
-        assert plan.target is not None
-        folder, files = plan.target.folder, _files(plan.target)
-    manifest = replace(
-        unfinished, path=_manifest_path(pair, build), folder=str(folder), files=files
-    )
+        folder, name = _from_index(pair, build.source, report), build.source.file_name
+        manifest.folder = str(folder)
+        manifest.files = describe(folder, [name], {name: build.source.sha256})
+    if plan.target:
+        manifest.files = _files(plan.target)
     if plan.drafter:
         manifest.drafter_files = _files(plan.drafter)
     manifest.write()

@@ -22,13 +22,14 @@ DRAFTER_VERSIONS = (1,)
 
 def missing_architecture(model_type: str) -> str:
     """What the runtime lacks for targets of this type; "" if nothing."""
-    return "" if model_type in ARCHITECTURES else f"targets of type {model_type} are not read yet"
+    return "" if model_type in ARCHITECTURES else f"{model_type} is not read yet"
 
 
 def missing_format(model_type: str, format_name: str, weights: str) -> str:
     """What the runtime lacks for weights stored like this; "" if nothing."""
     if weights not in FORMATS.get(format_name, ()):
-        return f"{weights} weights as {format_name} are not read yet"
+        form = "" if format_name == weights else f"{format_name} "
+        return f"{form}{weights} weights are not read yet"
     if format_name == "gguf" and model_type not in GGUF_ARCHITECTURES:
         return f"GGUF files of {model_type} are not read yet"
     return ""

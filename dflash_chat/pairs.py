@@ -1,13 +1,13 @@
 """Which pair a person means: a name or alias of the catalogue, and perhaps one of its builds.
 
-The one module others ask; entries.py says what a pair is, catalogue.py reads it.
+The one module others ask; entries.py says what a pair is, catalogue.py and custom.py read them.
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 
-from dflash_chat import catalogue
+from dflash_chat import catalogue, custom
 from dflash_chat.catalogue import load_catalogue, user_file
 from dflash_chat.entries import (
     Build,
@@ -30,9 +30,12 @@ __all__ = [
 def find(name: str) -> Pair:
     """The pair with this name or alias, in any case; names go before aliases.
 
-    `name@build` names a build as well, which is then the pair's `quant`. UnknownModelError with the
-    nearest names if there is no such pair or build.
+    `name@build` names a build as well, which is then the pair's `quant`; `target+drafter` is a pair
+    of one's own folders or hub repositories. UnknownModelError with the nearest names if there is
+    no such pair or build.
     """
+    if custom.is_custom(name):
+        return custom.find(name)
     wanted, at, quant = name.strip().lower().partition("@")
     known = load_catalogue(catalogue.user_file())
     found = [pair for pair in known if pair.name == wanted]

@@ -289,11 +289,12 @@ def test_empty_input_without_arguments_is_a_usage_error() -> None:
 
 def test_list_speaks_to_people_programs_and_shells() -> None:
     table = run("list").stdout.splitlines()
-    assert table[0].split() == ["PAIR", "SIZE", "STATE", "SOURCE", "LICENCE", "TITLE"]
-    assert table[1].startswith("smollm2-135m  98 MB  –")
-    assert run("ls", "-q").stdout == "smollm2-135m\n"
-    (row,) = json.loads(run("list", "--json").stdout)
-    assert (row["name"], row["installed"], row["path"]) == ("smollm2-135m", False, None)
+    assert table[0].split() == ["PAIR", "BUILD", "SIZE", "LICENCE", "STATE"]
+    assert re.fullmatch(r"smollm2-135m +q4_1 +98 MB +Apache-2.0 +not installed", table[1])
+    assert run("ls", "-q").stdout.split() == [line.split()[0] for line in table[1:]]
+    rows = json.loads(run("list", "--json").stdout)
+    assert [row["name"] for row in rows] == [line.split()[0] for line in table[1:]]
+    assert (rows[0]["installed"], rows[0]["path"], rows[0]["loadable"]) == (False, None, True)
 
 
 def test_an_empty_answer_deletes_nothing(
@@ -325,7 +326,7 @@ def test_completion_knows_every_command_flag_and_key(shell: str) -> None:
     [
         ("dflash-chat pu", ["pull"]),
         ("dflash-chat pull smo", ["smollm2-135m"]),
-        ("dflash-chat -m ", ["smollm2-135m"]),
+        ("dflash-chat -m smo", ["smollm2-135m"]),
         ("dflash-chat -o temp", ["temperature="]),
         ("dflash-chat completion z", ["zsh"]),
         ("dflash-chat rm --y", ["--yes"]),

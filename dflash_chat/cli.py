@@ -174,6 +174,17 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("pair", metavar="PAIR")
     show.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
+    plan = _command(commands, "plan", _plan, "what a card can take, and why; loads nothing")
+    plan.add_argument(
+        "pair", metavar="PAIR", nargs="?", default="", help="or PAIR@BUILD; none: all"
+    )
+    plan.add_argument("--vram", metavar="SIZE", default="", help="of a card that is not here: 24G")
+    plan.add_argument("--gpu", metavar="NAME", default="", help='its name: "RTX 3090"')
+    plan.add_argument("--ctx", metavar="TOKENS", help="same as -o ctx=TOKENS")
+    _add_quant(plan, argparse.SUPPRESS)
+    _add_options(plan, default=argparse.SUPPRESS)
+    plan.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+
     rm = _command(commands, "rm", _rm, "delete a pair's weights")
     rm.add_argument("pair", metavar="PAIR")
     _add_quant(rm, argparse.SUPPRESS)
@@ -251,7 +262,7 @@ def _add_options(parser: argparse.ArgumentParser, default: str | None = None) ->
 
 def _options(args: argparse.Namespace) -> list[str]:
     """All settings as key=value; the flags come last and win."""
-    names = ("seed", "max_tokens", "drafter", "draft_head", "quant")
+    names = ("seed", "max_tokens", "ctx", "drafter", "draft_head", "quant")
     flags = {name: getattr(args, name, None) for name in names}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return [*(args.options or ()), *given]
@@ -348,6 +359,21 @@ def _pull(args: argparse.Namespace) -> int:
 
     wanted = pull.PullArgs(args.verify, args.force, args.dry_run, args.json, args.yes)
     return pull.run(pair, wanted, _ask_if_possible)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    settings = parse_options(_options(args))
+    from dflash_chat import plan
+    from dflash_chat.planner import Wishes
+
+    name = args.pair
+    if settings.quant and not name:
+        raise UsageError("a build is named, and no pair", "dflash-chat plan PAIR@BUILD")
+    if name:
+        pair, settings = _chosen(name, settings)
+        name = f"{name.partition('@')[0]}@{pair.quant}" if pair.quant else name
+    wishes = Wishes(settings.quant, settings.engine)
+    return plan.run(plan.Args(wishes, name, args.vram, args.gpu, args.json))
 
 
 def _list(args: argparse.Namespace) -> int:

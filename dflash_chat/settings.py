@@ -116,7 +116,7 @@ _ENGINE_RANGES = {
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "fp32", "bf16"),
-    "drafter": ("auto", "fp8"),
+    "drafter": ("auto", "bf16", "fp8"),
     "head": ("auto", "fp8"),
 }
 _QUANT = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -168,15 +168,15 @@ def _set(settings: Settings, key: str, value: str) -> Settings:
 
 
 def _with_draft_head(engine: EngineOptions, value: str) -> EngineOptions:
-    """`auto`, `fp8`, the number of rows, or both: `fp8:ROWS`."""
+    """`auto`, `own`, `fp8`, the number of rows, or both: `fp8:ROWS`."""
     word, colon, count = value.strip().lower().partition(":")
-    if word in ("auto", "fp8") and not colon:
+    if word in ("auto", "own", "fp8") and not colon:
         return replace(engine, draft_head=word, draft_rows=0)
     word, count = (word, count) if colon else ("auto", word)
     rows = _DRAFT_ROWS.read(count)
     if rows is None or word not in ("auto", "fp8"):
         raise UsageError(
-            f"option draft_head={value}: expected fp8, a number of rows, or fp8:rows",
+            f"option draft_head={value}: expected own, fp8, a number of rows, or fp8:rows",
             hint="e.g. draft_head=16000, or draft_head=fp8:16000",
         )
     return replace(engine, draft_head=word, draft_rows=int(rows))
@@ -185,7 +185,8 @@ def _with_draft_head(engine: EngineOptions, value: str) -> EngineOptions:
 def _number(key: str, text: str, limits: _Number) -> float | int:
     value = limits.read(text.strip())
     if value is None:
-        raise UsageError(f"option {key}={text}: expected {limits}")
+        hint = "tokens of context, e.g. ctx=8192" if key == "ctx" else ""
+        raise UsageError(f"option {key}={text}: expected {limits}", hint)
     return value
 
 

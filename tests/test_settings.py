@@ -69,7 +69,9 @@ def test_a_draft_head_is_rounded_or_trimmed_or_both(value: str, kind: str, rows:
     "value", ["", "int8", "0", "-5", "1.5", "fp8:", "fp8:0", "fp8:all", ":9", "16000:fp8"]
 )
 def test_a_draft_head_that_makes_no_sense_is_refused_with_an_example(value: str) -> None:
-    with pytest.raises(UsageError, match="expected fp8, a number of rows, or fp8:rows") as caught:
+    with pytest.raises(
+        UsageError, match="expected own, fp8, a number of rows, or fp8:rows"
+    ) as caught:
         parse_options([f"draft_head={value}"])
     assert caught.value.hint == "e.g. draft_head=16000, or draft_head=fp8:16000"
 

@@ -355,10 +355,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _pull(args: argparse.Namespace) -> int:
     pair, _ = _chosen(args.pair, parse_options(_options(args)))
-    from dflash_chat import pull
+    from dflash_chat import here, pull
 
     wanted = pull.PullArgs(args.verify, args.force, args.dry_run, args.json, args.yes)
-    return pull.run(pair, wanted, _ask_if_possible)
+    return pull.run(pair, wanted, _ask_if_possible, here.machine())
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -104,12 +104,14 @@ def ensure(
 ) -> Installed:
     """The pair, fetched first if need be. `check` hashes everything, however recently checked.
 
-    Builds are tried in the pair's order, or the one named; why one failed is reported before the
-    next is tried. Files that are damaged, or changed and no longer what they should be, are fetched
-    again; complete ones stay, whatever ends a fetch.
+    Where no build is named, any that is there will do. Builds to fetch are tried in the pair's
+    order, or the one named; why one failed is reported before the next is tried. Files that are
+    damaged, or changed and no longer what they should be, are fetched again; complete ones stay,
+    whatever ends a fetch.
     """
     builds = pair.wanted(quant)
-    for build in builds:
+    others = [build for build in pair.loadable if build not in builds]
+    for build in builds if quant or pair.quant else (*builds, *others):
         if found := _healthy(pair, build, report, check):
             return found
     with disk(cache_dir()), lock(pair, report):

@@ -26,7 +26,7 @@ _SPARE_BYTES = 64 << 20, 2 << 30  # kept free: a twentieth of the pull, within t
 
 log = logging.getLogger(__name__)
 
-Fits = Callable[[Pair, Build], str]
+Fits = Callable[[Pair, Build], str]  # why a build cannot run here, a sentence; "" if it can
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ def plan(
     answers = _all_readable([source for source in sources if source], report)
     if reason := fits(pair, build):
         raise DoesNotFitError(
-            f"{pair.name}@{build.name} does not fit: {reason}",
-            hint="see dflash-chat plan; --force fetches it all the same",
+            reason, hint=f"see dflash-chat plan {pair.name}; --force fetches it all the same"
         )
     drafter, target = (
         _listing(source, answers[source.repo], report, again) if source else None

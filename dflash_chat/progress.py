@@ -161,7 +161,7 @@ class Reporter:
             description=step.label(),
             completed=step.done,
             total=step.total or None,
-            pace=pace(step),
+            pace=step.note or pace(step),
         )
 
     def _line(self, step: Step) -> None:

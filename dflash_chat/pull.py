@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dflash_chat import hub, preflight, removal
 from dflash_chat.errors import EXIT_INTERRUPTED, EXIT_OK, UnknownModelError, UserError
+from dflash_chat.here import Machine
 from dflash_chat.hub import Asks, Installed
 from dflash_chat.pairs import Pair
 from dflash_chat.preflight import Fits, PullPlan
@@ -32,12 +33,12 @@ class PullArgs:
     yes: bool = False
 
 
-def run(pair: Pair, args: PullArgs, ask: Ask, fits: Fits = preflight.always) -> int:
+def run(pair: Pair, args: PullArgs, ask: Ask, machine: Machine) -> int:
     """Fetch the pair, or say what would be fetched. `ask` is used where somebody can answer."""
-    if args.force:
-        fits = preflight.always
+    fits = preflight.always if args.force else machine.fits
+    pair, why = machine.choose(pair)
     if args.dry_run:
-        return _dry_run(pair, fits, args.json)
+        return _dry_run(pair, why, fits, args.json)
     if args.json:
         return _for_programs(pair, args, fits)
     return _for_people(pair, args, ask, fits)
@@ -113,7 +114,7 @@ def _for_programs(pair: Pair, args: PullArgs, fits: Fits) -> int:
 # ── the dry run ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _dry_run(pair: Pair, fits: Fits, as_json: bool) -> int:
+def _dry_run(pair: Pair, why: str, fits: Fits, as_json: bool) -> int:
     found = hub.installed(pair)
     with Reporter() as reporter:
         plan = None if found else hub.plan(pair, report=reporter, asks=Asks(fits))
@@ -121,7 +122,7 @@ def _dry_run(pair: Pair, fits: Fits, as_json: bool) -> int:
         json.dump(_as_json(pair, found, plan), sys.stdout, indent=1)
         sys.stdout.write("\n")
     elif plan:
-        sys.stdout.write("\n".join(_in_words(plan)) + "\n")
+        sys.stdout.write("\n".join(_in_words(plan, why)) + "\n")
     elif found:
         sys.stdout.write(f"{pair.name}@{found.build.name} is installed: {found.target}\n")
     return EXIT_OK
@@ -134,8 +135,8 @@ def _headline(plan: PullPlan) -> str:
     )
 
 
-def _in_words(plan: PullPlan) -> list[str]:
-    lines = [_headline(plan)]
+def _in_words(plan: PullPlan, why: str) -> list[str]:
+    lines = [_headline(plan), *([f"  {plan.build.name}: {why}"] if why else [])]
     if plan.wheel_bytes:
         lines.append(f"  {plan.build.source}: {size(plan.wheel_bytes)}")
     for listing in plan.listings:

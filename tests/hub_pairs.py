@@ -49,16 +49,24 @@ def hub() -> Hub:
 
 def write_catalogue(folder: Path) -> None:
     """Both pairs in the user's own models.toml below `folder`, the root of `own_folders`."""
+    shape = [
+        "hidden_size = 64", "intermediate_size = 128", "num_hidden_layers = 4", "head_dim = 16",
+        "num_attention_heads = 4", "num_key_value_heads = 2", "vocab_size = 1000",
+    ]  # fmt: skip
+    config = ["[pair.config]", *shape, "max_position_embeddings = 8192"]
     drafter = [
         "[pair.drafter]", 'kind = "hub"', 'repo = "me/drafter"', f'revision = "{"d" * 40}"',
         "bytes = 200002", "block_size = 8",
+        "[pair.drafter.config]", *shape, "num_target_layers = 4",
+        "dflash_config = { mask_token_id = 4, target_layer_ids = [1, 2] }",
     ]  # fmt: skip
     ggufs = [_build(name[0], "q4_1", "gguf", "me/gguf", "e", [name]) for name in GGUF]
     safe = _build("bf16", "bf16", "safetensors", "me/target", "a")
     lines = []
     for name, builds in (("duo", [safe, *ggufs]), ("twin", [safe])):
         lines += ["[[pair]]", f'name = "{name}"', 'title = "Tiny"', 'licence = "MIT"']
-        lines += ['architecture = "llama"', *(line for build in builds for line in build), *drafter]
+        lines += ['architecture = "llama"', *(line for build in builds for line in build)]
+        lines += [*config, *drafter]
     path = folder / "config" / "dflash-chat" / "models.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

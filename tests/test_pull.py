@@ -120,6 +120,23 @@ def test_of_ggufs_exactly_one_is_fetched(server: Hub) -> None:
     assert hub.ensure(pairs.find("duo")).build.name == "x"  # any build serves, if none is named
 
 
+def test_what_another_program_fetched_is_taken_as_it_is(server: Hub, own_folders: Path) -> None:
+    fetch = "import huggingface_hub as hub\n" + "".join(
+        f"hub.snapshot_download('{repo}', revision='{commit * 40}')\n"
+        for repo, commit in (("me/target", "a"), ("me/drafter", "d"))
+    )
+    subprocess.run([sys.executable, "-c", fetch], check=True, env=environment(server), timeout=60)
+    nowhere = Hub({}, url="http://127.0.0.1:9")
+    code, _, errors = run(nowhere, "pull", "duo", HF_HUB_OFFLINE="1")
+    assert code == EXIT_OK, errors
+    found = hub.installed(pairs.find("duo"))
+    assert found is not None
+    assert found.bytes == ALL_BYTES + 31
+    (found.target / "model-1.safetensors").unlink()
+    code, _, errors = run(nowhere, "pull", "duo", HF_HUB_OFFLINE="1")
+    assert code == EXIT_UNKNOWN_MODEL
+
+
 # ── before the first byte ───────────────────────────────────────────────────────────────────────
 
 

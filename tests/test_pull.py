@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_not_listed_let_alone_fetched(server: Hub) -> None:
     assert "duo@bf16 with a context of" in out
     assert "--force" in out
     assert not any("/tree/" in line for line in server.log)
-    assert on_a_machine(server, 1_000_000, "duo", force=True)[0] == EXIT_OK
+    assert on_a_machine(server, 1_000_000, "duo", force=True, dry_run=True)[0] == EXIT_OK
 
 
 def test_the_build_is_the_planners_where_nobody_names_one(own_folders: Path) -> None:
@@ -299,19 +299,18 @@ def test_a_file_that_is_refused_on_the_way_leaves_the_others(
         assert hub_server.sha256(data) not in kept or server.bodies(f"{name}.safetensors") == 1
 
 
-def test_a_truncated_file_is_fetched_again(server: Hub, own_folders: Path) -> None:
-    weights = Path(run(server, "pull", "duo")[1].strip()) / "model-1.safetensors"
-    os.truncate(weights.resolve(), 1000)
+def test_wrong_sizes_are_seen_at_once_and_wrong_bytes_with_verify(
+    server: Hub, own_folders: Path
+) -> None:
+    server.lies = {"model-1.safetensors": bytes(len(WEIGHTS["a"]))}
+    folder = Path(run(server, "pull", "duo")[1].strip())
+    os.truncate((folder / "model-2.safetensors").resolve(), 1000)
     code, _, errors = run(server, "pull", "duo")
     assert code == EXIT_OK
-    assert "refused, fetching it again" in errors
-    assert complete(own_folders)
-    assert server.bodies("model-1.safetensors") == 2
+    assert "model-2.safetensors has 1000 bytes instead of 500000: refused, fetching it" in errors
+    assert server.bodies("model-2.safetensors") == 2
+    assert server.bodies("model-1.safetensors") == 1
 
-
-def test_verify_finds_wrong_bytes_and_fetches_them_again(server: Hub, own_folders: Path) -> None:
-    server.lies = {"model-1.safetensors": bytes(len(WEIGHTS["a"]))}
-    assert run(server, "pull", "duo")[0] == EXIT_OK
     code, _, errors = run(server, "pull", "duo", "--verify")
     assert code == EXIT_OTHER
     assert "model-1.safetensors from me/target: the size or the sha256 differs" in errors
@@ -360,34 +359,37 @@ def fetching(text: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, 143)]
-)
-def test_an_interrupt_says_what_is_kept_and_leaves_no_partial_file(
-    server: Hub, own_folders: Path, number: signal.Signals, code: int
-) -> None:
+def interrupted(
+    server: Hub, folder: Path, number: signal.Signals, *flags: str
+) -> tuple[int, str, str]:
+    """A pull that gets a signal when four of its six files are complete and two on their way."""
     server.seconds = 3
     server.fast = {"model.safetensors"}
-    child = start(server, "pull", "duo", PULL_MARK=str(own_folders))
+    child = start(server, "pull", "duo", *flags, PULL_MARK=str(folder))
     assert wait_until(lambda: server.sent > len(DRAFTER) + 250_000)
     time.sleep(0.3)  # what was sent is also received and told
     child.send_signal(number)
-    _, errors = child.communicate(timeout=40)
-    assert child.returncode == code
-    assert "stopped: 4 of 6 files are complete and kept; what was in flight" in errors
+    out, errors = child.communicate(timeout=40)
     assert "Traceback" not in errors
-    assert not partials(own_folders)
-    assert wait_until(lambda: not fetching(str(own_folders)))
+    assert not partials(folder)
+    assert wait_until(lambda: not fetching(str(folder)))
+    return child.returncode, out, errors
+
+
+def test_an_interrupt_says_what_is_kept_and_leaves_no_partial_file(
+    server: Hub, own_folders: Path
+) -> None:
+    code, _, errors = interrupted(server, own_folders, signal.SIGINT)
+    assert code == EXIT_INTERRUPTED
+    assert "stopped: 4 of 6 files are complete and kept; what was in flight" in errors
 
 
 def test_programs_are_told_of_an_interrupt(server: Hub, own_folders: Path) -> None:
-    server.seconds = 30
-    child = start(server, "pull", "duo", "--json")
-    assert wait_until(lambda: partials(own_folders))
-    child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=40)
+    code, out, _ = interrupted(server, own_folders, signal.SIGTERM, "--json")
     last = steps(out)[-1]
-    assert (last.stage, last.exit_code, last.files) == ("interrupted", EXIT_INTERRUPTED, 6)
+    assert (code, last.stage, last.exit_code) == (143, "interrupted", 143)
+    assert (last.files_done, last.files) == (4, 6)
+    assert last.restart_bytes > 0
 
 
 def test_a_killed_pull_is_completed_by_the_next(server: Hub, own_folders: Path) -> None:
@@ -562,7 +564,7 @@ def test_rm_keeps_what_another_pair_needs_and_frees_the_rest(
     assert run(server, "rm", "twin", "--yes")[0] == EXIT_UNKNOWN_MODEL
 
 
-def test_rm_of_one_build_leaves_its_neighbour_in_the_same_repository(
+def test_rm_leaves_a_neighbours_file_and_a_strangers_in_the_same_snapshot(
     server: Hub, own_folders: Path
 ) -> None:
     run(server, "pull", "duo@x")
@@ -576,14 +578,9 @@ def test_rm_of_one_build_leaves_its_neighbour_in_the_same_repository(
     assert len(list(kept.parent.glob("*.gguf"))) == 1
     assert hub.installed(pairs.find("duo@y")) is not None
 
-
-def test_rm_leaves_what_somebody_else_fetched_into_the_same_snapshot(
-    server: Hub, own_folders: Path
-) -> None:
-    folder = Path(run(server, "pull", "duo")[1].strip())
-    (folder / "README.md").write_text("fetched by another program")
+    (kept.parent / "README.md").write_text("fetched by another program")
     assert run(server, "rm", "duo", "--yes")[0] == EXIT_OK
-    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    assert [path.name for path in kept.parent.iterdir()] == ["README.md"]
 
 
 def test_rm_frees_a_pull_that_was_broken_off(server: Hub, own_folders: Path) -> None:

@@ -96,7 +96,10 @@ def token() -> Token:
     if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
         return Token("")
     saved = Path(constants.HF_TOKEN_PATH)
-    has_saved = saved.is_file() and bool(saved.read_text(encoding="utf-8").strip())
+    try:
+        has_saved = bool(saved.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        has_saved = False
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name, "").strip():
             return Token(name, str(saved) if has_saved else "")
@@ -119,7 +122,8 @@ def check(repo: str, revision: str) -> Access:
     try:
         info = api.model_info(repo, revision=revision)
         gate = str(info.gated or "")
-        api.auth_check(repo)
+        if gate:  # mirrors do not answer this question, and need not for open repositories
+            api.auth_check(repo)
     except (OSError, ValueError, HTTPError) as error:
         return explain(error, repo, revision, gate)
     now, commit = info.id or repo, info.sha or revision
@@ -139,7 +143,7 @@ def explain(error: Exception, repo: str, revision: str, gate: str = "") -> Acces
     from huggingface_hub import errors
 
     log.debug("hub: %s", error, exc_info=error)
-    if isinstance(error, errors.LocalEntryNotFoundError):  # "not in the cache either"; why not?
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.DryRunError)):  # why not?
         cause = error.__cause__
         if isinstance(cause, (errors.HfHubHTTPError, errors.OfflineModeIsEnabled)):
             error = cause
@@ -168,7 +172,8 @@ def explain(error: Exception, repo: str, revision: str, gate: str = "") -> Acces
     if status:
         return Access(State.FAILED, f"the hub answered {repo} with an error ({status})")
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, (errors.HTTPError, errors.LocalEntryNotFoundError)):  # type: ignore[attr-defined]
+    silent = (errors.HTTPError, errors.LocalEntryNotFoundError, errors.DryRunError)  # type: ignore[attr-defined]
+    if isinstance(error, silent):
         return Access(
             State.UNREACHABLE, "the Hugging Face hub cannot be reached", "check the network"
         )

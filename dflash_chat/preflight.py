@@ -230,15 +230,17 @@ def _listing(source: HubSource, answer: Access, report: Report) -> Listing:
     report(f"listing {answer.repo}", 0, 0)
     allow, ignore = _patterns(source)
     try:
-        info = hub.HfApi().model_info(answer.repo, revision=answer.commit, files_metadata=True)
         wanted = hub.snapshot_download(
             answer.repo,
-            revision=answer.commit,
+            revision=source.revision,  # the cache remembers which commit a branch stood for
             allow_patterns=allow,
             ignore_patterns=ignore,
             tqdm_class=_silent(),
             dry_run=True,
         )
+        if wanted:
+            answer = replace(answer, commit=wanted[0].commit_hash)
+        info = hub.HfApi().model_info(answer.repo, revision=answer.commit, files_metadata=True)
     except (OSError, ValueError, HTTPError) as error:
         raise transfer.as_error(error, source.repo, source.revision) from error
     if not wanted:

@@ -260,7 +260,7 @@ def _counter(number: int, item: Item) -> Any:  # noqa: ANN401  a tqdm, which is 
     """The client's progress bars as lines. Its bars of one file overlap: the furthest counts."""
     from tqdm import tqdm
 
-    told_at = [0.0]
+    furthest, told_at = [0], [0.0]
 
     class Counter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: object, **kwargs: Any) -> None:  # noqa: ANN401
@@ -269,11 +269,11 @@ def _counter(number: int, item: Item) -> Any:  # noqa: ANN401  a tqdm, which is 
 
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0
+            furthest[0] = max(furthest[0], min(int(self.n), item.bytes))
             now = time.monotonic()
             if now - told_at[0] >= _TELL_EVERY_S:
                 told_at[0] = now
-                so_far = min(int(self.n), item.bytes)
-                _tell({"item": number, "bytes": so_far, "complete": False})
+                _tell({"item": number, "bytes": furthest[0], "complete": False})
 
     return Counter
 

@@ -21,14 +21,18 @@ _RANDOM = random.Random(0)
 WEIGHTS = {name: _RANDOM.randbytes(size) for name, size in (("a", 400_000), ("b", 500_000))}
 DRAFTER = _RANDOM.randbytes(200_000)
 GGUF = {name: _RANDOM.randbytes(150_000) for name in ("x.gguf", "y.gguf")}
+DRAFTER_CONFIG = b'{"block_size": 8, "dflash_config": {"mask_token_id": 4}}'
+TARGET_CONFIG = b'{"model_type": "llama"}'
+PIECES = b"pieces"
+ALL_BYTES = sum(map(len, [*WEIGHTS.values(), DRAFTER, DRAFTER_CONFIG, TARGET_CONFIG, PIECES]))
 TARGET_FILES = ["config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.model"]
 
 
 def hub() -> Hub:
     """A hub with the repositories of both pairs."""
     target = {
-        "config.json": b'{"model_type": "llama"}',
-        "tokenizer.model": b"pieces",
+        "config.json": TARGET_CONFIG,
+        "tokenizer.model": PIECES,
         "model-1.safetensors": WEIGHTS["a"],
         "model-2.safetensors": WEIGHTS["b"],
         "pytorch_model.bin": b"never",
@@ -37,7 +41,7 @@ def hub() -> Hub:
         "other.gguf": b"never",
         "README.md": b"never",
     }
-    drafter = {"config.json": b"{}", "model.safetensors": DRAFTER}
+    drafter = {"config.json": DRAFTER_CONFIG, "model.safetensors": DRAFTER}
     return Hub(
         repos={
             "me/target": Repo(target, "a" * 40),

@@ -32,6 +32,7 @@ from dflash_chat.preflight import PullPlan
 from dflash_chat.progress import Step
 from tests import hub_server
 from tests.hub_pairs import (
+    ALL_BYTES,
     DRAFTER,
     GGUF,
     TARGET_FILES,
@@ -46,8 +47,6 @@ from tests.hub_pairs import (
     hub as tiny_hub,
 )
 from tests.hub_server import Hub, serve
-
-ALL_BYTES = sum(map(len, WEIGHTS.values())) + len(DRAFTER)
 
 
 @pytest.fixture
@@ -131,10 +130,20 @@ def test_what_another_program_fetched_is_taken_as_it_is(server: Hub, own_folders
     assert code == EXIT_OK, errors
     found = hub.installed(pairs.find("duo"))
     assert found is not None
-    assert found.bytes == ALL_BYTES + 31
+    assert found.bytes == ALL_BYTES
     (found.target / "model-1.safetensors").unlink()
     code, _, errors = run(nowhere, "pull", "duo", HF_HUB_OFFLINE="1")
     assert code == EXIT_UNKNOWN_MODEL
+
+
+def test_a_pair_of_ones_own_repositories_is_pulled_like_any_other(
+    server: Hub, own_folders: Path
+) -> None:
+    code, out, errors = run(server, "pull", "me/target@main+me/drafter")
+    assert code == EXIT_OK, errors
+    nowhere = Hub({}, url="http://127.0.0.1:9")
+    again = run(nowhere, "pull", "me/target@main+me/drafter", HF_HUB_OFFLINE="1")
+    assert again[:2] == (EXIT_OK, out), again
 
 
 # ── before the first byte ───────────────────────────────────────────────────────────────────────
@@ -151,7 +160,7 @@ def test_a_dry_run_says_everything_and_fetches_nothing(server: Hub, own_folders:
     assert sorted(listed) == TARGET_FILES
     assert listed["model-1.safetensors"]["bytes"] == len(WEIGHTS["a"])
     assert listed["model-1.safetensors"]["sha256"] == hub_server.sha256(WEIGHTS["a"])
-    assert plan["missing_bytes"] == ALL_BYTES + 31
+    assert plan["missing_bytes"] == ALL_BYTES
     assert plan["needed_bytes"] > plan["missing_bytes"]
     assert not any(line.startswith("GET") and "/resolve/" in line for line in server.log)
     assert server.bodies() == 0
@@ -249,7 +258,7 @@ def test_much_is_not_fetched_by_the_way(server: Hub) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"failures": {"/api/models/*/auth-check": [429]}}, EXIT_OTHER, "fewer requests (429)"),
+        ({"failures": {"/api/models/*": [429]}}, EXIT_OTHER, "fewer requests (429)"),
         ({"failures": {"/api/models/me/target/*": [502]}}, EXIT_OTHER, "out of order (502)"),
         ({"tokens": {}}, EXIT_ACCESS, "the hub does not know the token from HF_TOKEN"),
         ({"repos": {}}, EXIT_ACCESS, "the hub shows no me/drafter"),
@@ -508,11 +517,11 @@ def test_json_lines_tell_the_whole_pull(server: Hub) -> None:
     moving = [step for step in told if step.stage == "fetching"]
     done = [step.done for step in moving]
     assert done == sorted(done)
-    assert {step.total for step in moving} == {ALL_BYTES + 31}
+    assert {step.total for step in moving} == {ALL_BYTES}
     assert {step.files for step in moving} == {6}
     assert any(step.speed > 0 and step.eta_s is not None for step in moving)
     last = told[-1]
-    assert (last.stage, last.done, last.files_done) == ("done", ALL_BYTES + 31, 6)
+    assert (last.stage, last.done, last.files_done) == ("done", ALL_BYTES, 6)
     assert Path(last.path).is_dir()
     assert {field.name for field in fields(Step)} == set(json.loads(out.splitlines()[0]))
 

@@ -141,7 +141,7 @@ def _pair(table: Table, known: dict[str, Any]) -> Pair:
         architecture=architecture,
         builds=builds,
         drafter=_drafter(table.table("drafter")),
-        aliases=tuple(alias.lower() for alias in table.texts("aliases", [])),
+        aliases=_aliases(table),
         default=default,
         notes=table.text("notes", ""),
         system=table.text("system", ""),
@@ -182,6 +182,13 @@ def _merged_builds(base: list[Any], own: list[Any]) -> list[Any]:
         else:
             builds[names.index(name)] = _merged(base[names.index(name)], build)
     return builds
+
+
+def _aliases(table: Table) -> tuple[str, ...]:
+    aliases = tuple(alias.lower() for alias in table.texts("aliases", []))
+    if wrong := [alias for alias in aliases if not _NAME.fullmatch(alias)]:
+        raise table.wrong("aliases", f"has an unusable entry: {wrong[0]!r:.80}")
+    return aliases
 
 
 # ── builds ──────────────────────────────────────────────────────────────────────────────────────

@@ -205,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quant(bench, argparse.SUPPRESS)
     bench.add_argument("--context", metavar="TOKENS", type=int, default=2048)
     bench.add_argument("--widths", metavar="N,N,…", type=_whole_numbers, default=())
-    bench.add_argument("--drafter", choices=("auto", "fp8"), help="same as -o drafter=…")
+    bench.add_argument("--drafter", choices=("auto", "bf16", "fp8"), help="same as -o drafter=…")
     bench.add_argument("--draft-head", metavar="HEAD", help="same as -o draft_head=HEAD")
     law = bench.add_mutually_exclusive_group()
     law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
@@ -269,7 +269,17 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
-    """The pair, and the settings with the build that was named beside it."""
+    """The pair, and the settings with the build that was named beside it.
+
+    Refuses what the runtime cannot load, before anything starts.
+    """
+    pair = _named(name, settings)
+    pair.wanted()
+    return pair, replace(settings, quant=pair.quant)
+
+
+def _named(name: str, settings: Settings) -> Pair:
+    """The pair, with the build that was named in either way."""
     from dflash_chat import pairs
 
     pair = pairs.find(name)
@@ -277,7 +287,7 @@ def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
         if pair.quant not in ("", settings.quant):
             raise UsageError(f"two builds are named: {pair.quant} and {settings.quant}")
         pair = pair.narrowed(settings.quant)
-    return pair, replace(settings, quant=pair.quant)
+    return pair
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -366,14 +376,11 @@ def _plan(args: argparse.Namespace) -> int:
     from dflash_chat import plan
     from dflash_chat.planner import Wishes
 
-    name = args.pair
-    if settings.quant and not name:
+    if settings.quant and not args.pair:
         raise UsageError("a build is named, and no pair", "dflash-chat plan PAIR@BUILD")
-    if name:
-        pair, settings = _chosen(name, settings)
-        name = f"{name.partition('@')[0]}@{pair.quant}" if pair.quant else name
-    wishes = Wishes(settings.quant, settings.engine)
-    return plan.run(plan.Args(wishes, name, args.vram, args.gpu, args.json))
+    pair = _named(args.pair, settings) if args.pair else None
+    wishes = Wishes(pair.quant if pair else "", settings.engine)
+    return plan.run(plan.Args(wishes, pair, args.vram, args.gpu, args.json))
 
 
 def _list(args: argparse.Namespace) -> int:

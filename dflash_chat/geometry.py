@@ -14,6 +14,7 @@ from typing import Any
 
 from dflash_chat.errors import CheckpointError
 
+_DEEPEST = 1024  # layers; what claims more is no config
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
@@ -167,7 +168,7 @@ def drafter(config: Mapping[str, Any], target_hidden: int = 0) -> DrafterGeometr
     hidden, inner = keys.whole("hidden_size"), keys.whole("intermediate_size")
     heads, groups = keys.whole("num_attention_heads"), keys.whole("num_key_value_heads")
     dim = keys.whole("head_dim", hidden // heads)
-    depth = keys.whole("num_hidden_layers")
+    depth = keys.whole("num_hidden_layers", high=_DEEPEST)
     taps = own.get("target_layer_ids")
     if not isinstance(taps, list) or not taps or not all(type(i) is int and i >= 0 for i in taps):
         raise ConfigError("dflash_config.target_layer_ids", f"must be a list of layers: {taps!r}")
@@ -206,14 +207,15 @@ class _Keys:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
 
-    def whole(self, key: str, default: int | None = None, low: int = 1) -> int:
-        value = self.values.get(key)
+    def whole(
+        self, key: str, default: int | None = None, low: int = 1, high: int = 2**31
+    ) -> int:  # fmt: skip
+        value = self.values.get(key, default)
+        value = default if value is None else value
         if value is None:
-            if default is None:
-                raise ConfigError(key, "is missing")
-            return default
-        if type(value) is not int or not low <= value < 2**31:
-            raise ConfigError(key, f"must be a whole number of at least {low}, not {value!r}")
+            raise ConfigError(key, "is missing")
+        if type(value) is not int or not low <= value <= high:
+            raise ConfigError(key, f"must be a whole number from {low} to {high}, not {value!r}")
         return value
 
     def text(self, key: str) -> str:
@@ -263,7 +265,7 @@ class _Layers:
     def __init__(self, keys: _Keys, inner: int) -> None:
         self.keys, self.inner = keys, inner
         self.hidden, self.heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-        self.depth = keys.whole("num_hidden_layers")
+        self.depth = keys.whole("num_hidden_layers", high=_DEEPEST)
         self.attention: list[Geometry] = []
         self.parameters = self.experts = self.routers = self.state_bytes = 0
         self.num_experts = self.top_k = self.expert_inner = self.moe_layers = 0
@@ -356,7 +358,7 @@ def _gemma4(keys: _Keys) -> _Layers:
 
 
 def _qwen3_5(keys: _Keys) -> _Layers:
-    moe = "num_experts" in keys.values
+    moe = keys.whole("num_experts", 0, low=0) > 0
     inner = keys.whole("moe_intermediate_size" if moe else "intermediate_size")
     layers = _Layers(keys, inner)
     dim, groups = layers.head_dim(), keys.whole("num_key_value_heads")

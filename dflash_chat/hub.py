@@ -146,6 +146,8 @@ def verify(found: Installed, report: Report = quiet) -> None:
 def manifest_of(pair: Pair, build: Build) -> Manifest | None:
     """The manifest of a finished pull of exactly this build; None for anything else."""
     pypi = isinstance(build.source, PyPISource)
+    if isinstance(build.source, FolderSource) and not build.source.path.exists():
+        return None
     manifest = Manifest.read(_manifest_path(pair, build))
     if manifest is None or manifest.identity != _identity(pair, build.source):
         return None
@@ -192,10 +194,8 @@ def _installed(pair: Pair, build: Build, manifest: Manifest) -> Installed:
 def _in_folders(pair: Pair, build: Build) -> Installed | None:
     """A pair that lies in two folders of somebody else's, which are never checked here."""
     source, drafter = build.source, pair.drafter.path
-    if not isinstance(source, FolderSource) or drafter is None:
+    if not isinstance(source, FolderSource) or drafter is None or not source.path.exists():
         return None
-    if not source.path.exists():
-        raise UnknownModelError(f"there is nothing at {source.path}")
     return Installed(pair, build, source.path, drafter, source.bytes)
 
 
@@ -250,6 +250,10 @@ def _first_that_works(
 
 
 def _plan(pair: Pair, build: Build, report: Report, asks: Asks) -> PullPlan:
+    if isinstance(build.source, FolderSource) and not build.source.path.exists():
+        raise UnknownModelError(
+            f"{pair.name}@{build.name}: there is nothing at {build.source.path}"
+        )
     found = preflight.plan(pair, build, folder_of(pair), report, asks.fits)
     preflight.require_space(found)
     return found

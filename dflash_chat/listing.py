@@ -17,7 +17,7 @@ from dflash_chat import hub
 from dflash_chat.pairs import Build, Drafter, Fact, HubSource, Pair
 from dflash_chat.progress import size
 
-_SIZE_FROM, _LICENCE_FROM = 50, 72  # columns of the terminal from which these are shown
+_SIZE_FROM, _LICENCE_FROM = 62, 74  # columns of the terminal from which these are shown
 _LEAST = 24  # columns that the last cell keeps
 
 

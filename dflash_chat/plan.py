@@ -31,10 +31,10 @@ _SHADES = "█▓▒░▞▚▙▟"
 
 @dataclass(frozen=True)
 class Args:
-    """`pair` "" ranks all pairs. `vram` and `card` describe a GPU that need not be here."""
+    """`pair` None ranks all pairs. `vram` and `card` describe a GPU that need not be here."""
 
     wishes: Wishes
-    pair: str = ""
+    pair: Pair | None = None
     vram: str = ""
     card: str = ""
     json: bool = False
@@ -44,13 +44,12 @@ def run(args: Args) -> int:
     """Print the plan of a pair, or all pairs ranked. Returns 5 if nothing fits.
 
     Raises UsageError for sizes, cards and contexts that make no sense, UnknownModelError for an
-    unknown pair or build, and ConfigError for a pair that cannot be counted.
+    unknown build, and ConfigError for a pair that cannot be counted.
     """
     device, problem = _device(args.vram, args.card)
     ram = 0 if device else _free_ram()
     if args.pair:
-        pair = pairs.find(args.pair)
-        made = planner.plan(pair, args.wishes, device, ram, calibration.read)
+        made = planner.plan(args.pair, args.wishes, device, ram, calibration.read)
         out = (
             json.dumps(as_json(made), indent=1) if args.json else _page(made, args.wishes, problem)
         )
@@ -65,7 +64,11 @@ def run(args: Args) -> int:
         sys.stdout.write(json.dumps({"recommended": best, "plans": found}, indent=1) + "\n")
     else:
         sys.stdout.write(_ranking(plans, uncounted, device, problem) + "\n")
-    return EXIT_OK if plans and plans[0].recommendable else EXIT_DOES_NOT_FIT
+    if plans and plans[0].recommendable:
+        return EXIT_OK
+    where = _where(device, problem)
+    sys.stderr.write(f"dflash-chat: no pair that can be loaded fits {where}\n")
+    return EXIT_DOES_NOT_FIT
 
 
 def as_json(made: Plan) -> dict[str, Any]:
@@ -111,10 +114,8 @@ def _device(vram: str, card: str) -> tuple[Gpu | None, str]:
     if card:
         found = cards.find(card)
         total = parse_size(vram) if vram else round(found.gib * GIB)
-        return Gpu(
-            0, "", found.name, total, cards.usable(total), capability=found.capability,
-            bandwidth_gb_s=found.bandwidth_gb_s,
-        ), ""  # fmt: skip
+        free = cards.usable(total)
+        return Gpu(0, "", found.name, total, free, capability=found.capability), ""
     if vram:
         total = parse_size(vram)
         return Gpu(0, "", f"a card of {total / GIB:g} GB", total, cards.usable(total)), ""

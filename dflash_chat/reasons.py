@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dflash_chat import budget, cards, speed
-from dflash_chat.cards import GIB
-from dflash_chat.entries import Build
-from dflash_chat.planner import (
+from dflash_chat.candidates import (
     COMFORTABLE,
     FP8_FROM,
     MEASURED_AT,
@@ -25,14 +23,16 @@ from dflash_chat.planner import (
     rounds_unasked,
     without_kernels,
 )
+from dflash_chat.cards import GIB
+from dflash_chat.entries import Build
 from dflash_chat.runtime.api import EngineOptions
 
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141, 180)  # GB that cards are sold with
 
 
-def why(made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes) -> tuple[
-    Why, ...
-]:  # fmt: skip
+def why(
+    made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes
+) -> tuple[Why, ...]:
     """One for every choice of the plan, in the order of their weight."""
     lines = [_build(made, chosen, candidates, wishes), _context(made, chosen, wishes)]
     if made.gpu:
@@ -69,9 +69,7 @@ def remedy(made: Plan) -> str:
     return first or f"{card_for(made.budget.total)} would take it"
 
 
-def _build(
-    made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes
-) -> Why:  # fmt: skip
+def _build(made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishes: Wishes) -> Why:
     name, context = chosen.build.name, made.context_tokens
     if named := bool(wishes.build or made.pair.quant):
         because = "you named it"
@@ -244,6 +242,7 @@ def _rates(made: Plan, chosen: Candidate) -> Why:
     choice = f"{costs.plain:.0f} tok/s plain; drafted {drafted}"
     if made.measured:
         return Why("speed", choice, "passes measured on this card, usual acceptance")
+    speed_of, source = bandwidth(gpu)
     context = min(made.context_tokens, MEASURED_AT)
-    because = f"estimated from bytes at {bandwidth(gpu):.0f} GB/s, {context} tokens of context"
+    because = f"estimated at {speed_of:.0f} GB/s ({source}) and {context} tokens of context"
     return Why("speed", choice, because, "what a load measures replaces it")

@@ -42,7 +42,7 @@ def describe(repo: str, revision: str) -> Repository:
         files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if "config.json" not in files:
             raise CheckpointError(f"{repo} has no config.json, so it is no model folder")
-        config = Path(hub.hf_hub_download(repo, "config.json", revision=commit))
+        config = Path(hub.hf_hub_download(repo, "config.json", revision=revision))
     except (OSError, ValueError, HTTPError) as error:
         if isinstance(error, errors.HfHubHTTPError):  # it was reached, and said no
             raise transfer.as_error(error, repo, revision) from error

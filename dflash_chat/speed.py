@@ -85,12 +85,12 @@ class Costs:
 
 def estimated(
     target: TargetGeometry, drafter: DrafterGeometry, formats: Formats, bandwidth_gb_s: float,
-    context: int,
+    context: int, most: int,
 ) -> Costs:  # fmt: skip
-    """Costs of the captured widths up to the drafter's block on a card of this bandwidth, with so
-    many tokens of context.
+    """Costs of the captured widths up to `most` drafted tokens, and of that one, on a card of this
+    bandwidth with so many tokens of context.
     """
-    widths = [n for n in WIDTHS if n <= drafter.block_size]
+    widths = sorted({n for n in WIDTHS if n <= most} | {most + 1})
     kind = "experts" if target.num_experts else "dense"
     launches = _LAUNCHES[kind] * target.num_hidden_layers + 4
     return Costs(

@@ -15,17 +15,33 @@ from typing import Any, TypeVar
 from dflash_chat.errors import UsageError
 
 T = TypeVar("T")
+_ENTRY = re.compile(r"\[\[(\w+)\]\]")
 _ANY = re.compile(r"(?s).*\S.*")
 
 
 def read(path: Path) -> dict[str, Any]:
     """The file's values. UsageError if it cannot be read or is no TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}{_place(text, str(error))} not valid TOML: {error}") from error
+
+
+def _place(text: str, mistake: str) -> str:
+    """Entry and key of the line that a parser's message names."""
+    lines = text.split("\n")
+    at = re.search(r"at line (\d+)", mistake)
+    above = [line.strip() for line in lines[: int(at[1]) if at else len(lines)]]
+    headers = [header[1] for line in above if (header := _ENTRY.match(line))]
+    entry = f", {headers[-1]} {len(headers)}" if headers else ""
+    key, equals, _ = above[-1].partition("=")
+    return f"{entry}: key {key.strip()!r:.80} is" if equals else f"{entry}:"
 
 
 class Table:

@@ -75,7 +75,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 
 def _drafter(name: str, inner: int, taps: list[int], sliding: int,
-             **changed: int) -> dict[str, Any]:  # fmt: skip
+             **changed: int | list[str]) -> dict[str, Any]:  # fmt: skip
     """Five layers, 32 query and 8 kv heads of 128, block 16: what most published drafters are."""
     target = TARGETS[name]
     return {
@@ -108,6 +108,18 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "qwen3.5-4b": _drafter("qwen3.5-4b", 9728, [1, 8, 15, 22, 29], 0),
     "qwen3-8b": _drafter("qwen3-8b", 12288, [1, 9, 17, 25, 33], 0),
     "qwen3-4b": _drafter("qwen3-4b", 9728, [1, 9, 17, 25, 33], 0),
+    # heads and a width that have the published size: 1.57 GB
+    "gpt-oss-20b": _drafter(
+        "gpt-oss-20b",
+        7680,
+        [1, 6, 11, 16, 21],
+        0,
+        num_hidden_layers=8,
+        num_attention_heads=64,
+        head_dim=64,
+        block_size=8,
+        layer_types=["full_attention"] * 8,
+    ),
     # a width that has the size of Qwen3-8B's, as the table of plans takes it
     "llama-3.1-8b": _drafter("llama-3.1-8b", 12288, [1, 8, 15, 22, 29], 0),
 }

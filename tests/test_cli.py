@@ -167,6 +167,25 @@ def test_bench_takes_the_formats_of_drafter_and_heads_in_both_its_forms(
     assert got.settings.engine == given[0].options == want
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        ["-m", "smollm2@bf16"],
+        ["-m", "smollm2", "--quant", "bf16"],
+        ["-m", "smollm2", "-o", "quant=BF16"],
+        ["-m", "smollm2@bf16", "--quant", "bf16"],
+    ],
+)
+def test_a_build_is_named_beside_the_pair_or_by_itself(
+    runners: Runners, terminal: set[str], named: list[str]
+) -> None:
+    assert cli.main([*named, "--once", "hi"]) == EXIT_OK
+    assert cli.main(["bench", *named]) == EXIT_OK
+    assert cli.main(named) == EXIT_OK
+    assert [(got.pair, got.settings.quant) for got in runners.got] == [("smollm2-135m", "bf16")] * 2  # type: ignore[union-attr]
+    assert [(got["pair"], got["quant"]) for got in runners.chats] == [("smollm2-135m", "bf16")]
+
+
 def test_the_model_may_stand_before_the_command(runners: Runners, terminal: set[str]) -> None:
     assert cli.main(["-m", "nonsense", "bench"]) == EXIT_UNKNOWN_MODEL
 
@@ -203,6 +222,10 @@ def test_the_chat_refuses_a_redirected_screen(
         (["pull", "nonsense"], EXIT_UNKNOWN_MODEL, "no pair named"),
         (["pull", "smollm2", "--quant", "q4"], EXIT_UNKNOWN_MODEL, "did you mean q4_1?"),
         (["rm", "smollm2"], EXIT_UNKNOWN_MODEL, "not installed"),
+        (["--once", "hi", "-m", "smollm2@q4"], EXIT_UNKNOWN_MODEL, "did you mean q4_1?"),
+        (["--once", "hi", "-m", "gpt-oss"], EXIT_UNKNOWN_MODEL, "cannot be loaded: gpt_oss"),
+        (["--once", "hi", "-m", "smollm2@q4_1", "--quant", "bf16"], EXIT_USAGE, "two builds are"),
+        (["bench", "--quant", "/"], EXIT_USAGE, "expected the name of a build"),
         (["bench", "--limit", "-1"], EXIT_USAGE, "--limit"),
         (["bench", "--drafter", "int4"], EXIT_USAGE, "invalid choice"),
         (["bench", "--draft-head", "half"], EXIT_USAGE, "fp8, a number of rows, or fp8:rows"),

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dflash_chat
-from dflash_chat import geometry
+from dflash_chat import geometry, loads
 from dflash_chat.geometry import ConfigError
 from tests.published import DRAFTERS, TARGETS
 
@@ -147,6 +149,9 @@ def test_a_family_counts_what_transformers_builds(name: str) -> None:
         ({"vocab_size": "many"}, "vocab_size"),
         ({"vocab_size": True}, "vocab_size"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"head_dim": None, "num_attention_heads": 65}, "head_dim"),
+        ({"model_type": None}, "model_type"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"text_config": "none"}, "text_config"),
@@ -176,6 +181,34 @@ def test_a_drafter_is_refused_by_its_key(changed: Mapping[str, object], key: str
     with pytest.raises(ConfigError) as caught:
         geometry.drafter({**DRAFTERS["gemma-4-26b-a4b"], **changed})
     assert caught.value.key == key
+
+
+_values = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 2**40), st.floats(), st.text(max_size=3),
+    st.lists(st.sampled_from(["full_attention", "sliding_attention", 1]), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_config_is_counted_or_refused(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([*TINY, "drafter"]))
+    raw = {"model_type": name.partition(" ")[0], **TINY.get(name, DRAFTERS["qwen3.6-27b"])}
+    for key in data.draw(st.lists(st.sampled_from(sorted(raw)), max_size=3)):
+        raw[key] = data.draw(_values)
+    count = geometry.drafter if name == "drafter" else geometry.target
+    try:
+        parameters = count(raw).parameters
+    except ConfigError:
+        return
+    assert parameters > 0
+
+
+@pytest.mark.parametrize("model_type", loads.ARCHITECTURES)
+def test_every_architecture_that_is_loaded_is_counted(model_type: str) -> None:
+    raw = {**TINY["gemma4_text"], "model_type": model_type}
+    assert geometry.target(raw).parameters > 0
 
 
 def test_a_multimodal_config_is_read_by_its_text_part() -> None:

@@ -23,8 +23,8 @@ LIGHT = [
         f"dflash_chat.{name}"
         for name in (
             "access", "bench", "chat", "cli", "completion", "errors", "fetch", "here", "hub",
-            "once", "pairs", "plan", "progress", "pull", "runtime.api", "runtime.client",
-            "runtime.worker", "settings",
+            "listing", "once", "pairs", "plan", "progress", "pull", "repository", "runtime.api",
+            "runtime.client", "runtime.worker", "settings",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),
@@ -59,7 +59,15 @@ def test_the_ui_side_imports_nothing_heavy(module: str) -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], ["list"], ["list", "--json"], ["plan"], ["completion", "bash"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["list"],
+        ["list", "--json"],
+        ["show", "gpt-oss"],
+        ["plan"],
+        ["completion", "bash"],
+    ],
 )
 def test_quick_commands_import_neither_torch_nor_textual(
     argv: list[str], own_folders: Path

@@ -110,6 +110,7 @@ MISTAKES = {
     ),
     "hash": ("a" * 64, "a" * 63, "'wheel_sha256' has an unusable value"),
     "option as package": ('package = "mine"', 'package = "--pre"', "'package' has an unusable"),
+    "alias": ('aliases = ["Own"]', 'aliases = ["a+b"]', "'aliases' has an unusable entry: 'a+b'"),
     "path as name": ('name = "mine"', 'name = "../mine"', "'name' has an unusable value"),
     "upwards": ("mine/mine.gguf", "../mine.gguf", "'member' has an unusable value"),
     "sampling": ("temperature = 1", "temperature = -1", "'temperature' must be a number from 0"),

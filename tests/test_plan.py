@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dflash_chat import cards, catalogue, cli, gpu, plan
+from dflash_chat import cards, catalogue, cli, geometry, gpu, plan
 from dflash_chat.cards import GIB
 from dflash_chat.errors import (
     EXIT_DOES_NOT_FIT,
@@ -23,6 +23,7 @@ from dflash_chat.errors import (
     UsageError,
 )
 from dflash_chat.gpu import Gpu, Survey
+from tests.published import DRAFTERS, TARGETS
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -222,6 +223,28 @@ def test_a_context_that_is_too_long_here_names_one_that_fits(
     assert int(context) > 32_768
     made = parsed(capsys, "gemma-4-26b-a4b@int4", "--vram", "24G", "--ctx", context)
     assert made["fits"] is True
+
+
+def test_a_card_that_takes_no_pair_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = complaint(capsys, "--vram", "1G", code=EXIT_DOES_NOT_FIT)
+    assert "no pair that can be loaded fits a card of 1 GB" in words
+    assert parsed(capsys, "--vram", "1G", code=EXIT_DOES_NOT_FIT)["recommended"] is None
+
+
+def test_two_folders_are_planned_like_any_pair(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    counted = geometry.target(TARGETS["qwen3-4b"])
+    for name, config in (("target", TARGETS["qwen3-4b"]), ("drafter", DRAFTERS["qwen3-4b"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.truncate(2 * counted.parameters)  # takes no room on the disk
+    custom = f"{tmp_path / 'target'}+{tmp_path / 'drafter'}"
+    ours, published = (parsed(capsys, name, "--vram", "24G") for name in (custom, "qwen3-4b@bf16"))
+    assert ours["pair"] == custom
+    differing = {key for key in ours if ours[key] != published[key]}
+    assert differing <= {"pair", "build", "approximate", "why"}
 
 
 def test_a_pair_of_ones_own_without_facts_is_said_and_left_out(

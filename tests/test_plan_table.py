@@ -1,7 +1,7 @@
 """Contexts that fit cards of 8 to 141 GB, against arithmetic done without this package.
 
 That arithmetic: need = weights by parameter counts + drafter + context · (keys and values of
-target and drafter) + rings + 2 · recurrent state + 1.0 GiB for everything else. 52 of the 288
+target and drafter) + rings + 2 · recurrent state + 1.0 GiB for everything else. 53 of the 297
 cells differ from ours by more than 3 %. `DIFFERENCES` has the reasons, and nothing else may
 differ; in GB:
 
@@ -65,6 +65,7 @@ qwen3-4b         8/16/16/16      4.11  1.01  9   34  max max  max  max  max  max
 qwen3-4b         4.125/16/16/16  2.47  1.01  19  max max max  max  max  max  max max
 llama-3.1-8b     16/16/16/16     14.96 1.96  -   -   -   38   93   max  max  max max
 llama-3.1-8b     4.125/16/16/16  5.31  1.96  -   23  50  105  max  max  max  max max
+gpt-oss-20b      4.63/16/16/16   12.80 1.46  -   -   7   max  max  max  max  max max
 """
 
 

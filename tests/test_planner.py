@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_chat import cards, catalogue, geometry, planner, reasons
+from dflash_chat.calibration import Key
+from dflash_chat.candidates import COMFORTABLE, Why
 from dflash_chat.cards import GIB
 from dflash_chat.entries import Build, Drafter, HubSource, Pair
 from dflash_chat.errors import UnknownModelError, UsageError
@@ -17,7 +19,7 @@ from dflash_chat.geometry import ConfigError
 from dflash_chat.gpu import Gpu
 from dflash_chat.planner import Plan, Wishes
 from dflash_chat.runtime.api import EngineOptions
-from dflash_chat.speed import Costs
+from dflash_chat.speed import CURVES, Costs
 from tests.published import DRAFTERS, TARGETS
 
 SIZES = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -62,7 +64,7 @@ def room(made: Plan) -> int:
     return made.context_tokens if made.fits else 0
 
 
-def why(made: Plan, what: str) -> planner.Why:
+def why(made: Plan, what: str) -> Why:
     return next(line for line in made.why if line.what == what)
 
 
@@ -140,7 +142,7 @@ def test_every_pair_has_a_plan_for_every_size_and_the_cpu(name: str) -> None:
 )
 def test_the_best_build_with_room_for_a_conversation_is_taken(size: int, name: str) -> None:
     made = planner.plan(gemma(), gpu=gpu(size))
-    assert (made.build.name, made.context_tokens) == (name, planner.COMFORTABLE)
+    assert (made.build.name, made.context_tokens) == (name, COMFORTABLE)
 
 
 def test_what_would_change_the_build_is_said() -> None:
@@ -174,7 +176,7 @@ def test_a_context_is_cut_to_what_fits_with_the_smallest_build_only() -> None:
     made = planner.plan(chosen, gpu=gpu(12))
     assert made.build.name == "int4"
     assert made.fits
-    assert made.context_tokens < planner.COMFORTABLE
+    assert made.context_tokens < COMFORTABLE
     longer = replace(made.options, context_tokens=made.context_tokens + 1024)
     assert not planner.plan(chosen, Wishes("int4", longer), gpu(11.6)).fits
 
@@ -227,6 +229,21 @@ def test_without_kernels_nothing_is_said_of_speed() -> None:
     assert made.num_speculative_tokens == 15
 
 
+@pytest.mark.parametrize(
+    ("card", "speed", "source"),
+    [
+        (gpu(24, speed=700.0), 700, "by its clock and bus"),
+        (replace(gpu(24), name="NVIDIA GeForce RTX 3090", bandwidth_gb_s=None), 936, "data sheet"),
+        (replace(gpu(24), bandwidth_gb_s=None), 896, "a guess"),
+    ],
+    ids=["driver", "sheet", "guess"],
+)
+def test_a_bandwidth_says_where_it_comes_from(card: Gpu, speed: int, source: str) -> None:
+    line = why(planner.plan(gemma(), gpu=card), "speed")
+    assert f"{speed} GB/s" in line.because
+    assert source in line.because
+
+
 def test_experts_get_a_smaller_width_for_prose_than_a_dense_target() -> None:
     sparse = planner.plan(gemma(), gpu=gpu(24))
     dense = planner.plan(pair("qwen3-8b", build("fp8", 8, "qwen3-8b")), gpu=gpu(24))
@@ -237,21 +254,34 @@ def test_experts_get_a_smaller_width_for_prose_than_a_dense_target() -> None:
 
 
 def test_measured_costs_replace_estimates() -> None:
-    asked: list[planner.Key] = []
+    asked: list[Key] = []
     measured = Costs({1: 10.0, 2: 10.1, 4: 20.0, 16: 80.0}, 1.0)
 
-    def read(key: planner.Key) -> Costs:
+    def read(key: Key) -> Costs:
         asked.append(key)
         return measured
 
     card = replace(gpu(24), driver="580.1")
     made = planner.plan(gemma(), gpu=card, measured=read)
-    assert asked == [planner.Key("24 GB", "580.1", "gemma-4-26b-a4b", "int4")]
+    assert asked == [Key("24 GB", "580.1", "gemma-4-26b-a4b", "int4")]
     assert made.measured
     assert set(made.drafts.values()) == {1}
     assert made.costs is not None
     assert made.costs.plain == 100
     assert "measured on this card" in why(made, "speed").because
+
+
+def test_a_width_that_was_asked_for_is_the_one_whose_speed_is_told() -> None:
+    for k in (1, 6, 15):
+        wishes = Wishes(options=EngineOptions(draft_tokens=k))
+        made = planner.plan(gemma(), wishes, gpu(24))
+        assert set(made.drafts.values()) == {k}
+        assert made.costs is not None
+        assert made.tok_s("code") == made.costs.drafted(CURVES["code"], k)
+    unmeasured = planner.plan(
+        gemma(), wishes, gpu(24), measured=lambda _: Costs({1: 10.0, 2: 10.1}, 1.0)
+    )
+    assert not unmeasured.measured
 
 
 @pytest.mark.parametrize(
@@ -287,7 +317,7 @@ def test_block_formats_take_the_bytes_of_bf16_on_a_gpu_and_their_own_on_a_cpu() 
 def test_the_engine_gets_its_options_filled_in_and_chooses_the_width_itself() -> None:
     chosen = gemma()
     filled = planner.plan_for(chosen, chosen.build("int4"), EngineOptions(), gpu(24))
-    assert filled.context_tokens == planner.COMFORTABLE
+    assert filled.context_tokens == COMFORTABLE
     assert (filled.drafter, filled.draft_head) == ("fp8", "fp8")
     assert filled.draft_tokens == 0
     assert filled.head == "auto"

@@ -25,7 +25,7 @@ DRAFTS = {"gemma-4-26b-a4b": 0.72, "qwen3-8b": 0.95}
 
 def costs(name: str, body: float = 16, bandwidth: float = H200, context: int = 2048) -> Costs:
     target, drafter = geometry.target(TARGETS[name]), geometry.drafter(DRAFTERS[name])
-    return speed.estimated(target, drafter, Formats(body, 16), bandwidth, context)
+    return speed.estimated(target, drafter, Formats(body, 16), bandwidth, context, 15)
 
 
 @pytest.mark.parametrize(("name", "body"), MEASURED)

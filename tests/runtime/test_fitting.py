@@ -14,6 +14,7 @@ import torch
 from dflash_chat import calibration, gpu, pairs, planner
 from dflash_chat.budget import CUDA_CONTEXT
 from dflash_chat.calibration import Key
+from dflash_chat.candidates import COMFORTABLE
 from dflash_chat.gpu import Gpu, Survey
 from dflash_chat.hub import Installed
 from dflash_chat.planner import Wishes
@@ -54,7 +55,7 @@ def test_a_load_is_planned_as_the_command_says(installed: Installed) -> None:
     options = fitting.planned(installed, EngineOptions(), CARD, BF16)
     made = planner.plan(installed.pair, Wishes("int4"), CARD)
     assert options == replace(made.options, draft_tokens=0)
-    assert options.context_tokens == planner.COMFORTABLE
+    assert options.context_tokens == COMFORTABLE
 
 
 @pytest.mark.parametrize("card", [CARD, None])

@@ -119,9 +119,8 @@ def ensure(
         for build in builds:  # another process may have fetched it while we waited
             if found := _healthy(pair, build, quiet, check=False):
                 return found
-        for build in builds:  # and so may another program that knows the hub
-            if ready := preflight.there(pair, build):
-                return _fetch(ready, report, check, asks)
+        if ready := preflight.there(pair, builds[0]):  # so may another program that uses the hub
+            return _fetch(ready, report, check, asks)
         return _first_that_works(pair, builds, report, check, asks)
 
 

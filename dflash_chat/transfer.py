@@ -209,6 +209,7 @@ def main() -> int:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    sys.stdout = sys.stderr  # what a library prints is no line of ours
     items = [Item(**entry) for entry in json.load(sys.stdin)]
     from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
@@ -282,9 +283,11 @@ _TELL = threading.Lock()
 
 
 def _tell(line: dict[str, Any]) -> None:
+    out = sys.__stdout__
+    assert out is not None
     with _TELL:
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
+        out.write(json.dumps(line) + "\n")
+        out.flush()
 
 
 if __name__ == "__main__":

@@ -44,10 +44,11 @@ def remove(pair: Pair) -> Removed:
         staying = _others(going)
         needed = {path for manifest in staying for path, _ in manifest.entries()}
         folder = hub.folder_of(pair)
-        ours = [path for manifest in going for path, _ in manifest.entries()]
-        kept = tuple(sorted({path.name for path in ours if path in needed}))
-        doomed = [path for path in ours if path not in needed]
-        freed = _from_hub([path for path in doomed if folder not in path.parents])
+        listed = {path for manifest in going for path, _ in manifest.entries()}
+        ours = {path for path in listed if os.path.lexists(path)}
+        kept = tuple(sorted({path.name for path in ours & needed}))
+        doomed = ours - needed
+        freed = _from_hub({path for path in doomed if folder not in path.parents})
         own = {path for path in doomed if folder in path.parents}
         own |= {manifest.path for manifest in going}
         if not any(folder in manifest.path.parents for manifest in staying):
@@ -71,7 +72,7 @@ def _others(going: Iterable[Manifest]) -> list[Manifest]:
     return [manifest for manifest in found if manifest]
 
 
-def _from_hub(paths: list[Path]) -> int:
+def _from_hub(paths: set[Path]) -> int:
     """Delete snapshot files, and the revisions and repositories of which nothing is left."""
     freed = 0
     for folder in sorted({_snapshot(path) for path in paths}):

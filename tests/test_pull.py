@@ -598,7 +598,10 @@ def test_rm_leaves_a_neighbours_file_and_a_strangers_in_the_same_snapshot(
 def test_rm_frees_a_pull_that_was_broken_off(server: Hub, own_folders: Path) -> None:
     server.failures = {"/cdn/*model-2*": [404] * 9}
     assert run(server, "pull", "duo")[0] == EXIT_OTHER
-    assert hub_bytes(own_folders) > len(DRAFTER)
+    assert hub_bytes(own_folders) > 0
+    (snapshot,) = own_folders.glob("hf/hub/models--me--target/snapshots/*")
+    (snapshot / "README.md").write_text("fetched by another program")
     code, _, errors = run(server, "rm", "duo", "--yes")
     assert code == EXIT_OK, errors
     assert blobs(own_folders) == []
+    assert [path.name for path in snapshot.iterdir()] == ["README.md"]

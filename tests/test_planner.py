@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_chat import cards, catalogue, geometry, planner, reasons
+from dflash_chat import budget, cards, catalogue, geometry, planner, reasons
 from dflash_chat.calibration import Key
 from dflash_chat.candidates import COMFORTABLE, Why
 from dflash_chat.cards import GIB
@@ -199,6 +199,13 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert f"{made.free / GIB:.1f} GiB" in reasons.shortage(made)
     assert reasons.remedy(made) == "an 80 GB card would take it"
     assert planner.plan(gemma(), Wishes("bf16", options), gpu(80)).fits
+
+
+def test_where_nothing_fits_the_least_is_told() -> None:
+    made = planner.plan(gemma(), gpu=gpu(12))
+    assert not made.fits
+    assert (made.build.name, made.context_tokens) == ("int4", budget.LEAST)
+    assert made.options.drafter == "fp8"
 
 
 def test_a_drafter_is_rounded_for_speed_where_that_is_measured_and_for_room_anywhere() -> None:

@@ -22,9 +22,9 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "chat", "cli", "completion", "errors", "fetch", "gpu", "hub", "listing",
-            "once", "pairs", "plan", "progress", "repository", "runtime.api", "runtime.client",
-            "runtime.worker", "settings",
+            "access", "bench", "chat", "cli", "completion", "errors", "fetch", "gpu", "here",
+            "hub", "listing", "once", "pairs", "plan", "progress", "pull", "repository",
+            "runtime.api", "runtime.client", "runtime.worker", "settings",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),

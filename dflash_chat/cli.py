@@ -12,9 +12,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dflash_chat import __version__, completion
 from dflash_chat.errors import (
@@ -28,13 +29,16 @@ from dflash_chat.errors import (
 from dflash_chat.settings import (
     DEFAULT_PAIR,
     KEYS,
-    SOURCES,
     BenchArgs,
     OnceArgs,
     RandomBenchArgs,
+    Settings,
     parse_options,
     suggest,
 )
+
+if TYPE_CHECKING:
+    from dflash_chat.pairs import Pair
 
 _ASK_ABOVE_BYTES = 1_000_000_000
 _EXIT_CODES = """\
@@ -142,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(parser, DEFAULT_PAIR)
     parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
     _add_options(parser)
+    _add_quant(parser, None)
     parser.add_argument("--seed", metavar="N", help="same as -o seed=N")
     parser.add_argument("--no-draft", action="store_true", help="plain decoding, for comparison")
     parser.add_argument("--stats", action="store_true", help="with --once: figures on stderr")
@@ -152,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pull = _command(commands, "pull", _pull, "fetch a pair and print where it is")
     pull.add_argument("pair", metavar="PAIR")
-    pull.add_argument("--source", choices=SOURCES, default="", help="only from there")
+    _add_quant(pull, argparse.SUPPRESS)
     pull.add_argument("--verify", action="store_true", help="hash everything, even if it is there")
     pull.add_argument("--yes", action="store_true", help="do not ask")
 
@@ -178,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--random-weights", metavar="PAIR", help="time the real step on published shapes (CUDA)"
     )
-    bench.add_argument("--quant", choices=("bf16", "fp8", "int4"), default="bf16")
+    _add_quant(bench, argparse.SUPPRESS)
     bench.add_argument("--context", metavar="TOKENS", type=int, default=2048)
     bench.add_argument("--widths", metavar="N,N,…", type=_whole_numbers, default=())
     bench.add_argument("--drafter", choices=("auto", "fp8"), help="same as -o drafter=…")
@@ -205,7 +210,17 @@ def _command(
 
 def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
-        "-m", "--model", metavar="PAIR", default=default, help=f"pair (default: {DEFAULT_PAIR})"
+        "-m",
+        "--model",
+        metavar="PAIR",
+        default=default,
+        help=f"pair, or PAIR@BUILD (default: {DEFAULT_PAIR})",
+    )
+
+
+def _add_quant(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--quant", metavar="BUILD", default=default, help="which build of the target: see show PAIR"
     )
 
 
@@ -228,10 +243,22 @@ def _add_options(parser: argparse.ArgumentParser, default: str | None = None) ->
 
 def _options(args: argparse.Namespace) -> list[str]:
     """All settings as key=value; the flags come last and win."""
-    names = ("seed", "max_tokens", "drafter", "draft_head")
+    names = ("seed", "max_tokens", "drafter", "draft_head", "quant")
     flags = {name: getattr(args, name, None) for name in names}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return [*(args.options or ()), *given]
+
+
+def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
+    """The pair, and the settings with the build that was named beside it."""
+    from dflash_chat import pairs
+
+    pair = pairs.find(name)
+    if settings.quant:
+        if pair.quant not in ("", settings.quant):
+            raise UsageError(f"two builds are named: {pair.quant} and {settings.quant}")
+        pair = pair.narrowed(settings.quant)
+    return pair, replace(settings, quant=pair.quant)
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -244,16 +271,14 @@ def _chat(args: argparse.Namespace) -> int:
         )
     if args.stats or args.json:
         raise UsageError("--stats and --json need --once")
-    from dflash_chat import pairs
-
-    pair = pairs.find(args.model)
-    settings = parse_options(_options(args), pair.sampling)
+    pair, settings = _chosen(args.model, parse_options(_options(args)))
+    settings = replace(settings, sampling=parse_options(_options(args), pair.sampling).sampling)
     system = pair.system if args.system is None else args.system
     from dflash_chat.ui import app
 
     return app.run(
         pair=pair.name,
-        source=settings.source,
+        quant=settings.quant,
         options=settings.engine,
         params=settings.sampling,
         system=system,
@@ -262,10 +287,9 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _once(args: argparse.Namespace) -> int:
-    settings = parse_options(_options(args))
-    from dflash_chat import once, pairs
+    pair, settings = _chosen(args.model, parse_options(_options(args)))
+    from dflash_chat import once
 
-    pair = pairs.find(args.model)
     prompt = args.once or ""
     if not _is_terminal(sys.stdin):
         piped = sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
@@ -290,10 +314,11 @@ def _curve(text: str) -> tuple[float, float]:
 def _bench_random(args: argparse.Namespace) -> int:
     from dflash_chat import bench_random
 
+    settings = parse_options(_options(args))
     return bench_random.run(
         RandomBenchArgs(
-            args.random_weights, args.quant, args.context, args.widths, args.accept_length,
-            args.accept_curve, parse_options(_options(args)).engine, args.json,
+            args.random_weights, settings.quant or "bf16", args.context, args.widths,
+            args.accept_length, args.accept_curve, settings.engine, args.json,
         )
     )  # fmt: skip
 
@@ -303,25 +328,24 @@ def _bench(args: argparse.Namespace) -> int:
         return _bench_random(args)
     if args.limit < 0:
         raise UsageError("--limit must not be negative")
-    settings = parse_options(_options(args))
-    from dflash_chat import bench, pairs
+    pair, settings = _chosen(args.model, parse_options(_options(args)))
+    from dflash_chat import bench
 
-    name = pairs.find(args.model).name
-    return bench.run(BenchArgs(name, args.prompts, settings, args.limit, args.json))
+    return bench.run(BenchArgs(pair.name, args.prompts, settings, args.limit, args.json))
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from dflash_chat import hub, pairs
+    from dflash_chat import hub
     from dflash_chat.progress import Reporter
 
-    pair = pairs.find(args.pair)
-    source = pair.source(args.source) if args.source else pair.sources[0]
-    large = source.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair, args.source)
+    pair, _ = _chosen(args.pair, parse_options(_options(args)))
+    first = pair.wanted()[0].source
+    large = first.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair)
     if large and not args.yes and _is_terminal(sys.stdin):
-        _confirm(f"Fetch {pair.name} ({_size(source.bytes)})?")
+        _confirm(f"Fetch {pair.name} ({_size(first.bytes)})?")
     with Reporter() as reporter:
-        found = hub.ensure(pair, args.source, reporter, check=args.verify)
-    print(f"{pair.name}: {_size(found.bytes)}, {found.source}", file=sys.stderr)
+        found = hub.ensure(pair, report=reporter, check=args.verify)
+    print(f"{pair.name}: {_size(found.bytes)}, {found.build.source}", file=sys.stderr)
     print(found.target)
     return EXIT_OK
 
@@ -342,8 +366,8 @@ def _list(args: argparse.Namespace) -> int:
                 "title": pair.title,
                 "licence": pair.licence,
                 "installed": found is not None,
-                "source": (found.source if found else pair.sources[0]).kind,
-                "bytes": found.bytes if found else pair.sources[0].bytes,
+                "source": (found.build if found else pair.builds[0]).source.kind,
+                "bytes": found.bytes if found else pair.builds[0].source.bytes,
                 "path": str(found.target) if found else None,
             }
         )
@@ -365,11 +389,11 @@ def _rm(args: argparse.Namespace) -> int:
     from dflash_chat import hub, pairs
 
     pair = pairs.find(args.pair)
-    present = [found for source in pair.sources if (found := hub.installed(pair, source.kind))]
+    present = [found for build in pair.builds if (found := hub.installed(pair, build.name))]
     if not present:
         raise UnknownModelError(f"{pair.name} is not installed", hint="see dflash-chat list")
     if not args.yes:
-        shared = any(found.source.kind == "hub" for found in present)
+        shared = any(found.build.source.kind == "hub" for found in present)
         note = " (its snapshot in the hub cache, too)" if shared else ""
         size = _size(sum(found.bytes for found in present))
         _confirm(f"Delete {pair.name}, {size}{note}?")

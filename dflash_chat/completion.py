@@ -61,9 +61,8 @@ _dflash_chat() {{
   case "$previous" in
     -m|--model) words="$(dflash-chat list -q 2>/dev/null)" ;;
     -o) words="{" ".join(f"{key}=" for key in KEYS)}"; compopt -o nospace ;;
-    --source) words="pypi hub" ;;
     --prompts) COMPREPLY=($(compgen -f -- "$word")); return ;;
-    --once|-s|--system|--seed|--max-tokens|--limit) return ;;
+    --once|-s|--system|--seed|--max-tokens|--limit|--quant) return ;;
     *) case "${{COMP_WORDS[1]}}" in
 {cases}
     *) words="{" ".join(words(parser))}" ;;

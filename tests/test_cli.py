@@ -201,7 +201,7 @@ def test_the_chat_refuses_a_redirected_screen(
         (["--max-token", "3"], EXIT_USAGE, "did you mean --max-tokens"),
         (["pull"], EXIT_USAGE, "PAIR"),
         (["pull", "nonsense"], EXIT_UNKNOWN_MODEL, "no pair named"),
-        (["pull", "smollm2", "--source", "ftp"], EXIT_USAGE, "invalid choice"),
+        (["pull", "smollm2", "--quant", "q4"], EXIT_UNKNOWN_MODEL, "did you mean q4_1?"),
         (["rm", "smollm2"], EXIT_UNKNOWN_MODEL, "not installed"),
         (["bench", "--limit", "-1"], EXIT_USAGE, "--limit"),
         (["bench", "--drafter", "int4"], EXIT_USAGE, "invalid choice"),

@@ -31,13 +31,13 @@ def test_every_key_lands_where_it_belongs() -> None:
             "drafter=fp8",
             "draft_head=FP8:16000",
             "head=fp8",
-            "source=hub",
+            "quant=Bf16",
         ]
     )
     assert settings == Settings(
         SamplingParams(0.7, 40, 0.9, 0.05, 1.1, -0.5, 0.5, 7, 64, ("END", "\n\n")),
         EngineOptions("cpu", "fp32", 4096, 5, 2, "fp8", "fp8", 16000, "fp8"),
-        "hub",
+        "bf16",
     )
 
 
@@ -92,7 +92,7 @@ def test_a_draft_head_that_makes_no_sense_is_refused_with_an_example(value: str)
         "threads=0",
         "device=tpu",
         "dtype=int8",
-        "source=ftp",
+        "quant=/tmp",
         "drafter=int8",
         "head=bf16",
         "stop=",

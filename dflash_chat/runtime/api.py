@@ -197,10 +197,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Load:
-    """Load an installed pair. `source` "" takes the first installed one of the pair's list."""
+    """Load a pair. `quant` names one of its builds; "" leaves the choice to the pair."""
 
     pair: str
-    source: str = ""
+    quant: str = ""
     options: EngineOptions = EngineOptions()
 
 

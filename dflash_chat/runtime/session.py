@@ -377,7 +377,7 @@ def _info(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return ModelInfo(
         pair=installed.pair.name,
-        target=f"{installed.pair.title} ({installed.source})",
+        target=f"{installed.pair.title} ({installed.build.source})",
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",

@@ -80,7 +80,7 @@ def _import_what_answers_need() -> None:
 
 def run(
     pair: str,
-    source: str,
+    quant: str,
     options: EngineOptions,
     params: SamplingParams,
     system: str,
@@ -89,7 +89,7 @@ def run(
     """Chat until the person quits; the exit code."""
     gc.disable()  # until the first paint
     client = EngineClient()
-    chat = ChatScreen(client, Load(pair, source, options), params, system, draft)
+    chat = ChatScreen(client, Load(pair, quant, options), params, system, draft)
     app = ChatApp(client, chat, pace.give_way)
     app.run()
     return app.return_code or chat.exit_code

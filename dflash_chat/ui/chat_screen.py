@@ -334,7 +334,7 @@ class ChatScreen(Screen[None]):
 
     def _set(self, option: str) -> None:
         settings = parse_options([option], self._params)
-        if (settings.engine, settings.source) != (EngineOptions(), ""):
+        if (settings.engine, settings.quant) != (EngineOptions(), ""):
             raise UsageError(
                 f"{option.partition('=')[0]} is fixed while a pair is loaded.",
                 "Give it at the start: dflash-chat -o " + option,

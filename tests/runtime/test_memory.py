@@ -95,7 +95,7 @@ def test_a_gpu_without_room_is_refused_before_anything_is_loaded(
     smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = pairs.find("smollm2-135m")
-    installed = hub.Installed(small, small.sources[0], smollm2_gguf, small.drafter.path, 0)
+    installed = hub.Installed(small, small.builds[0], smollm2_gguf, small.drafter.path, 0)
 
     def load(free: int) -> None:
         monkeypatch.setattr(memory, "available", lambda: free)

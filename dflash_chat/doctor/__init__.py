@@ -35,19 +35,15 @@ def run(as_json: bool) -> int:
 
 
 def examine() -> Iterator[Line]:
-    """Every check, the quick ones first. What takes long runs beside them from the beginning."""
+    """Every check, the quick ones first; what takes long runs beside them from the beginning."""
     with compute.probing() as probe:
         yield from _checked("python", machine.python)
         yield from _checked("packages", machine.packages)
         yield from _checked("config", machine.catalogue)
-        yield from _checked(
-            "terminal", lambda: terminal.lines(terminal.look(os.environ), os.environ)
-        )
+        yield from _checked("terminal", lambda: terminal.lines(os.environ))
         yield from _checked("disk", _disks)
         yield from _checked("pair", lambda: weights.complete(weights.installed()))
-        yield from _checked(
-            "leftovers", lambda: weights.leftovers(weights.hub_cache(), hub.cache_dir())
-        )
+        yield from _checked("leftovers", weights.leftovers)
         survey = gpu.survey()
         yield from _checked("driver", lambda: cards.driver(survey))
         yield from _checked("card", lambda: cards.cards(survey))

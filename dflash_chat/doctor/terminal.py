@@ -55,10 +55,16 @@ def look(environ: Mapping[str, str]) -> Terminal | None:
     )
 
 
-def lines(terminal: Terminal | None, environ: Mapping[str, str]) -> list[Line]:
-    """How the chat will look and feel there."""
+def lines(environ: Mapping[str, str]) -> list[Line]:
+    """How the chat will look and feel in the terminal that we are in, if we are."""
+    terminal = look(environ)
     if terminal is None:
         return [skipped("terminal", "stderr is not a terminal; the chat would need one")]
+    return judge(terminal, environ)
+
+
+def judge(terminal: Terminal, environ: Mapping[str, str]) -> list[Line]:
+    """The same for a terminal that was already looked at."""
     return [
         _type(terminal, environ),
         _colours(environ),

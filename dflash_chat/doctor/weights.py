@@ -53,13 +53,13 @@ def complete(present: Sequence[Installed]) -> list[Line]:
     return lines or [skipped("pair", "none is installed; the first question fetches the default")]
 
 
-def leftovers(hubs: Path, ours: Path) -> list[Line]:
+def leftovers() -> list[Line]:
     """Parts of downloads that were killed, below the hub's cache and our own."""
     before = time.time() - RESTING_MIN * 60
     lines = []
     for folder, places, remove in (
-        (hubs, "*/blobs/*.incomplete", "-delete"),
-        (ours, f"models/*/{hub.STAGING}*", "-exec rm -r {} +"),
+        (hub_cache(), "*/blobs/*.incomplete", "-delete"),
+        (hub.cache_dir(), f"models/*/{hub.STAGING}*", "-exec rm -r {} +"),
     ):
         found = [(path, *_age_and_bytes(path)) for path in folder.glob(places)]
         total = [count for _, touched, count in found if touched < before]

@@ -26,9 +26,7 @@ _FIXES = {
     Cause.NO_INSTANCE: "make an instance (sudo nvidia-smi mig -cgi 0 -C), or switch MIG off "
     "(sudo nvidia-smi -mig 0)",
 }
-_IN_CONTAINER = (
-    "start the container with the card: --gpus all (docker), --device nvidia.com/gpu=all"
-)
+_IN_CONTAINER = "start the container with the card: --gpus all, or --device nvidia.com/gpu=all"
 _IN_WSL = "install NVIDIA's driver in Windows, none inside of WSL, then run wsl --update"
 
 

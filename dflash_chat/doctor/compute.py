@@ -55,18 +55,25 @@ class Probe:
     """The running process; `found` waits for it."""
 
     def __init__(self, command: Sequence[str] = PROBE) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # a compiler that it started ends with it
-            text=True,
-            errors="replace",
-        )
+        self._process: subprocess.Popen[str] | None = None
+        self._broken = ""
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # a compiler that it started ends with it
+                text=True,
+                errors="replace",
+            )
+        except OSError as error:
+            self._broken = f"no process can be started: {error}"
 
     def found(self, limit_s: float = LIMIT_S) -> Found:
         """Everything it could report within `limit_s` seconds."""
+        if self._process is None:
+            return Found(broken=self._broken)
         broken = ""
         try:
             out, errors = self._process.communicate(timeout=limit_s)
@@ -86,7 +93,7 @@ class Probe:
 
     def end(self) -> None:
         """Kill it and whatever it started, unless it is through."""
-        if self._process.poll() is None:
+        if self._process and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 

@@ -18,7 +18,7 @@ def main() -> None:
     if not torch.version.cuda:
         return
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         report(problem=str(error).strip().partition("\n")[0])
         return

@@ -22,8 +22,8 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "chat", "cli", "completion", "errors", "fetch", "gpu", "hub", "once", "pairs",
-            "progress", "runtime.api", "runtime.client", "runtime.worker", "settings",
+            "bench", "chat", "cli", "completion", "doctor", "errors", "fetch", "gpu", "hub", "once",
+            "pairs", "progress", "runtime.api", "runtime.client", "runtime.worker", "settings",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from dflash_chat.doctor import cards, machine
 from dflash_chat.doctor.line import Line, fail, ok, skipped, warn
 from dflash_chat.gpu import Survey
 from dflash_chat.runtime.client import exit_reason
+from dflash_chat.runtime.probe import MARK
 
 PROBE = (sys.executable, "-m", "dflash_chat.runtime.probe")
 LIMIT_S = 120.0  # a first start compiles, perhaps on a busy machine
@@ -78,14 +79,14 @@ class Probe:
         try:
             out, errors = self._process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            self.end()
+            self._kill()
             out, errors = self._process.communicate()
             broken = f"no answer within {limit_s:.0f} seconds"
         log.debug("the probe's stderr: %s", errors)
         facts: dict[str, Any] = {}
         for line in out.splitlines():
-            with suppress(ValueError, TypeError):  # what others print between our lines
-                facts |= json.loads(line)
+            if line.startswith(MARK):  # others may print, too
+                facts |= json.loads(line.removeprefix(MARK))
         if not broken and (code := self._process.returncode):
             last = next(reversed(errors.strip().splitlines()), "")
             broken = last if code > 0 and last else exit_reason(code)
@@ -93,6 +94,14 @@ class Probe:
 
     def end(self) -> None:
         """Kill it and whatever it started, unless it is through."""
+        if self._process:
+            self._kill()
+            self._process.wait()
+            for stream in (self._process.stdout, self._process.stderr):
+                if stream:
+                    stream.close()
+
+    def _kill(self) -> None:
         if self._process and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 

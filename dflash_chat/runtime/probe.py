@@ -1,4 +1,4 @@
-"""What torch can do on this machine: `python -m dflash_chat.runtime.probe`, JSON lines on stdout.
+"""What torch can do on this machine: `python -m dflash_chat.runtime.probe`, in lines of JSON.
 
 A process of its own, because a broken torch, driver or compiler may end it or never return. Each
 line adds to those before, so what was found by then is kept. Nothing is judged here; `doctor` does.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+
+MARK = "dflash-chat probe: "  # begins our lines; libraries print whatever they like
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
 
 def report(**facts: object) -> None:
     """Write one line, at once."""
-    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
     sys.stdout.flush()
 
 

@@ -40,8 +40,8 @@ class Terminal:
     tmux_clipboard: str = ""
 
 
-def look(environ: Mapping[str, str]) -> Terminal | None:
-    """The terminal on stderr, or None if stderr is not one."""
+def look(environ: Mapping[str, str], answer_s: float = ANSWER_S) -> Terminal | None:
+    """The terminal on stderr, if it is one; `answer_s` is how long it may take to answer."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
     columns, rows = os.get_terminal_size(sys.stderr.fileno())
@@ -50,7 +50,7 @@ def look(environ: Mapping[str, str]) -> Terminal | None:
         columns=columns,
         rows=rows,
         encoding=sys.stderr.encoding or "",
-        kitty_keys=None if dumb else ask_for_kitty_keys(),
+        kitty_keys=None if dumb else ask_for_kitty_keys(answer_s),
         tmux_clipboard=_tmux_clipboard() if environ.get("TMUX") else "",
     )
 
@@ -133,7 +133,7 @@ def _clipboard(terminal: Terminal, environ: Mapping[str, str]) -> Line:
 # ── asking ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def ask_for_kitty_keys(limit_s: float = ANSWER_S) -> bool | None:
+def ask_for_kitty_keys(limit_s: float) -> bool | None:
     """Ask the controlling terminal for its keyboard protocol; None if there is no answer.
 
     Every terminal answers the second question (what are you?), those with the protocol also the

@@ -6,8 +6,9 @@ Looks at sizes and manifests only (`pull --verify` hashes), and asks nobody.
 from __future__ import annotations
 
 import os
+import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,21 +56,28 @@ def complete(present: Sequence[Installed]) -> list[Line]:
 
 def leftovers() -> list[Line]:
     """Parts of downloads that were killed, below the hub's cache and our own."""
-    before = time.time() - RESTING_MIN * 60
+    hubs, ours = hub_cache(), hub.cache_dir()
     lines = []
-    for folder, places, remove in (
-        (hub_cache(), "*/blobs/*.incomplete", "-delete"),
-        (hub.cache_dir(), f"models/*/{hub.STAGING}*", "-exec rm -r {} +"),
-    ):
-        found = [(path, *_age_and_bytes(path)) for path in folder.glob(places)]
-        total = [count for _, touched, count in found if touched < before]
-        if total:
-            what = "an unfinished download" if len(total) == 1 else f"{len(total)} unfinished ones"
-            name = places.rpartition("/")[2]
-            fix = f"find '{folder}' -name '{name}' -mmin +{RESTING_MIN} -prune {remove}"
-            text = f"{what} in {folder}, {size(sum(total))}"
-            lines.append(warn("leftovers", text, fix))
+    if parts := _resting(hubs.glob("*/blobs/*.incomplete")):
+        options = f"-name '*.incomplete' -mmin +{RESTING_MIN} -delete"
+        fix = f"find {shlex.quote(str(hubs))} -type f {options}"
+        lines.append(warn("leftovers", _in_words(parts, hubs), fix))
+    if staging := _resting(ours.glob(f"models/*/{hub.STAGING}*")):
+        fix = f"rm -r {shlex.join(str(path) for path in staging)}"
+        lines.append(warn("leftovers", _in_words(staging, ours), fix))
     return lines or [ok("leftovers", "none")]
+
+
+def _resting(paths: Iterable[Path]) -> dict[Path, int]:
+    """Bytes of those in which nothing has changed for a while."""
+    before = time.time() - RESTING_MIN * 60
+    found = {path: _age_and_bytes(path) for path in paths}
+    return {path: count for path, (touched, count) in found.items() if touched < before}
+
+
+def _in_words(parts: Mapping[Path, int], folder: Path) -> str:
+    what = "an unfinished download" if len(parts) == 1 else f"{len(parts)} unfinished downloads"
+    return f"{what} in {folder}, {size(sum(parts.values()))}"
 
 
 def _age_and_bytes(path: Path) -> tuple[float, int]:

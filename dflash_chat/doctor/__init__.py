@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
 from dflash_chat import __version__, gpu, hub
-from dflash_chat.doctor import cards, compute, machine, terminal, weights
+from dflash_chat.doctor import account, cards, compute, machine, terminal, weights
 from dflash_chat.doctor.line import Line, State, fail
-from dflash_chat.errors import EXIT_OK, EXIT_OTHER
+from dflash_chat.errors import EXIT_OK, EXIT_OTHER, UserError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def run(as_json: bool) -> int:
 
 def examine() -> Iterator[Line]:
     """Every check, the quick ones first; what takes long runs beside them from the beginning."""
+    asked = account.later(account.lines)
     with compute.probing() as probe:
         yield from _checked("python", machine.python)
         yield from _checked("packages", machine.packages)
@@ -44,6 +45,7 @@ def examine() -> Iterator[Line]:
         yield from _checked("disk", _disks)
         yield from _checked("pair", lambda: weights.complete(weights.installed()))
         yield from _checked("leftovers", weights.leftovers)
+        yield from _checked("token", asked.result)
         survey = gpu.survey()
         yield from _checked("driver", lambda: cards.driver(survey))
         yield from _checked("card", lambda: cards.cards(survey))
@@ -59,6 +61,8 @@ def _checked(check: str, lines: Callable[[], Iterable[Line]]) -> list[Line]:
     """The lines of one check; if it breaks, a line that says so."""
     try:
         return list(lines())
+    except UserError as error:
+        return [fail(check, error.message, error.hint or "see the lines above")]
     except Exception as error:  # whatever is wrong with this machine must not hide the rest
         log.debug("%s", check, exc_info=True)
         text = f"this check broke down: {type(error).__name__}: {error}"

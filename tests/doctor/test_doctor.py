@@ -17,7 +17,7 @@ from dflash_chat.errors import EXIT_OK, EXIT_OTHER
 
 CHECKS = [
     "python", "packages", "config", "terminal", "hub cache", "own cache", "pair", "leftovers",
-    "driver", "torch", "kernels", "attention",
+    "token", "access", "driver", "torch", "kernels", "attention",
 ]  # fmt: skip
 
 

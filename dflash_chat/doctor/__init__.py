@@ -36,6 +36,7 @@ def run(as_json: bool) -> int:
 
 def examine() -> Iterator[Line]:
     """Every check, the quick ones first; what takes long runs beside them from the beginning."""
+    survey = gpu.survey()  # before the probe takes memory of the card
     asked = account.later(account.lines)
     with compute.probing() as probe:
         yield from _checked("python", machine.python)
@@ -46,7 +47,6 @@ def examine() -> Iterator[Line]:
         yield from _checked("pair", lambda: weights.complete(weights.installed()))
         yield from _checked("leftovers", weights.leftovers)
         yield from _checked("token", asked.result)
-        survey = gpu.survey()
         yield from _checked("driver", lambda: cards.driver(survey))
         yield from _checked("card", lambda: cards.cards(survey))
         yield from _checked("torch", lambda: compute.lines(probe.found(), survey))

@@ -80,6 +80,9 @@ def _type(terminal: Terminal, environ: Mapping[str, str]) -> Line:
     if name in _DUMB:
         fix = "export TERM=xterm-256color, or what your terminal is"
         return warn("terminal", f"{text}: it says that it cannot move the cursor", fix)
+    if not (terminal.columns and terminal.rows):
+        fix = "stty columns 120 rows 40, or what it has"
+        return warn("terminal", f"{name}: it does not tell its size", fix)
     if terminal.columns < LEAST_COLUMNS or terminal.rows < LEAST_ROWS:
         fix = f"make it {LEAST_COLUMNS} × {LEAST_ROWS} or larger"
         return warn("terminal", f"{text}: little room for the chat", fix)

@@ -20,6 +20,7 @@ from dflash_chat.access import Access
 from dflash_chat.access import State as Answer
 from dflash_chat.doctor import account
 from dflash_chat.doctor.line import Line, State
+from dflash_chat.entries import HubSource
 from dflash_chat.hub import Installed
 from tests import hub_server, loopback
 from tests.hub_server import Hub, Repo, serve

@@ -43,6 +43,7 @@ def test_a_good_terminal() -> None:
         ("terminal", {}, {"TERM": ""}, "export TERM="),
         ("terminal", {"columns": 50}, {}, "60 × 16"),
         ("terminal", {"rows": 10}, {}, "60 × 16"),
+        ("terminal", {"columns": 0, "rows": 0}, {}, "stty columns"),
         ("colours", {}, {"TERM": "xterm", "COLORTERM": ""}, "COLORTERM=truecolor"),
         ("characters", {"encoding": "ascii"}, {}, "LC_ALL=C.UTF-8"),
         ("characters", {"encoding": ""}, {}, "LC_ALL=C.UTF-8"),

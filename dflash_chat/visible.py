@@ -1,4 +1,4 @@
-"""Which cards a CUDA program sees, and in which order: CUDA's own rules, applied to a list of cards.
+"""Which cards a CUDA program sees, and in which order: CUDA's own rules for a list of cards.
 
 Knows CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER and MIG. Asks nobody; gpu.py knows the cards.
 """

@@ -200,7 +200,7 @@ def _kernels(found: Found) -> Line:
 def _kernels_fix(reason: str) -> str:
     """What helps most often; the reason alone does not always tell."""
     if "not installed" in reason:
-        return f"pip install triton (what torch {_version('torch')} was made with)"
+        return f'pip install "{_requirement("triton", of="torch")}"'
     if "capability" in reason:
         return "none on this card; answers are the same"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -220,9 +220,10 @@ def _attention(found: Found) -> Line:
     return ok("attention", f"{path}; {other}")
 
 
-def _requirement(name: str) -> str:
+def _requirement(name: str, of: str = machine.PACKAGE) -> str:
+    """`name` with the versions that the package `of` asks for, as pip takes it."""
     try:
-        return machine.requirements().get(name, name)
+        return machine.requirements(of).get(name, name)
     except metadata.PackageNotFoundError:
         return name
 

@@ -26,7 +26,7 @@ def python() -> list[Line]:
 def packages() -> list[Line]:
     """Whether every package this one needs is there in a version it was made for."""
     try:
-        required = requirements()
+        required = requirements(PACKAGE)
     except metadata.PackageNotFoundError:
         return [skipped("packages", "dflash-chat runs without being installed")]
     wrong, versions = [], []
@@ -45,14 +45,14 @@ def packages() -> list[Line]:
     return [ok("packages", ", ".join(versions))]
 
 
-def requirements() -> dict[str, str]:
-    """Name → requirement, as pip takes it, of each package that must be there.
+def requirements(package: str = PACKAGE) -> dict[str, str]:
+    """Name → requirement, as pip takes it, of each package that `package` needs here.
 
-    Raises PackageNotFoundError if dflash-chat runs from a folder that pip does not know.
+    Raises PackageNotFoundError if pip knows no such package: ours may run from a mere folder.
     """
     from packaging.requirements import Requirement
 
-    found = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]
+    found = [Requirement(text) for text in metadata.requires(package) or ()]
     return {
         wanted.name: f"{wanted.name}{wanted.specifier}"
         for wanted in found

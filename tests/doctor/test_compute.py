@@ -114,7 +114,7 @@ def test_torch_may_rank_unlike_cards_otherwise() -> None:
 @pytest.mark.parametrize(
     ("reason", "fix"),
     [
-        ("Triton is not installed", "pip install triton"),
+        ("Triton is not installed", 'pip install "triton'),
         ("the kernels need compute capability 8.0", "none on this card"),
         ("OutOfMemoryError: CUDA out of memory.", "nvidia-smi"),
         ("RuntimeError: what nobody foresaw", "DFLASH_CHAT_LOG=debug"),

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
@@ -25,10 +27,11 @@ log = logging.getLogger(__name__)
 def run(as_json: bool) -> int:
     """Print every line, or one JSON object; the exit code is 1 if a line fails, else 0."""
     lines = []
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in examine():
         lines.append(line)
         if not as_json:
-            sys.stdout.write(in_words(line))
+            sys.stdout.write(in_words(line, columns))
             sys.stdout.flush()
     sys.stdout.write(as_object(lines) if as_json else summary(lines))
     return EXIT_OTHER if count(lines, State.FAIL) else EXIT_OK
@@ -72,10 +75,16 @@ def _checked(check: str, lines: Callable[[], Iterable[Line]]) -> list[Line]:
 # ── how it is shown ─────────────────────────────────────────────────────────────────────────────
 
 
-def in_words(line: Line) -> str:
-    """One line, and one more for its fix."""
-    fix = f"{'':23}→ {line.fix}\n" if line.fix else ""
-    return f"{line.state:9} {line.check:12} {' '.join(line.text.split())}\n{fix}"
+def in_words(line: Line, columns: int = 0) -> str:
+    """A line, wrapped at `columns` unless 0, and one for its fix, never broken: it is copied."""
+    begin = f"{line.state:9} {line.check:12} "
+    text = " ".join(line.text.split())
+    if columns:
+        room = max(20, columns - len(begin))
+        parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+        text = f"\n{'':{len(begin)}}".join(parts)
+    fix = f"{'':{len(begin)}}→ {line.fix}\n" if line.fix else ""
+    return f"{begin}{text}\n{fix}"
 
 
 def summary(lines: list[Line]) -> str:

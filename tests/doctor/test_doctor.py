@@ -90,6 +90,16 @@ def test_lines_for_people(given: list[Line], capsys: pytest.CaptureFixture[str])
     ]
 
 
+def test_a_narrow_terminal_wraps_the_text_and_never_the_fix() -> None:
+    fix = "a command that is longer than the terminal is wide"
+    shown = doctor.in_words(warn("disk", "one two three four five six seven", fix), columns=43)
+    assert shown.splitlines() == [
+        "warn      disk         one two three four",
+        "                       five six seven",
+        f"                       → {fix}",
+    ]
+
+
 def test_one_object_for_scripts(given: list[Line], capsys: pytest.CaptureFixture[str]) -> None:
     given += [ok("a", "fine"), fail("b", "broken", "do that")]
     cli.main(["doctor", "--json"])

@@ -34,7 +34,7 @@ from dflash_chat.errors import (
 from dflash_chat.fetch import Report
 from dflash_chat.pairs import Build, FolderSource, HubSource, Pair, PyPISource, Source
 
-STAGING = ".staging-"
+_STAGING = ".staging-"
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ def _fetch(pair: Pair, build: Build, report: Report) -> Installed:
         folder = _folder(pair)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
-            prefix=STAGING, dir=folder, ignore_cleanup_errors=True
+            prefix=_STAGING, dir=folder, ignore_cleanup_errors=True
         ) as staging:
             fresh = fetch.from_index(source, Path(staging), report)
             os.replace(fresh, folder / source.file_name)
@@ -342,7 +342,7 @@ def _remove_snapshot(folder: Path) -> int:
 
 def _remove_stale(pair: Pair) -> None:
     """Under the lock no other pull runs, so a staging folder belongs to one that was killed."""
-    for stale in _folder(pair).glob(f"{STAGING}*"):
+    for stale in _folder(pair).glob(f"{_STAGING}*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from dflash_chat.doctor.line import Line, fail, ok, skipped, warn
 from dflash_chat.doctor.machine import size
 from dflash_chat.hub import Installed
 
+STAGING = ".staging-"  # begins the folders in which hub.py unpacks what it fetches
 RESTING_MIN = 10  # what was touched later may belong to a download that still runs
 
 
@@ -62,7 +63,7 @@ def leftovers() -> list[Line]:
         options = f"-name '*.incomplete' -mmin +{RESTING_MIN} -delete"
         fix = f"find {shlex.quote(str(hubs))} -type f {options}"
         lines.append(warn("leftovers", _in_words(parts, hubs), fix))
-    if staging := _resting(ours.glob(f"models/*/{hub.STAGING}*")):
+    if staging := _resting(ours.glob(f"models/*/{STAGING}*")):
         fix = f"rm -r {shlex.join(str(path) for path in staging)}"
         lines.append(warn("leftovers", _in_words(staging, ours), fix))
     return lines or [ok("leftovers", "none")]

@@ -86,10 +86,22 @@ def test_leftovers_are_counted_and_the_fix_removes_them_alone(hub_cache: Path) -
     assert line.state is State.OK
 
 
+def test_a_pull_works_in_a_folder_that_we_would_find(pair: Pair) -> None:
+    seen: set[Path] = set()
+
+    def look(*_: object) -> None:
+        seen.update(hub.cache_dir().glob(f"models/*/{weights.STAGING}*"))
+
+    hub.ensure(pair, report=look)
+    assert len(seen) == 1
+
+
 def test_a_killed_pull_of_ours_and_its_fix(hub_cache: Path) -> None:
     models = hub.cache_dir() / "models"
-    gone = leave(models / "tiny" / f"{hub.STAGING}x" / "tiny.whl", 3_000_000, minutes=60).parent
-    kept = leave(models / "other" / f"{hub.STAGING}y" / "other.whl", 3_000_000, minutes=0).parent
+    gone = leave(models / "tiny" / f"{weights.STAGING}x" / "tiny.whl", 3_000_000, minutes=60).parent
+    kept = leave(
+        models / "other" / f"{weights.STAGING}y" / "other.whl", 3_000_000, minutes=0
+    ).parent
     (line,) = weights.leftovers()
     assert line.state is State.WARN
     assert line.text == f"an unfinished download in {hub.cache_dir()}, 3 MB"

@@ -22,10 +22,10 @@ from dflash_chat.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_OTHER,
-    UnknownModelError,
     UsageError,
     UserError,
 )
+from dflash_chat.progress import size
 from dflash_chat.settings import (
     DEFAULT_PAIR,
     KEYS,
@@ -40,7 +40,6 @@ from dflash_chat.settings import (
 if TYPE_CHECKING:
     from dflash_chat.pairs import Pair
 
-_ASK_ABOVE_BYTES = 1_000_000_000
 _EXIT_CODES = """\
 exit codes:
   0    ok
@@ -159,6 +158,11 @@ def build_parser() -> argparse.ArgumentParser:
     pull.add_argument("pair", metavar="PAIR")
     _add_quant(pull, argparse.SUPPRESS)
     pull.add_argument("--verify", action="store_true", help="hash everything, even if it is there")
+    pull.add_argument("--dry-run", action="store_true", help="only say what would be fetched")
+    pull.add_argument("--force", action="store_true", help="even if it does not fit this machine")
+    pull.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="progress as JSON lines"
+    )
     pull.add_argument("--yes", action="store_true", help="do not ask")
 
     for name in ("list", "ls"):
@@ -169,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     rm = _command(commands, "rm", _rm, "delete a pair's weights")
     rm.add_argument("pair", metavar="PAIR")
+    _add_quant(rm, argparse.SUPPRESS)
     rm.add_argument("--yes", action="store_true", help="do not ask")
 
     bench = _command(commands, "bench", _bench, "measure a pair with and without drafting")
@@ -339,19 +344,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from dflash_chat import hub
-    from dflash_chat.progress import Reporter
-
     pair, _ = _chosen(args.pair, parse_options(_options(args)))
-    first = pair.wanted()[0].source
-    large = first.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair)
-    if large and not args.yes and _is_terminal(sys.stdin):
-        _confirm(f"Fetch {pair.name} ({_size(first.bytes)})?")
-    with Reporter() as reporter:
-        found = hub.ensure(pair, report=reporter, check=args.verify)
-    print(f"{pair.name}: {_size(found.bytes)}, {found.build.source}", file=sys.stderr)
-    print(found.target)
-    return EXIT_OK
+    from dflash_chat import pull
+
+    wanted = pull.PullArgs(args.verify, args.force, args.dry_run, args.json, args.yes)
+    return pull.run(pair, wanted, _ask_if_possible)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -382,7 +379,7 @@ def _list(args: argparse.Namespace) -> int:
     for row in rows:
         state = "installed" if row["installed"] else "–"
         words = (row[key] for key in ("source", "licence", "title"))
-        table.append([row["name"], _size(row["bytes"]), state, *words])
+        table.append([row["name"], size(row["bytes"]), state, *words])
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for line in table:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
@@ -390,19 +387,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _rm(args: argparse.Namespace) -> int:
-    from dflash_chat import hub, pairs
+    pair, _ = _chosen(args.pair, parse_options(_options(args)))
+    from dflash_chat import pull
 
-    pair = pairs.find(args.pair)
-    present = [found for build in pair.builds if (found := hub.installed(pair, build.name))]
-    if not present:
-        raise UnknownModelError(f"{pair.name} is not installed", hint="see dflash-chat list")
-    if not args.yes:
-        shared = any(found.build.source.kind == "hub" for found in present)
-        note = " (its snapshot in the hub cache, too)" if shared else ""
-        size = _size(sum(found.bytes for found in present))
-        _confirm(f"Delete {pair.name}, {size}{note}?")
-    print(f"{pair.name}: {_size(hub.remove(pair))} freed", file=sys.stderr)
-    return EXIT_OK
+    return pull.remove(pair, args.yes, _confirm)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -425,9 +413,11 @@ def _confirm(question: str) -> None:
         raise UserError("nothing was done")
 
 
+def _ask_if_possible(question: str) -> None:
+    """`_confirm` on a terminal; elsewhere the command itself is the answer."""
+    if _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
+        _confirm(question)
+
+
 def _is_terminal(stream: object) -> bool:
     return stream is not None and bool(getattr(stream, "isatty", lambda: False)())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -70,15 +70,20 @@ class Repo:
 
 @dataclass
 class Hub:
-    """The server's state. `seconds` stretches each large body; `cuts` large bodies end halfway;
+    """The server's state. `seconds` stretches each large body but those of the files `fast`, and
+    each stops for `pauses` seconds in its midst; `cuts` large bodies end halfway;
     `failures` maps a pattern of paths to statuses that the next matching requests get.
     `lies` are bytes sent instead of the true ones. `leaked`: the token went to the CDN.
+    `sent` counts bytes of weights.
     """
 
     repos: dict[str, Repo]
     tokens: dict[str, str] = field(default_factory=lambda: {"hf_secret": "ada"})
     url: str = ""
     seconds: float = 0.0
+    fast: set[str] = field(default_factory=set)
+    pauses: float = 0.0
+    sent: int = 0
     cuts: int = 0
     ranges: bool = True
     failures: dict[str, list[int]] = field(default_factory=dict)
@@ -86,7 +91,6 @@ class Hub:
     lies: dict[str, bytes] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     leaked: bool = False
-    started: threading.Event = field(default_factory=threading.Event)
 
     @property
     def cdn(self) -> str:
@@ -204,11 +208,13 @@ class _Handler(BaseHTTPRequestHandler):
         step = len(body) // CHUNKS + 1
         cut = self.hub.cuts > 0
         self.hub.cuts -= cut
-        for start in range(0, len(body) // 2 if cut else len(body), step):
+        hurry = self.path.rpartition(":")[2] in self.hub.fast
+        for number, start in enumerate(range(0, len(body) // 2 if cut else len(body), step)):
             self.wfile.write(body[start : start + step])
-            if start > 2 * step:
-                self.hub.started.set()
-            time.sleep(self.hub.seconds / CHUNKS)
+            self.hub.sent += step
+            if number == CHUNKS // 2:
+                time.sleep(self.hub.pauses)
+            time.sleep(0 if hurry else self.hub.seconds / CHUNKS)
         if cut:
             self.wfile.flush()
             self.close_connection = True

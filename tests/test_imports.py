@@ -22,8 +22,9 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "chat", "cli", "completion", "doctor", "errors", "fetch", "gpu", "hub", "once",
-            "pairs", "progress", "runtime.api", "runtime.client", "runtime.worker", "settings",
+            "access", "bench", "chat", "cli", "completion", "doctor", "errors", "fetch", "gpu",
+            "hub", "once", "pairs", "progress", "pull", "runtime.api", "runtime.client",
+            "runtime.worker", "settings",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),

@@ -47,7 +47,7 @@ def examine() -> Iterator[Line]:
         yield from _checked("config", machine.catalogue)
         yield from _checked("terminal", lambda: terminal.lines(os.environ))
         yield from _checked("disk", _disks)
-        yield from _checked("pair", lambda: weights.complete(weights.installed()))
+        yield from _checked("pair", weights.complete)
         yield from _checked("leftovers", weights.leftovers)
         yield from _checked("token", asked.result)
         yield from _checked("driver", lambda: cards.driver(survey))

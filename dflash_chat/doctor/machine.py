@@ -11,6 +11,7 @@ from pathlib import Path
 from dflash_chat import pairs
 from dflash_chat.doctor.line import Line, fail, ok, skipped, warn
 from dflash_chat.errors import UserError
+from dflash_chat.progress import size
 
 PACKAGE = "dflash-chat"
 LITTLE_BYTES = 10 * 10**9  # less does not hold a pair of 8 billion weights in 4 bits with its copy
@@ -94,8 +95,3 @@ def disk(check: str, folder: Path, variable: str) -> list[Line]:
     if free < LITTLE_BYTES:
         return [warn(check, f"{text}: too little for most pairs", fix)]
     return [ok(check, text)]
-
-
-def size(count: int) -> str:
-    """Bytes for people: `4.6 GB`, `93 MB`."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from dflash_chat import hub, pairs
 from dflash_chat.doctor.line import Line, fail, ok, skipped, warn
-from dflash_chat.doctor.machine import size
+from dflash_chat.entries import FolderSource, Pair
 from dflash_chat.hub import Installed
+from dflash_chat.progress import size
 
 STAGING = ".staging-"  # begins the folders in which hub.py unpacks what it fetches
 RESTING_MIN = 10  # what was touched later may belong to a download that still runs
@@ -38,21 +39,34 @@ def installed() -> list[Installed]:
     return [each for each in found if each]
 
 
-def complete(present: Sequence[Installed]) -> list[Line]:
-    """A line for each pair that was pulled once: is it still as it was then?"""
-    lines = []
-    for pair in pairs.load_catalogue(pairs.user_file()):
-        mine = [each for each in present if each.pair.name == pair.name]
-        manifests = list((hub.cache_dir() / "models" / pair.name).glob("*.json"))
-        if mine:
-            names = ", ".join(each.build.name for each in mine)
-            total = size(sum(each.bytes for each in mine))
-            lines.append(ok("pair", f"{pair.name} is complete ({names}, {total})"))
-        if len(manifests) > len(mine):
-            text = f"{pair.name} was pulled, but files are missing, changed or out of date"
-            fix = f"dflash-chat pull {pair.name}, or dflash-chat rm {pair.name}"
-            lines.append(warn("pair", text, fix) if mine else fail("pair", text, fix))
+def complete() -> list[Line]:
+    """A line for each build that was pulled once: is it still as it was then?"""
+    known = pairs.load_catalogue(pairs.user_file())
+    lines = [line for pair in known for line in _pulled(pair)]
     return lines or [skipped("pair", "none is installed; the first question fetches the default")]
+
+
+def _pulled(pair: Pair) -> Iterator[Line]:
+    """Of one pair: every finished pull, every broken-off one, and what no catalogue names now."""
+    fix = f"dflash-chat pull {pair.name}"
+    folder = hub.folder_of(pair)
+    begun = set(folder.glob(f"{hub.UNFINISHED}*.json"))
+    finished = set()
+    for build in pair.builds:
+        if isinstance(build.source, FolderSource) or not (manifest := hub.manifest_of(pair, build)):
+            continue
+        finished.add(manifest.path)
+        name = f"{pair.name}@{build.name}"
+        if damage := manifest.damage():
+            yield fail("pair", f"{name} is damaged: {damage}", f"dflash-chat pull {name}")
+        else:
+            yield ok("pair", f"{name} is complete, {size(manifest.bytes)}")
+    if begun:
+        text = f"a pull of {pair.name} was broken off, or still runs"
+        yield warn("pair", text, f"{fix} goes on with it, dflash-chat rm {pair.name} deletes it")
+    if old := set(folder.glob("*.json")) - finished - begun:
+        text = f"{pair.name} was pulled when the catalogue named other files for it ({len(old)})"
+        yield warn("pair", text, f"{fix} fetches those of today")
 
 
 def leftovers() -> list[Line]:

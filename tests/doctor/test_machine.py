@@ -12,6 +12,7 @@ import pytest
 
 from dflash_chat.doctor import machine
 from dflash_chat.doctor.line import State
+from dflash_chat.progress import size
 
 GB = 10**9
 
@@ -84,7 +85,7 @@ def test_room_on_the_disk(
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: usage)
     (line,) = machine.disk("hub cache", tmp_path / "to" / "come", "HF_HOME")
     assert line.state is state
-    assert machine.size(free) in line.text
+    assert size(free) in line.text
     assert ("HF_HOME" in line.fix) is (state is not State.OK)
 
 

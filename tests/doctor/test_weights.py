@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_chat import hub
+from dflash_chat import hub, pairs
 from dflash_chat.doctor import weights
 from dflash_chat.doctor.line import State
 from dflash_chat.entries import Pair
@@ -30,19 +30,38 @@ def pair(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
 
 
 def test_nothing_is_installed(own_folders: Path) -> None:
-    (line,) = weights.complete(weights.installed())
+    (line,) = weights.complete()
     assert line.state is State.SKIPPED
 
 
-def test_a_complete_pair_and_a_damaged_one(pair: Pair) -> None:
+def test_a_complete_pair_a_damaged_and_an_outdated_one(pair: Pair) -> None:
     found = hub.ensure(pair)
-    (line,) = weights.complete(weights.installed())
-    assert line.state is State.OK
-    assert line.text == f"tiny is complete ({found.build.name}, 0 MB)"
+    name = f"tiny@{found.build.name}"
+    (line,) = weights.complete()
+    assert (line.state, line.text) == (State.OK, f"{name} is complete, 300 kB")
     os.truncate(found.target, 1000)
-    (line,) = weights.complete(weights.installed())
-    assert line.state is State.FAIL
+    (line,) = weights.complete()
+    assert (line.state, line.fix) == (State.FAIL, f"dflash-chat pull {name}")
+    assert line.text == f"{name} is damaged: tiny.gguf has 1000 bytes instead of 300000"
+    found.target.unlink()
+    (line,) = weights.complete()
+    assert line.text == f"{name} is damaged: tiny.gguf is missing"
+    catalogue = pairs.user_file()
+    catalogue.write_text(catalogue.read_text().replace('"1.0"', '"1.1"'))
+    (line,) = weights.complete()
+    assert line.state is State.WARN
+    assert "named other files" in line.text
     assert "dflash-chat pull tiny" in line.fix
+
+
+def test_a_pull_that_was_broken_off(pair: Pair) -> None:
+    folder = hub.folder_of(pair)
+    folder.mkdir(parents=True)
+    (folder / f"{hub.UNFINISHED}bf16.json").write_text("{}")
+    (line,) = weights.complete()
+    assert line.state is State.WARN
+    assert "broken off" in line.text
+    assert "dflash-chat pull tiny goes on" in line.fix
 
 
 @pytest.fixture

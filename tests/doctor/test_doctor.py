@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ CHECKS = [
 
 def typed(*argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dflash_chat", "doctor", *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_the_real_thing_with_the_real_torch(own_folders: Path) -> None:
     failed = [line for line in found["lines"] if line["state"] == "fail"]
     assert done.returncode == (EXIT_OTHER if failed else EXIT_OK)
     (torch,) = [line for line in found["lines"] if line["check"] == "torch"]
-    assert torch["state"] == "ok", torch
+    assert torch["text"].startswith(f"{metadata.version('torch')}, "), torch
 
 
 def test_a_broken_torch_is_one_failing_line_among_all_the_others(

@@ -211,6 +211,10 @@ def build_parser() -> argparse.ArgumentParser:
     law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
     law.add_argument("--accept-curve", metavar="A1,R", type=_curve, default=(0.0, 0.0))
 
+    about = "what may keep this machine from chatting; exit code 1 if something fails"
+    doctor = _command(commands, "doctor", _doctor, about)
+    doctor.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+
     shell = _command(commands, "completion", _completion, "print a completion script")
     shell.add_argument("shell", metavar="SHELL", choices=completion.SHELLS, help="bash, zsh, fish")
     return parser
@@ -409,6 +413,12 @@ def _rm(args: argparse.Namespace) -> int:
     from dflash_chat import pull
 
     return pull.remove(pair, args.yes, _confirm)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dflash_chat import doctor
+
+    return doctor.run(args.json)
 
 
 def _completion(args: argparse.Namespace) -> int:

@@ -22,8 +22,8 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "access", "bench", "chat", "cli", "completion", "errors", "fetch", "gpu", "here",
-            "hub", "listing", "once", "pairs", "plan", "progress", "pull", "repository",
+            "access", "bench", "chat", "cli", "completion", "doctor", "errors", "fetch", "gpu",
+            "here", "hub", "listing", "once", "pairs", "plan", "progress", "pull", "repository",
             "runtime.api", "runtime.client", "runtime.worker", "settings",
         )
     ),

@@ -249,9 +249,14 @@ def _chat(args: argparse.Namespace) -> int:
     pair = pairs.find(args.model)
     settings = parse_options(_options(args), pair.sampling)
     system = pair.system if args.system is None else args.system
+    from dflash_chat import config
     from dflash_chat.ui import app
+    from dflash_chat.ui.actions import ACTIONS
+    from dflash_chat.ui.completion import themes
 
+    keys = {action.id: action.keys for action in ACTIONS if action.keys}
     return app.run(
+        config=config.load(config.config_file(), keys, themes()),
         pair=pair.name,
         source=settings.source,
         options=settings.engine,

@@ -147,6 +147,8 @@ class ChatScreen(TurnActions, SettingActions):
         if action.id == "code":
             cursor = self.query_one(Transcript).cursor
             return "continue" if self.dialogue.can_continue(cursor) else "copy code"
+        if action.id == "stop" and not self.dialogue.answer:
+            return "Take back" if self._stoppable() == "waiting" else "Close"
         if action.id == "again" and (self.dialogue.retry_after or self.dialogue.down):
             return "Retry"
         return action.name

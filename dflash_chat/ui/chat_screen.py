@@ -91,7 +91,7 @@ class ChatScreen(TurnActions, SettingActions):
                 yield Words(id="hint")
                 menu = Menu()
                 yield menu
-                yield Prompt(menu)
+                yield Prompt(menu, self.keymap)
                 yield StatusLine()
             yield SidePanel()
         yield KeyBar()

@@ -144,7 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_options(parser)
     parser.add_argument("--seed", metavar="N", help="same as -o seed=N")
     parser.add_argument("--no-draft", action="store_true", help="plain decoding, for comparison")
-    parser.add_argument("--stats", action="store_true", help="with --once: figures on stderr")
+    parser.add_argument(
+        "--plain", action="store_true", help="chat line by line, without drawing on the screen"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="with --once or --plain: figures on stderr"
+    )
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
 
     commands = parser.add_subparsers(
@@ -237,21 +242,32 @@ def _options(args: argparse.Namespace) -> list[str]:
 def _chat(args: argparse.Namespace) -> int:
     if args.once is not None or not _is_terminal(sys.stdin):
         return _once(args)
-    if not _is_terminal(sys.stderr):
+    from dflash_chat import pairs, terminals
+
+    in_lines = args.plain or terminals.only_lines(os.environ)
+    if not in_lines and not _is_terminal(sys.stderr):
         raise UsageError(
             "the chat is drawn on stderr, and stderr is not a terminal",
-            hint="do not redirect it, or use --once",
+            hint="do not redirect it, or use --plain or --once",
         )
-    if args.stats or args.json:
-        raise UsageError("--stats and --json need --once")
-    from dflash_chat import pairs
+    if args.json or (args.stats and not in_lines):
+        raise UsageError("--json needs --once, --stats needs --once or --plain")
 
     pair = pairs.find(args.model)
     settings = parse_options(_options(args), pair.sampling)
     system = pair.system if args.system is None else args.system
-    from dflash_chat.ui import app
+    if in_lines:
+        from dflash_chat import plain
 
+        return plain.run(pair.name, settings, system, not args.no_draft, args.stats)
+    from dflash_chat import config
+    from dflash_chat.ui import app
+    from dflash_chat.ui.actions import ACTIONS
+    from dflash_chat.ui.completion import themes
+
+    keys = {action.id: action.keys for action in ACTIONS if action.keys}
     return app.run(
+        config=config.load(config.config_file(), keys, themes()),
         pair=pair.name,
         source=settings.source,
         options=settings.engine,

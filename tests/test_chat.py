@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dflash_chat.chat import Conversation
+from dflash_chat.chat import Conversation, as_markdown
 from dflash_chat.runtime.api import Message
 
 
@@ -38,4 +38,48 @@ def test_retracting_takes_back_the_answer_but_never_the_question() -> None:
     chat.retract_answer()
     chat.retract_answer()
 
-    assert chat.turns == [Message("user", "Hi")]
+    assert chat.messages() == (Message("user", "Hi"),)
+
+
+def test_an_edited_question_and_another_answer_are_branches() -> None:
+    chat = Conversation()
+    first = chat.ask("Hi")
+    chat.answer("Hello")
+    answer = chat.turns[-1]
+    chat.edit(first.id, "Good morning")
+    assert [turn.content for turn in chat.turns] == ["Good morning"]
+
+    chat.tip = answer.id
+    chat.regenerate(answer.id)
+    chat.answer("Hey")
+    assert [turn.content for turn in chat.turns] == ["Hi", "Hey"]
+    assert len(chat.tree) == 4
+
+
+def test_thoughts_are_not_sent_back() -> None:
+    chat = Conversation()
+    chat.ask("Hi")
+    answer = chat.begin_answer()
+    answer.thinking, answer.content = "hm", "Hello"
+    chat.end_answer()
+
+    assert chat.messages()[-1] == Message("assistant", "Hello")
+
+
+def test_a_cut_answer_is_written_on_where_it_stands() -> None:
+    chat = Conversation()
+    chat.ask("Hi")
+    chat.answer("Hel", "stopped")
+    turn = chat.continue_answer()
+    turn.content += "lo"
+    chat.end_answer()
+
+    assert [turn.content for turn in chat.turns] == ["Hi", "Hello"]
+
+
+def test_an_exported_chat_reads_like_one() -> None:
+    chat = Conversation("Be brief.")
+    chat.ask("Hi")
+    chat.answer("Hello")
+
+    assert as_markdown(chat) == "> Be brief.\n\n## You\n\nHi\n\n## Answer\n\nHello\n"

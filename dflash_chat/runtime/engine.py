@@ -130,19 +130,32 @@ class Engine:
         self.baseline: Baseline | None = None
         self.graphed: GraphedSteps | None = None  # runs the steps, if there
         self.eager_because = ""  # why it is not there
+        self._budget = 0  # tokens the answer may have in all
         self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
 
     @torch.inference_mode()
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams, draft: bool = True
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        draft: bool = True,
+        draft_tokens: int = 0,
+        answered: int = 0,
     ) -> Generator[Prefilled | Step, None, None]:
-        """Answer `prompt`. Raises UsageError if it is empty or leaves no room in the context."""
+        """Answer `prompt`. Raises UsageError if it is empty or leaves no room in the context.
+
+        `draft_tokens` pins how many are drafted, 0 does not. The last `answered` ids of the prompt
+        are the beginning of the answer: it goes on as if it had not been cut, within a budget of
+        `max_tokens` more.
+        """
         if not prompt or len(prompt) >= self.cache.capacity:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.cache.capacity}",
                 "shorten it, start a new chat, or load with a larger -o ctx",
             )
-        sampler = Sampler(params, prompt)
+        sampler = Sampler(params, prompt[: len(prompt) - answered])
+        sampler.accept(prompt[len(prompt) - answered :])
+        self._budget = answered + params.max_tokens
         last_hidden = yield from self._prefill(prompt)
         chosen = sampler.choose(self.target.logits(last_hidden), _no_tokens(self.target.device))
         step = self._clip([int(chosen[0])], None, sampler)
@@ -151,9 +164,9 @@ class Engine:
             return
         anchor = step.tokens[-1]
         if self.graphed is None:
-            steps = self._steps(anchor, sampler, draft)
+            steps = self._steps(anchor, sampler, draft, draft_tokens)
         else:  # the same as CUDA graphs, which keep both caches themselves
-            steps = self.graphed.decode(anchor, sampler, draft, self.log.extend)
+            steps = self.graphed.decode(anchor, sampler, draft, self.log.extend, draft_tokens)
         with closing(steps):
             for tokens, stats in steps:
                 if self.baseline is not None:
@@ -249,12 +262,12 @@ class Engine:
             self.drafter.truncate(n)
         return n
 
-    def _steps(self, anchor: int, sampler: Sampler, draft: bool) -> _Steps:
+    def _steps(self, anchor: int, sampler: Sampler, draft: bool, pinned: int) -> _Steps:
         """Draft–verify cycles; without drafting (or room for it) plain decoding steps."""
         timer = StepTimer(self.target.device)
         while True:
             timer.start()
-            drafted, why = self._propose(anchor, sampler, draft)
+            drafted, why = self._propose(anchor, sampler, draft, pinned)
             width = len(drafted)
             block = torch.cat([self._tensor([anchor]), drafted])
             timer.mark("draft")
@@ -283,19 +296,24 @@ class Engine:
             yield choices[: n + 1], stats
             anchor = choices[n]
 
-    def _propose(self, anchor: int, sampler: Sampler, draft: bool) -> tuple[Tensor, str]:
-        """The drafted tokens worth verifying, int64 [≤ draft_tokens], and why so many."""
+    def _propose(
+        self, anchor: int, sampler: Sampler, draft: bool, pinned: int
+    ) -> tuple[Tensor, str]:
+        """The drafted tokens worth verifying, int64 [≤ draft_tokens], or `pinned` of them, and
+        why so many.
+        """
         nothing = self._tensor([])
-        n = min(self.draft_tokens, self.cache.capacity - self.cache.length - 1)
+        most = min(pinned or self.draft_tokens, self.draft_tokens)
+        n = min(most, self.cache.capacity - self.cache.length - 1)
         if self.drafter is None or not draft:
             return nothing, NO_DRAFTING
         if n < 1:
             return nothing, NO_ROOM
-        if self.baseline is not None and self.baseline.asks():
+        if not pinned and self.baseline is not None and self.baseline.asks():
             return nothing, PROBE
         tokens, chances = sampler.guess(self.drafter.draft(anchor, n))
-        if self.chooser is None:
-            return tokens, PINNED if n == self.draft_tokens else NO_ROOM
+        if self.chooser is None or pinned:
+            return tokens, PINNED if n == most else NO_ROOM
         return tokens[: self.chooser.choose(chances.tolist()) - 1], PAYS
 
     def _commit(self, ids: list[int], features: Tensor) -> None:
@@ -307,7 +325,7 @@ class Engine:
 
     def _clip(self, tokens: list[int], stats: StepStats | None, sampler: Sampler) -> Step:
         """End the answer at a stop id, the token budget or the context's end, what comes first."""
-        budget = sampler.params.max_tokens - sampler.length
+        budget = self._budget - sampler.length
         reason = ""
         for i, token in enumerate(tokens[:budget]):
             if token in self.stop_ids:

@@ -63,6 +63,7 @@ class Session:
     ) -> None:
         self.engine, self.tokenizer, self.info = engine, tokenizer, info
         self._what_fits = what_fits  # the hint, should memory run out
+        self._said: _Said | None = None
 
     @classmethod
     def load(
@@ -115,10 +116,19 @@ class Session:
 
     def _answer(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         started = time.perf_counter()
-        prompt = self.tokenizer.render(request.messages)
-        answer = _Answer(request, self.tokenizer, started)
+        said = self._partial(request) if request.continue_last else self._nothing(request)
+        answer = _Answer(request, self.tokenizer, started, said)
+        self._said = None
         baseline = self.engine.baseline
-        steps = self.engine.generate(prompt, request.params, request.draft)
+        steps = self.engine.generate(
+            [*said.prompt, *said.ids],
+            request.params,
+            request.draft,
+            request.draft_tokens,
+            len(said.ids),
+        )
+        if opening := answer.opening():
+            yield Tokens(request.id, opening, 0, lengths=(len(opening),))
         for step in steps:
             if isinstance(step, Prefilled):
                 answer.prefilled(step)
@@ -130,19 +140,51 @@ class Session:
         steps.close()
         if tail := answer.tail():
             yield tail
+        self._said = answer.said()
         plain = baseline.plain if baseline is not None else None
         yield answer.finished(plain.tok_s if plain is not None else 0.0)
+
+    def _nothing(self, request: Generate) -> _Said:
+        """The beginning of an answer."""
+        return _Said(tuple(self.tokenizer.render(request.messages)), (), "")
+
+    def _partial(self, request: Generate) -> _Said:
+        """The answer to be continued. The ids of the last one are known; another text is turned
+        into ids anew, and these may differ from those that wrote it.
+        """
+        *before, partial = request.messages
+        assert partial.role == "assistant", partial.role
+        prompt = tuple(self.tokenizer.render(before))
+        said = self._said
+        if said is not None and (said.prompt, said.text) == (prompt, partial.content):
+            return said
+        text = partial.content.removeprefix(self.tokenizer.opening(prompt))
+        return _Said(prompt, tuple(self.tokenizer.encode(text)), partial.content)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An answer as far as it came: the ids it stands behind, its own, and its text as shown."""
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
 
 
 class _Answer:
     """Text, counts and times of one answer in the making."""
 
-    def __init__(self, request: Generate, tokenizer: text.Tokenizer, started: float) -> None:
+    def __init__(
+        self, request: Generate, tokenizer: text.Tokenizer, started: float, said: _Said
+    ) -> None:
         self.id, self.reason = request.id, ""
-        self._stop_ids = tokenizer.stop_ids
+        self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
         self._stream = tokenizer.decode_stream()
         self._stops = text.StopStrings(request.params.stop)
         self._lengths = text.Lengths()
+        self._said, self._ids, self._text = said, list(said.ids), [said.text]
+        self._stream.push(said.ids)
+        self._shown_again = self._stops.resume(said.text)  # characters
         self._started, self._rendered = started, time.perf_counter()
         self._first = self._last = 0.0
         self._usage = Usage(0, 0, 0)
@@ -166,13 +208,25 @@ class _Answer:
             stats = step.stats
             self._decoded += stats.committed
             self._spec = self._spec.add(stats)
+        self._ids += [token for token in step.tokens if token not in self._stop_ids]
         pieces = [
             "" if token in self._stop_ids else self._stream.push((token,)) for token in step.tokens
         ]
         emit, stopped = self._stops.push("".join(pieces))
         self.reason = "stop" if stopped else step.reason
-        lengths = self._lengths.share(map(len, pieces), len(emit))
-        return Tokens(self.id, emit, len(step.tokens), step.stats, lengths, timing)
+        shown = self._new(emit)
+        lengths = self._lengths.share(map(len, pieces), len(shown))
+        return Tokens(self.id, shown, len(step.tokens), step.stats, lengths, timing)
+
+    def opening(self) -> str:
+        """What the prompt has begun of the answer; it belongs to its text."""
+        return "" if self._said.text else self._new(self._tokenizer.opening(self._said.prompt))
+
+    def said(self) -> _Said | None:
+        """All of it, for the case that it is continued; None if it is complete."""
+        if self.reason == "stop":
+            return None
+        return _Said(self._said.prompt, tuple(self._ids), "".join(self._text))
 
     def cancel(self) -> bool:
         """End here because the reader asked to."""
@@ -180,12 +234,21 @@ class _Answer:
         return True
 
     def tail(self) -> Tokens | None:
-        """What was held back and turns out to be text after all."""
-        emit, stopped = self._stops.push(self._stream.finish())
-        emit += "" if stopped else self._stops.finish()
-        return (
-            Tokens(self.id, emit, 0, lengths=self._lengths.share((), len(emit))) if emit else None
-        )
+        """What was held back and turns out to be text after all. Half a character does not, where
+        the answer may be continued.
+        """
+        rest = self._stream.finish() if self.reason == "stop" else ""
+        emit, stopped = self._stops.push(rest)
+        shown = self._new(emit if stopped else emit + self._stops.finish())
+        lengths = self._lengths.share((), len(shown))
+        return Tokens(self.id, shown, 0, lengths=lengths) if shown else None
+
+    def _new(self, emit: str) -> str:
+        """`emit` without what was shown before the answer was continued."""
+        again = min(self._shown_again, len(emit))
+        self._shown_again -= again
+        self._text.append(emit[again:])
+        return emit[again:]
 
     @property
     def _ttft_s(self) -> float:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable
 from textual.app import App, SystemCommand
 from textual.screen import Screen
 
+from dflash_chat.chat import Conversation
 from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
 from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace
 from dflash_chat.ui.chat_screen import ChatScreen
+from dflash_chat.ui.keeper import Keeper
 
 
 class ChatApp(App[None]):
@@ -58,7 +60,8 @@ class ChatApp(App[None]):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: every action of the chat, then Textual's own commands."""
         if isinstance(screen, ChatScreen):
-            yield SystemCommand("New chat", "Forget this chat", screen.action_new_chat)
+            yield SystemCommand("New chat", "Leave this chat", screen.action_new_chat)
+            yield SystemCommand("Chats", "Open, search, export a chat", screen.action_sessions)
             yield SystemCommand("Stop", "Stop the answer", screen.action_stop)
             yield SystemCommand("Retry", "Ask again after a failure", screen.action_retry)
             yield SystemCommand("Panel", "Show or hide the numbers", screen.action_toggle_panel)
@@ -85,11 +88,16 @@ def run(
     params: SamplingParams,
     system: str,
     draft: bool,
+    chat: Conversation | None = None,
 ) -> int:
-    """Chat until the person quits; the exit code."""
+    """Chat until the person quits, in a new chat or in `chat`; the exit code."""
     gc.disable()  # until the first paint
-    client = EngineClient()
-    chat = ChatScreen(client, Load(pair, source, options), params, system, draft)
-    app = ChatApp(client, chat, pace.give_way)
-    app.run()
-    return app.return_code or chat.exit_code
+    client, keeper = EngineClient(), Keeper()
+    load = Load(pair, source, options)
+    screen = ChatScreen(client, load, params, system, draft, keeper, chat)
+    app = ChatApp(client, screen, pace.give_way)
+    try:
+        app.run()
+    finally:
+        keeper.close()
+    return app.return_code or screen.exit_code

@@ -16,7 +16,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 
-from dflash_chat.chat import Conversation
+from dflash_chat.chat import STOPPED, Conversation, Turn
 from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK, UsageError, UserError
 from dflash_chat.runtime.api import (
     Cancel,
@@ -36,11 +36,16 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.settings import parse_options
+from dflash_chat.store import StoreError
 from dflash_chat.ui import commands, pace
 from dflash_chat.ui.help_screen import HelpScreen
+from dflash_chat.ui.keeper import Keeper
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.meter import Meter
+from dflash_chat.ui.past import Past
 from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.record import Record
+from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.side_panel import SidePanel, StatusLine, bar
 from dflash_chat.ui.transcript import AnswerTurn, Card, Transcript, UserTurn
 from dflash_chat.ui.words import Words
@@ -61,6 +66,7 @@ KEYS: list[BindingType] = [
     Binding("f1", "help", "Help", id="help"),
     Binding("ctrl+q", "app.quit", "Quit", id="quit", priority=True),
     Binding("ctrl+n", "new_chat", "New chat", id="new", priority=True),
+    Binding("ctrl+o", "sessions", "Chats", id="sessions", priority=True),
     Binding("f2", "toggle_panel", "Panel", id="panel"),
     Binding("ctrl+j", "newline", "Newline", id="newline"),
     Binding("ctrl+c", "copy_or_stop", "Copy", id="copy", show=False, priority=True),
@@ -85,13 +91,15 @@ class ChatScreen(Screen[None]):
         params: SamplingParams,
         system: str = "",
         draft: bool = True,
+        keeper: Keeper | None = None,
+        chat: Conversation | None = None,
     ) -> None:
         super().__init__()
         self._client = client
         self._load = load
         self._params = params
         self._draft = draft
-        self._chat = Conversation(system)
+        self._record = Record(chat or Conversation(system), keeper)
         self._meter = Meter()
         self._info: ModelInfo | None = None
         self._progress = Progress("starting the engine", 0, 0)
@@ -101,7 +109,6 @@ class ChatScreen(Screen[None]):
         self._drawing: list[AnswerTurn] = []  # those with text left to draw
         self._stopping = False  # it was asked to end
         self._numbers_due = 0.0
-        self._text: list[str] = []  # of the answer being written
         self._waiting: deque[UserTurn] = deque()
         self._retry_after: UserTurn | None = None  # the question whose answer failed
         self._asked: UserTurn | None = None
@@ -125,8 +132,13 @@ class ChatScreen(Screen[None]):
         """Start the clocks and load the pair."""
         self._client.send(self._load)
         self.query_one(Prompt).focus()
+        self._show_chat()
         self.set_interval(pace.FRAME_S, self._frame)
         self.show_numbers()
+
+    @property
+    def _chat(self) -> Conversation:
+        return self._record.chat
 
     # ── clocks ──────────────────────────────────────────────────────────────────────────────────
 
@@ -183,6 +195,8 @@ class ChatScreen(Screen[None]):
             return progress_words(self._progress)
         if not self.query_one(Transcript).following:
             return "↓ more below · End"
+        if self._record.problem:
+            return f"not saved: {self._record.problem}"
         if self._retry_after and not self._answer:
             return "Ctrl+R asks again"
         return ""
@@ -210,19 +224,19 @@ class ChatScreen(Screen[None]):
     def _take_answer(self, event: Prefill | Tokens | Finished | Failed) -> None:
         answer = self._answer
         assert answer is not None, event
+        if isinstance(event, Prefill | Tokens):
+            self._record.take(event)
         match event:
             case Prefill():
                 self._meter.read(event)
                 answer.say(f"reading the prompt · {event.done} of {event.total}")
             case Tokens():
-                if not self._text:
-                    answer.say("")
+                answer.say("")
                 self._meter.take(event, time.monotonic())
-                self._text.append(event.text)
                 answer.write(event.text)
             case Finished():
                 self._meter.finish(event)
-                self._close_answer(numbers_words(event))
+                self._close_answer(numbers_words(event), event)
                 self._next()
             case Failed():
                 self._close_answer("failed · " + event.message)
@@ -230,13 +244,13 @@ class ChatScreen(Screen[None]):
                 details = tuple(event.trace.splitlines()[-6:])
                 self._show(Card("The engine could not answer", _sentences(event), details, "error"))
 
-    def _close_answer(self, words: str) -> None:
+    def _close_answer(self, words: str, finished: Finished | None = None) -> None:
         """The answer being written is complete, as far as it came."""
         if self._answer is None:
             return
         self._answer.finish(words)
         self._answer = None
-        self._chat.answer("".join(self._text))
+        self._record.end(finished)
 
     def _refused_to_load(self, failed: Failed) -> None:
         self._down = True
@@ -291,7 +305,7 @@ class ChatScreen(Screen[None]):
             return
         turn = self._waiting.popleft()
         turn.waiting(False)
-        self._chat.ask(turn.text)
+        turn.turn = turn.turn or self._chat.ask(turn.text)
         self._generate(turn)
 
     def _generate(self, turn: UserTurn) -> None:
@@ -299,7 +313,6 @@ class ChatScreen(Screen[None]):
         self._retry_after = None
         self._asked = turn
         self._stopping = False
-        self._text = []
         self._meter.begin()
         self._answer = AnswerTurn()
         self._answer.say("reading the prompt")
@@ -307,6 +320,7 @@ class ChatScreen(Screen[None]):
         before = self._waiting[0] if self._waiting else None
         self.query_one(Transcript).append(self._answer, before)
         messages = self._chat.messages()
+        self._record.begin(self._load, self._info, self._params, self._draft)
         self._client.send(Generate(self._generation, messages, self._params, self._draft))
 
     def _show(self, widget: UserTurn | Card) -> None:
@@ -325,6 +339,7 @@ class ChatScreen(Screen[None]):
                 self.app.exit()
             case "/system":
                 self._chat.system = argument
+                self._record.changed()
                 self._show(Card("System prompt", argument or "none"))
             case "/draft":
                 self._draft = argument == "on"
@@ -391,21 +406,66 @@ class ChatScreen(Screen[None]):
         elif self._retry_after:
             self._chat.retract_answer()
             self._waiting.appendleft(self._retry_after)
-            self._chat.turns.pop()  # asked again by _next
             self._next()
 
     @work(exclusive=True, group="new")
     async def action_new_chat(self) -> None:
-        """Forget this chat and start another."""
+        """Leave this chat and start another."""
+        await self._change_chat(Conversation(self._chat.system))
+
+    async def _change_chat(self, chat: Conversation, keeper: Keeper | None = None) -> None:
+        """Talk in `chat` from here on; the one on screen keeps what it has."""
         if self._answer:
             self._client.send(Cancel(self._generation))
         self._generation += 1  # what still comes of the old answer is nobody's
         self._answer = self._retry_after = self._asked = None
         self._drawing.clear()
         self._waiting.clear()
-        self._chat = Conversation(self._chat.system)
+        self._record.end(None, STOPPED)
+        self._record = Record(chat, keeper or self._record.keeper)
         self._meter.clear()
         await self.query_one(Transcript).clear()
+        self._show_chat()
+
+    @work(exclusive=True, group="new")
+    async def action_sessions(self) -> None:
+        """Choose a saved chat to go on with."""
+        keeper = self._record.keeper
+        if keeper is None:
+            self.notify("Nothing is saved here")
+            return
+        screen = SessionsScreen(keeper.store, self._chat.id, self._remove)
+        if chat := await self.app.push_screen_wait(screen):
+            await self._reopen(chat)
+
+    async def _reopen(self, chat: Conversation) -> None:
+        """Go on with a saved chat, as it was set, on the pair that is loaded."""
+        if chat.id == self._chat.id:
+            return
+        self._params, self._draft = chat.params, chat.draft
+        await self._change_chat(chat)
+        if chat.pair != self._load.pair:
+            words = f"{chat.pair or 'another pair'} answered so far, {self._load.pair} does now"
+            self._show(Card("Another pair", words))
+
+    def _remove(self, conversation: str) -> None:
+        """Delete a saved chat; if it is the one on screen, start another."""
+        keeper = self._record.keeper
+        assert keeper is not None, "nothing is saved here"
+        if conversation != self._chat.id:
+            keeper.remove(conversation)
+            return
+        self._record.keeper = None  # what still comes is saved no more
+        try:
+            keeper.remove(conversation)
+        except StoreError:
+            self._record.keeper = keeper
+            raise
+        self.run_worker(self._change_chat(Conversation(self._chat.system), keeper))
+
+    def _show_chat(self) -> None:
+        if turns := self._chat.turns:
+            self.query_one(Transcript).append(Past(turns, turn_words))
 
     def action_toggle_panel(self) -> None:
         """Show or hide the numbers."""
@@ -451,6 +511,13 @@ def numbers_words(finished: Finished) -> str:
     if spec.steps:
         words.append(f"tau {spec.tau:.1f}")
     return _ENDINGS.get(finished.reason, "") + " · ".join(words)
+
+
+def turn_words(turn: Turn) -> str:
+    """The line under an answer from the file."""
+    if turn.figures is None:
+        return turn.state
+    return numbers_words(turn.figures)
 
 
 def _sentences(failed: Failed) -> str:

@@ -20,6 +20,7 @@ Esc               stop the answer; what came stays
 Ctrl+C            copy the selection, else stop
 Ctrl+R            ask again after a failure
 Ctrl+N            new chat
+Ctrl+O            saved chats: open, search, rename, export, delete
 PageUp PageDown   scroll, also Ctrl+Up and Ctrl+Down
 End               to the end, and follow the answer again
 F2                show or hide the numbers

@@ -19,6 +19,7 @@ from textual.visual import Visual
 from textual.widget import Widget
 from textual.widgets import Static
 
+from dflash_chat.chat import Turn
 from dflash_chat.ui import pace
 from dflash_chat.ui.markdown import Flow, plain, render
 from dflash_chat.ui.splitter import Chunk, Splitter
@@ -143,10 +144,11 @@ class AnswerTurn(Vertical):
 class UserTurn(Static):
     """What the person said; `waiting` while it has not been sent."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, turn: Turn | None = None) -> None:
         super().__init__()
         self.text = text
-        self.waiting(True)
+        self.turn = turn  # once it has been asked
+        self.waiting(turn is None)
 
     def waiting(self, waiting: bool) -> None:
         """Mark the turn as sent or not yet sent."""
@@ -193,10 +195,15 @@ class Transcript(VerticalScroll, can_focus=False):
         """Start at the bottom and stay there."""
         self.anchor()
 
+    @property
+    def turns(self) -> Turns:
+        """What is scrolled."""
+        return self.query_one(Turns)
+
     def append(self, turn: Widget, before: Widget | None = None) -> None:
         """Add a turn at the end, or above `before`."""
         self.query("#welcome").remove()
-        self.query_one(Turns).mount(turn, before=before)
+        self.turns.mount(turn, before=before)
 
     def _welcome(self) -> Static:
         return Static(Content(WELCOME), id="welcome")
@@ -212,7 +219,6 @@ class Transcript(VerticalScroll, can_focus=False):
 
     async def clear(self) -> None:
         """Remove all turns."""
-        turns = self.query_one(Turns)
-        await turns.remove_children()
-        await turns.mount(self._welcome())
+        await self.turns.remove_children()
+        await self.turns.mount(self._welcome())
         self.anchor()

@@ -163,7 +163,7 @@ def from_json(text: str) -> Conversation:
 
 def _turn(entry: Mapping[str, Any], where: str, earlier: Mapping[str, Turn]) -> Turn:
     parent = entry.get("parent")
-    if parent is not None and parent not in earlier:
+    if parent is not None and not (isinstance(parent, str) and parent in earlier):
         raise _bad(f"{where}: its parent is no earlier message")
     role, state = _read(entry, "role", str, where), _read(entry, "state", str, where)
     before = earlier[parent].role if parent is not None else "assistant"

@@ -254,6 +254,8 @@ def _chat(args: argparse.Namespace) -> int:
         raise UsageError("--once asks nothing of a saved chat")
     if args.once is not None or (not reopening and not _is_terminal(sys.stdin)):
         return _once(args)
+    if not _is_terminal(sys.stdin):
+        raise UsageError("the chat needs a terminal to type in", hint="do not redirect stdin")
     if not _is_terminal(sys.stderr):
         raise UsageError(
             "the chat is drawn on stderr, and stderr is not a terminal",

@@ -48,6 +48,11 @@ class Turn:
     figures: Finished | None = None
     trace: list[Prefill | Tokens] = field(default_factory=list)
 
+    @property
+    def said(self) -> bool:
+        """Whether there is a word of it."""
+        return self.role == "user" or bool(self.content or self.thinking)
+
 
 @dataclass
 class Conversation:
@@ -84,8 +89,8 @@ class Conversation:
         return self.tree[self.tip] if self.tip else None
 
     def messages(self) -> tuple[Message, ...]:
-        """What the engine is sent. Questions left without an answer join the next one, because chat
-        templates want the roles to alternate."""
+        """What the engine is sent, without thoughts. Questions left without an answer join the next
+        one, because chat templates want the roles to alternate."""
         messages = [Message("system", self.system)] if self.system else []
         for turn in self.turns:
             if not turn.content:
@@ -119,7 +124,7 @@ class Conversation:
         assert turn is not None, "an empty chat has no answer"
         assert turn.state == STREAMING, turn
         turn.state = state
-        if not turn.content and not turn.thinking:
+        if not turn.said:
             del self.tree[turn.id]
             self.tip = turn.parent
 
@@ -173,9 +178,7 @@ class Conversation:
         """Take turns from a file, parents before children. What nobody writes on is stopped, and
         answers without a word, or without their question, are left out; so the tree is whole."""
         for turn in turns:
-            if turn.parent is not None and turn.parent not in self.tree:
-                continue
-            if turn.role == "assistant" and not (turn.content or turn.thinking):
+            if not turn.said or (turn.parent is not None and turn.parent not in self.tree):
                 continue
             turn.state = STOPPED if turn.state == STREAMING else turn.state
             self.tree[turn.id] = turn

@@ -273,9 +273,14 @@ def _chat(args: argparse.Namespace) -> int:
     if chat is not None and args.system is not None:
         chat.system = args.system
     same_pair = chat is not None and pair.name == chat.pair
+    from dflash_chat import config
     from dflash_chat.ui import app
+    from dflash_chat.ui.actions import ACTIONS
+    from dflash_chat.ui.completion import themes
 
+    keys = {action.id: action.keys for action in ACTIONS if action.keys}
     return app.run(
+        config=config.load(config.config_file(), keys, themes()),
         pair=pair.name,
         source=settings.source or (chat.build if chat and same_pair else ""),
         options=settings.engine,

@@ -137,17 +137,20 @@ class Store:
     # ── writing ─────────────────────────────────────────────────────────────────────────────────
 
     def save(self, chat: Conversation, turns: Iterable[Turn] = ()) -> None:
-        """Write what `chat` says of itself and the given turns, new or changed, but no traces. A
-        chat that is not in the file, or no longer, is written whole."""
+        """Write what `chat` says of itself and the given turns, new or changed, but no traces; an
+        answer that has no word yet is left out. A chat that is not in the file, or no longer, is
+        written whole."""
         now = time.time()
         settings = {
             "params": asdict(chat.params),
             "draft": chat.draft,
             "info": asdict(chat.info) if chat.info else None,
         }
+        last = chat.tree.get(chat.tip or "")
+        tip = chat.tip if last is None or last.said else last.parent
         row = (
             chat.id, _clean(chat.title), chat.created, now, chat.pair,
-            chat.build, _clean(chat.system), json.dumps(settings), chat.tip,
+            chat.build, _clean(chat.system), json.dumps(settings), tip,
         )  # fmt: skip
         with self._transaction():
             known = self._db.execute("SELECT 1 FROM conversations WHERE id = ?", (chat.id,))
@@ -155,9 +158,8 @@ class Store:
                 turns = list(chat.tree.values())
             self._db.execute(
                 "INSERT INTO conversations VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE"
-                " SET title = excluded.title, updated = excluded.updated,"
-                " pair = excluded.pair, build = excluded.build, system = excluded.system,"
-                " settings = excluded.settings, tip = excluded.tip",
+                " SET updated = excluded.updated, pair = excluded.pair, build = excluded.build,"
+                " system = excluded.system, settings = excluded.settings, tip = excluded.tip",
                 row,
             )
             self._db.executemany(
@@ -172,6 +174,7 @@ class Store:
                         encode_event(turn.figures).decode() if turn.figures else None,
                     )
                     for turn in turns
+                    if turn.said
                 ],
             )  # fmt: skip
 

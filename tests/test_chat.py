@@ -77,6 +77,16 @@ def test_an_edited_question_is_a_branch_and_switching_brings_back_what_followed(
     assert said(chat) == ["One?", "1", "Two?", "2"]
 
 
+def test_thoughts_are_not_sent_back() -> None:
+    chat = Conversation()
+    chat.ask("Hi")
+    answer = chat.begin_answer()
+    answer.thinking, answer.content = "hm", "Hello"
+    chat.end_answer()
+
+    assert chat.messages()[-1] == Message("assistant", "Hello")
+
+
 def test_a_stopped_answer_is_written_on_in_place() -> None:
     chat = Conversation()
     chat.ask("Hi")

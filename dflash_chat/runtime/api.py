@@ -206,12 +206,19 @@ class Load:
 
 @dataclass(frozen=True)
 class Generate:
-    """Answer the conversation. `id` comes back in every event that belongs to it."""
+    """Answer the conversation. `id` comes back in every event that belongs to it.
+
+    `draft_tokens` 0 drafts as the engine was loaded to; otherwise that many in every pass, as far
+    as the drafter proposes them (on CUDA, as far as such a width was captured). `continue_last`
+    goes on with the last message, an answer that was cut short, and sends only what is new.
+    """
 
     id: int
     messages: tuple[Message, ...]
     params: SamplingParams = SamplingParams()
     draft: bool = True
+    draft_tokens: int = 0
+    continue_last: bool = False
 
 
 @dataclass(frozen=True)

@@ -127,19 +127,32 @@ class Engine:
         self.chooser: WidthChooser | None = None
         self.graphed: GraphedSteps | None = None  # runs the steps, if there
         self.eager_because = ""  # why it is not there
+        self._budget = 0  # tokens the answer may have in all
         self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
 
     @torch.inference_mode()
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams, draft: bool = True
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        draft: bool = True,
+        draft_tokens: int = 0,
+        answered: int = 0,
     ) -> Generator[Prefilled | Step, None, None]:
-        """Answer `prompt`. Raises UsageError if it is empty or leaves no room in the context."""
+        """Answer `prompt`. Raises UsageError if it is empty or leaves no room in the context.
+
+        `draft_tokens` pins how many are drafted, 0 does not. The last `answered` ids of the prompt
+        are the beginning of the answer: it goes on as if it had not been cut, within a budget of
+        `max_tokens` more.
+        """
         if not prompt or len(prompt) >= self.cache.capacity:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.cache.capacity}",
                 "shorten it, start a new chat, or load with a larger -o ctx",
             )
-        sampler = Sampler(params, prompt)
+        sampler = Sampler(params, prompt[: len(prompt) - answered])
+        sampler.accept(prompt[len(prompt) - answered :])
+        self._budget = answered + params.max_tokens
         last_hidden = yield from self._prefill(prompt)
         chosen = sampler.choose(self.target.logits(last_hidden), _no_tokens(self.target.device))
         step = self._clip([int(chosen[0])], None, sampler)
@@ -148,9 +161,9 @@ class Engine:
             return
         anchor = step.tokens[-1]
         if self.graphed is None:
-            steps = self._steps(anchor, sampler, draft)
+            steps = self._steps(anchor, sampler, draft, draft_tokens)
         else:  # the same as CUDA graphs, which keep both caches themselves
-            steps = self.graphed.decode(anchor, sampler, draft, self.log.extend)
+            steps = self.graphed.decode(anchor, sampler, draft, self.log.extend, draft_tokens)
         with closing(steps):
             for tokens, stats in steps:
                 step = self._clip(tokens, stats, sampler)
@@ -237,12 +250,12 @@ class Engine:
             self.drafter.truncate(n)
         return n
 
-    def _steps(self, anchor: int, sampler: Sampler, draft: bool) -> _Steps:
+    def _steps(self, anchor: int, sampler: Sampler, draft: bool, pinned: int) -> _Steps:
         """Draft–verify cycles; without drafting (or room for it) plain decoding steps."""
         timer = StepTimer(self.target.device)
         while True:
             timer.start()
-            drafted = self._propose(anchor, sampler) if draft else self._tensor([])
+            drafted = self._propose(anchor, sampler, pinned) if draft else self._tensor([])
             width = len(drafted)
             block = torch.cat([self._tensor([anchor]), drafted])
             timer.mark("draft")
@@ -269,15 +282,19 @@ class Engine:
             yield choices[: n + 1], stats
             anchor = choices[n]
 
-    def _propose(self, anchor: int, sampler: Sampler) -> Tensor:
-        """The drafted tokens worth verifying, int64 [≤ draft_tokens]; none without room for
-        them.
+    def _propose(self, anchor: int, sampler: Sampler, pinned: int) -> Tensor:
+        """The drafted tokens worth verifying, int64 [≤ draft_tokens], or `pinned` of them; none
+        without room for them.
         """
-        n = min(self.draft_tokens, self.cache.capacity - self.cache.length - 1)
+        n = min(
+            pinned or self.draft_tokens,
+            self.draft_tokens,
+            self.cache.capacity - self.cache.length - 1,
+        )
         if self.drafter is None or n < 1:
             return self._tensor([])
         tokens, chances = sampler.guess(self.drafter.draft(anchor, n))
-        if self.chooser is not None:
+        if self.chooser is not None and not pinned:
             n = self.chooser.choose(chances.tolist()) - 1
         return tokens[:n]
 
@@ -290,7 +307,7 @@ class Engine:
 
     def _clip(self, tokens: list[int], stats: StepStats | None, sampler: Sampler) -> Step:
         """End the answer at a stop id, the token budget or the context's end, what comes first."""
-        budget = sampler.params.max_tokens - sampler.length
+        budget = self._budget - sampler.length
         reason = ""
         for i, token in enumerate(tokens[:budget]):
             if token in self.stop_ids:

@@ -160,11 +160,17 @@ class GraphedSteps:
         self.chooser = WidthChooser(cost, draft_ms)
 
     def decode(
-        self, anchor: int, sampler: Sampler, draft: bool, commit: Callable[[list[int]], None]
+        self,
+        anchor: int,
+        sampler: Sampler,
+        draft: bool,
+        commit: Callable[[list[int]], None],
+        pinned: int = 0,
     ) -> Generator[tuple[list[int], StepStats], None, None]:
         """Steps behind `anchor` until the caller closes: the accepted drafts with the target's own
         token behind them, and the step's figures. `commit` is told the ids of every step's
-        rows before it is yielded; by then both caches hold them.
+        rows before it is yielded; by then both caches hold them. `pinned` drafts that many each
+        time, as far as such a width was captured.
         """
         drafting = draft and self.drafter is not None
         if self.drafter is not None:
@@ -174,29 +180,31 @@ class GraphedSteps:
             sample.write(self._request, sampler, self.cache.length - sampler.length)
         ahead = not sampler.penalises  # else the next launch needs this step's tokens
         previous: timing.Mark | None = None
-        flight = self._launch(self._width(drafting), drafting, sampler)
+        flight = self._launch(self._width(drafting, pinned), drafting, sampler)
         following: _Flight | None = None
         try:
             while True:
                 following = None
-                width = self._width(drafting)
+                width = self._width(drafting, pinned)
                 if ahead and self.cache.length + flight.width + width <= self.cache.capacity:
                     following = self._launch(width, drafting, sampler)
                 choices, stats = self._land(flight, anchor, previous, following, commit)
                 previous, anchor = flight.done, choices[-1]
                 yield choices, stats
-                flight = following or self._launch(self._width(drafting), drafting, sampler)
+                flight = following or self._launch(self._width(drafting, pinned), drafting, sampler)
         finally:
             if following is not None:  # nobody will read it
                 self.cache.advance(following.width, 0)
             elif self._unprojected:
                 self._observe(self.step.features[: self._unprojected].clone())
 
-    def _width(self, drafting: bool) -> int:
+    def _width(self, drafting: bool, pinned: int) -> int:
         """Rows of the next pass: what pays, and has room behind the committed rows."""
         most = self.cache.capacity - self.cache.length
         if not drafting:
             most = 1
+        elif pinned:
+            most = min(most, pinned + 1)
         elif self.chooser is not None:
             most = min(most, self.chooser.choose(self.survival.chances))
         return max(n for n in self.widths if n <= most)

@@ -63,6 +63,7 @@ class Session:
     ) -> None:
         self.engine, self.tokenizer, self.info = engine, tokenizer, info
         self._what_fits = what_fits  # the hint, should memory run out
+        self._said: _Said | None = None
 
     @classmethod
     def load(
@@ -115,9 +116,18 @@ class Session:
 
     def _answer(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         started = time.perf_counter()
-        prompt = self.tokenizer.render(request.messages)
-        answer = _Answer(request, self.tokenizer, started)
-        steps = self.engine.generate(prompt, request.params, request.draft)
+        said = self._partial(request) if request.continue_last else self._nothing(request)
+        answer = _Answer(request, self.tokenizer, started, said)
+        self._said = None
+        steps = self.engine.generate(
+            [*said.prompt, *said.ids],
+            request.params,
+            request.draft,
+            request.draft_tokens,
+            len(said.ids),
+        )
+        if opening := answer.opening():
+            yield Tokens(request.id, opening, 0)
         for step in steps:
             if isinstance(step, Prefilled):
                 answer.prefilled(step)
@@ -129,17 +139,49 @@ class Session:
         steps.close()
         if tail := answer.tail():
             yield Tokens(request.id, tail, 0)
+        self._said = answer.said()
         yield answer.finished()
+
+    def _nothing(self, request: Generate) -> _Said:
+        """The beginning of an answer."""
+        return _Said(tuple(self.tokenizer.render(request.messages)), (), "")
+
+    def _partial(self, request: Generate) -> _Said:
+        """The answer to be continued. The ids of the last one are known; another text is turned
+        into ids anew, and these may differ from those that wrote it.
+        """
+        *before, partial = request.messages
+        assert partial.role == "assistant", partial.role
+        prompt = tuple(self.tokenizer.render(before))
+        said = self._said
+        if said is not None and (said.prompt, said.text) == (prompt, partial.content):
+            return said
+        text = partial.content.removeprefix(self.tokenizer.opening(prompt))
+        return _Said(prompt, tuple(self.tokenizer.encode(text)), partial.content)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An answer as far as it came: the ids it stands behind, its own, and its text as shown."""
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
 
 
 class _Answer:
     """Text, counts and times of one answer in the making."""
 
-    def __init__(self, request: Generate, tokenizer: text.Tokenizer, started: float) -> None:
+    def __init__(
+        self, request: Generate, tokenizer: text.Tokenizer, started: float, said: _Said
+    ) -> None:
         self.id, self.reason = request.id, ""
-        self._stop_ids = tokenizer.stop_ids
+        self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
         self._stream = tokenizer.decode_stream()
         self._stops = text.StopStrings(request.params.stop)
+        self._said, self._ids, self._text = said, list(said.ids), [said.text]
+        self._stream.push(said.ids)
+        self._shown_again = self._stops.resume(said.text)  # characters
         self._started = started
         self._first = self._last = 0.0
         self._usage = Usage(0, 0, 0)
@@ -161,9 +203,20 @@ class _Answer:
             self._decoded += stats.committed
             self._spec = self._spec.add(stats.drafted, stats.accepted, stats.committed)
         shown = [token for token in step.tokens if token not in self._stop_ids]
+        self._ids += shown
         emit, stopped = self._stops.push(self._stream.push(shown))
         self.reason = "stop" if stopped else step.reason
-        return Tokens(self.id, emit, len(step.tokens), step.stats)
+        return Tokens(self.id, self._new(emit), len(step.tokens), step.stats)
+
+    def opening(self) -> str:
+        """What the prompt has begun of the answer; it belongs to its text."""
+        return "" if self._said.text else self._new(self._tokenizer.opening(self._said.prompt))
+
+    def said(self) -> _Said | None:
+        """All of it, for the case that it is continued; None if it is complete."""
+        if self.reason == "stop":
+            return None
+        return _Said(self._said.prompt, tuple(self._ids), "".join(self._text))
 
     def cancel(self) -> bool:
         """End here because the reader asked to."""
@@ -171,9 +224,19 @@ class _Answer:
         return True
 
     def tail(self) -> str:
-        """What was held back and turns out to be text after all."""
-        emit, stopped = self._stops.push(self._stream.finish())
-        return emit if stopped else emit + self._stops.finish()
+        """What was held back and turns out to be text after all. Half a character does not, where
+        the answer may be continued.
+        """
+        rest = self._stream.finish() if self.reason == "stop" else ""
+        emit, stopped = self._stops.push(rest)
+        return self._new(emit if stopped else emit + self._stops.finish())
+
+    def _new(self, emit: str) -> str:
+        """`emit` without what was shown before the answer was continued."""
+        again = min(self._shown_again, len(emit))
+        self._shown_again -= again
+        self._text.append(emit[again:])
+        return emit[again:]
 
     def finished(self) -> Finished:
         decode_s = max(0.0, self._last - self._first)

@@ -22,6 +22,8 @@ _CONTROL, _USER_DEFINED = 3, 4  # token types, ggml docs/gguf.md
 _SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "default": False}  # by tokenizer.ggml.pre
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_OF_TURN = "<|im_end|>"
+_THOUGHT_OPENS = "<think>"
+_THOUGHT_MARKS = {_THOUGHT_OPENS, "</think>", "<|channel>", "<channel|>"}  # text, special or not
 
 
 class Tokenizer:
@@ -37,7 +39,9 @@ class Tokenizer:
         self.stop_ids = frozenset(stop_ids) | ({end_of_turn} if end_of_turn is not None else set())
         added = fast.added_tokens_decoder
         self.added_ids = self.stop_ids | added.keys()
-        self._special_ids = self.stop_ids | {i for i, token in added.items() if token.special}
+        self._special_ids = self.stop_ids | {
+            i for i, token in added.items() if token.special and token.content not in _THOUGHT_MARKS
+        }
         decoder = json.loads(fast.backend_tokenizer.to_str())["decoder"]
         if not decoder or decoder.get("type") != "ByteLevel":
             kind = decoder and decoder.get("type")
@@ -115,6 +119,15 @@ class Tokenizer:
             ) from error
         return ids
 
+    def opening(self, prompt: Sequence[int]) -> str:
+        """What a rendered prompt has written of the answer itself: the start of a thought, or
+        nothing.
+        """
+        end = self.decode(prompt[-8:])
+        at = end.rfind(_THOUGHT_OPENS)
+        opened = at >= 0 and not end[at + len(_THOUGHT_OPENS) :].strip()
+        return end[at:] if opened else ""
+
     def decode_stream(self) -> Detokenizer:
         """A new stream of text for one answer."""
         return Detokenizer(self._token_bytes)
@@ -167,6 +180,12 @@ class StopStrings:
         shown = len(text) - self._possible(text)
         self._held = text[shown:]
         return text[:shown], False
+
+    def resume(self, text: str) -> int:
+        """`text` came before, and all of it was shown; how long an end of it is held again."""
+        length = self._possible(text)
+        self._held = text[len(text) - length :]
+        return length
 
     def finish(self) -> str:
         """What was held back and turns out to be text."""

@@ -122,7 +122,8 @@ class Keeper:
         try:
             store = store or Store(self._folder)
             for chat in {chat.id: chat for chat, _ in due.values()}.values():
-                turns = [turn for owner, turn in due.values() if turn and owner.id == chat.id]
+                own = [turn for owner, turn in due.values() if turn and owner.id == chat.id]
+                turns = [turn for turn in own if turn.said]
                 store.save(chat, turns)
                 for turn in turns:
                     self._save_trace(store, turn)

@@ -9,7 +9,8 @@ from textual.content import Content
 from textual.widgets import Static
 
 from dflash_chat.chat import Turn
-from dflash_chat.ui.transcript import AnswerTurn, Transcript, UserTurn
+from dflash_chat.ui.answer import AnswerTurn
+from dflash_chat.ui.transcript import Transcript, Turns, UserTurn
 
 PAGE_TURNS = 20
 PAGE_CHARS = 10_000  # what is drawn before anything is seen; at least one question and its answer
@@ -19,11 +20,12 @@ NEAR_ROWS = 4
 class Past(Static):
     """Stands above the turns that are mounted and says how many are not.
 
-    `words` says what stands below an answer.
+    `words` says what stands below a turn; `unfolded`: thoughts are shown.
     """
 
-    def __init__(self, turns: Sequence[Turn], words: Callable[[Turn], str]) -> None:
+    def __init__(self, turns: Sequence[Turn], words: Callable[[Turn], str], unfolded: bool) -> None:
         super().__init__()
+        self._unfolded = unfolded
         self._left = list(turns)
         self._words = words
 
@@ -58,25 +60,35 @@ class Past(Static):
     async def _page(self) -> None:
         page: list[Turn] = []
         chars = 0
-        while self._left and len(page) < PAGE_TURNS and (chars < PAGE_CHARS or len(page) < 2):
+        while self._left and not (page and page[0].role == "user" and _enough(len(page), chars)):
             page.insert(0, self._left.pop())
             chars += len(page[0].content)
         left = len(self._left)
         self.update(Content(f"↑ {left} earlier turn{'s' * (left > 1)}" if left else ""))
         self.display = bool(left)
-        widgets = [restored(turn, self._words(turn)) for turn in page]
-        await self._transcript.turns.mount_all(widgets, after=self)
+        widgets = [restored(turn, self._words(turn), self._unfolded) for turn in page]
+        await self._transcript.query_one(Turns).mount_all(widgets, after=self)
         for widget in widgets:
-            while isinstance(widget, AnswerTurn) and widget.behind:
-                widget.draw()
+            if isinstance(widget, AnswerTurn):
+                while widget.behind and widget.is_mounted:
+                    widget.draw()
         self.call_after_refresh(self._look)
 
 
-def restored(turn: Turn, words: str) -> UserTurn | AnswerTurn:
+def _enough(turns: int, chars: int) -> bool:
+    return turns >= PAGE_TURNS or chars >= PAGE_CHARS
+
+
+def restored(turn: Turn, words: str, unfolded: bool = False) -> UserTurn | AnswerTurn:
     """The widget of a turn from the file; an answer is drawn by whoever mounts it."""
     if turn.role == "user":
-        return UserTurn(turn.content, turn)
-    answer = AnswerTurn()
+        question = UserTurn(turn.content, notes=[words] if words else [])
+        question.turn = turn
+        question.waiting(False)
+        return question
+    answer = AnswerTurn(turn, unfolded)
+    if turn.thinking:
+        answer.think(turn.thinking)
     answer.write(turn.content)
     answer.finish(words)
     return answer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dflash_chat.chat import COMPLETE, FAILED, STOPPED, Conversation, Turn
+from dflash_chat.chat import Conversation, Turn
 from dflash_chat.runtime.api import Finished, Load, ModelInfo, Prefill, SamplingParams, Tokens
 from dflash_chat.ui.keeper import Keeper
 
@@ -22,44 +22,38 @@ class Record:
     writing: Turn | None = None  # the answer that is being written
 
     def begin(
-        self, load: Load, info: ModelInfo | None, params: SamplingParams, draft: bool
-    ) -> Turn:
-        """The question at the tip is about to be sent: it is saved first."""
-        chat, question = self.chat, self.chat.last
-        assert question is not None, "nothing was asked"
+        self, answer: Turn, load: Load, info: ModelInfo | None, params: SamplingParams, draft: bool
+    ) -> None:
+        """A question is about to be sent, to be answered in `answer`: it is saved first."""
+        chat, self.writing = self.chat, answer
         chat.pair, chat.build, chat.info = load.pair, load.source, info
         chat.params, chat.draft = params, draft
         if self.keeper:
-            self.keeper.keep_now(chat, question)
-        self.writing = chat.begin_answer()
-        return self.writing
+            self.keeper.keep_now(chat, *chat.turns[-2:])
 
     def take(self, event: Prefill | Tokens) -> None:
-        """The answer has grown."""
-        turn = self.writing
-        assert turn is not None, event
-        turn.trace.append(event)
-        if isinstance(event, Tokens):
-            turn.content += event.text
-            if self.keeper and turn.content:
-                self.keeper.writing(self.chat, turn)
+        """The answer grows by this."""
+        assert self.writing is not None, event
+        self.writing.trace.append(event)
+        if self.keeper and isinstance(event, Tokens):
+            self.keeper.writing(self.chat, self.writing)
 
-    def end(self, finished: Finished | None, state: str = FAILED) -> None:
-        """The answer is over; without the engine's figures `state` says how."""
+    def end(self, finished: Finished | None) -> None:
+        """The answer is over; `finished` None: without the engine's figures."""
         turn, self.writing = self.writing, None
-        if turn is None:
-            return
-        turn.figures = finished
-        if finished is not None:
-            state = COMPLETE if finished.reason == "stop" else STOPPED
-        self.chat.end_answer(state)
-        if self.keeper and turn.content:
-            self.keeper.keep(self.chat, turn)
+        if turn is not None:
+            turn.figures = finished
+            if self.keeper:
+                self.keeper.keep(self.chat, turn)
 
     def changed(self) -> None:
-        """The title, the system prompt or the active path is another one now."""
+        """The system prompt or the active path is another one now."""
         if self.keeper and self.chat.tree:
             self.keeper.keep(self.chat)
+
+    def trace(self, turn: Turn) -> list[Prefill | Tokens]:
+        """All steps of an answer. Raises StoreError."""
+        return self.keeper.trace(turn) if self.keeper else turn.trace
 
     @property
     def problem(self) -> str:

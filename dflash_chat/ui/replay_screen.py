@@ -26,7 +26,7 @@ class ReplayScreen(ChatScreen):
 
     def _ask(self) -> None:
         if question := self._player.next_question():
-            self.post_message(Prompt.Submitted(question))
+            self.post_message(Prompt.Submitted(question, question))
 
 
 def run(recording: Recording) -> int:

@@ -42,7 +42,7 @@ class SessionsScreen(ModalScreen[Conversation | None]):
     ]
 
     def __init__(
-        self, open_store: Callable[[], Store], current: str, remove: Callable[[str], None]
+        self, open_store: Callable[[], Store], current: Conversation, remove: Callable[[str], None]
     ) -> None:
         super().__init__()
         self._open_store = open_store
@@ -82,7 +82,9 @@ class SessionsScreen(ModalScreen[Conversation | None]):
         if told.failed:
             self._listed = []
         self._list.clear_options()
-        self._list.add_options(Option(_line(entry, self._current)) for entry in self._listed)
+        self._list.add_options(
+            Option(_line(entry, entry.id == self._current.id)) for entry in self._listed
+        )
         if self._listed:
             self._list.highlighted = min(row, len(self._listed) - 1)
         box = self.query_one("#sessions")
@@ -104,6 +106,8 @@ class SessionsScreen(ModalScreen[Conversation | None]):
         if event.input.id == "session-title" and self._chosen and event.value.strip():
             with self._told(), self._open_store() as store:
                 store.rename(self._chosen.id, event.value.strip())
+                if self._chosen.id == self._current.id:
+                    self._current.title = event.value.strip()
             event.input.display = False
             self._refill()
         self._list.focus()
@@ -190,10 +194,10 @@ class _Told:
         return self.failed
 
 
-def _line(entry: Listed, current: str) -> Content:
+def _line(entry: Listed, current: bool) -> Content:
     """A chat in the list: two lines when it was found by its words."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.updated))
-    mark = "● " if entry.id == current else "  "
+    mark = "● " if current else "  "
     facts = f"  {entry.turns} turn{'s' * (entry.turns != 1)} · {entry.pair}"
     line = Content.styled(f"{mark}{when}  ", "dim") + entry.title + Content.styled(facts, "dim")
     return line + Content.styled(f"\n    {entry.found}", "italic dim") if entry.found else line

@@ -26,6 +26,9 @@ class Spoken:
     def render(self, messages: Iterable[Message]) -> list[int]:
         return [int(word) for message in messages for word in message.content.split()]
 
+    def opening(self, prompt: Iterable[int]) -> str:
+        return ""
+
     def decode_stream(self) -> Spoken:
         return self
 

@@ -70,7 +70,7 @@ def main(log: str) -> None:
     client = EngineClient((sys.executable, "-uc", code))
     screen = ChatScreen(client, Load("smollm2-135m"), SamplingParams(), keeper=Keeper())
     app = ChatApp(client, screen, pace.give_way)
-    app.call_later(screen.post_message, Prompt.Submitted("Count, please."))
+    app.call_later(screen.post_message, Prompt.Submitted("Count, please.", "Count, please."))
     app.run()
 
 

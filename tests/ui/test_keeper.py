@@ -35,8 +35,21 @@ def soon(holds: Callable[[], bool], seconds: float = 10.0) -> None:
 def asked(keeper: Keeper) -> Record:
     record = Record(Conversation("Be brief."), keeper)
     record.chat.ask("Hi")
-    record.begin(Load("smollm2-135m"), None, SamplingParams(), True)
+    answer = record.chat.begin_answer()
+    record.begin(answer, Load("smollm2-135m"), None, SamplingParams(), True)
     return record
+
+
+def say(record: Record, text: str) -> None:
+    """What the dialogue does with a piece of an answer."""
+    assert record.writing is not None
+    record.writing.content += text
+    record.take(Tokens(1, text, 1, step()))
+
+
+def stop(record: Record) -> None:
+    record.chat.end_answer("stopped")
+    record.end(None)
 
 
 def saved(folder: Path, record: Record) -> str:
@@ -61,7 +74,7 @@ def test_an_answer_is_saved_while_it_is_written_and_not_for_every_token(
     record.take(Prefill(1, 0, 4, 4))
     number = 0
     while time.monotonic() < began + 3 * SAVE_S:
-        record.take(Tokens(1, f"{number} ", 1, step()))
+        say(record, f"{number} ")
         number += 1
         time.sleep(0.001)
 
@@ -77,8 +90,8 @@ def test_the_end_of_an_answer_is_saved_at_once_with_every_step(
     turn = record.writing
     assert turn is not None
     for number in range(100):
-        record.take(Tokens(1, f"{number} ", 1, step()))
-    record.end(None, "stopped")
+        say(record, f"{number} ")
+    stop(record)
     keeper.close()
 
     with Store(tmp_path) as store:
@@ -93,10 +106,10 @@ def test_the_trace_is_whole_while_half_of_it_is_saved(tmp_path: Path, keeper: Ke
     turn = record.writing
     assert turn is not None
     for number in range(50):
-        record.take(Tokens(1, f"{number} ", 1, step()))
+        say(record, f"{number} ")
     keeper.keep_now(record.chat, turn)
     for number in range(50, 70):
-        record.take(Tokens(1, f"{number} ", 1, step()))
+        say(record, f"{number} ")
 
     assert keeper.trace(turn) == turn.trace
 
@@ -126,8 +139,8 @@ def test_what_could_not_be_saved_is_saved_once_it_can_be(
     folder.write_text("a file where the folder should be")
     keeper = Keeper(folder)
     record = asked(keeper)
-    record.take(Tokens(1, "Hello", 1))
-    record.end(None, "stopped")
+    say(record, "Hello")
+    stop(record)
     assert "file exists" in record.problem
 
     folder.unlink()
@@ -138,7 +151,7 @@ def test_what_could_not_be_saved_is_saved_once_it_can_be(
 
 def test_a_removed_chat_does_not_come_back(tmp_path: Path, keeper: Keeper) -> None:
     record = asked(keeper)
-    record.take(Tokens(1, "Hello", 1))
+    say(record, "Hello")
     keeper.remove(record.chat.id)
     keeper.close()
 

@@ -61,12 +61,15 @@ def write_for_ever(folder: Path, log: int) -> None:
         asked = f"question {len(record.chat.tree)}"
         os.write(log, f"asks {asked}\n".encode())
         record.chat.ask(asked)
-        record.begin(Load("pair"), None, SamplingParams(), True)
+        turn = record.chat.begin_answer()
+        record.begin(turn, Load("pair"), None, SamplingParams(), True)
         os.write(log, f"chat {record.chat.id}\n".encode())
         for number in range(random.randrange(20, 2000)):
+            turn.content += f"{number} "
             record.take(Tokens(1, f"{number} ", 1, STEP))
             os.write(log, f"{time.monotonic()} {number}\n".encode())
             time.sleep(0.001)
+        record.chat.end_answer()
         record.end(None)
         if random.random() < 0.3:
             record.chat.retract_answer()

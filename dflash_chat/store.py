@@ -76,7 +76,11 @@ MIGRATIONS = (
 
 
 class StoreError(DiskError):
-    """The chats cannot be read or written."""
+    """The chats cannot be read or written; `reason` is why, without the file's path."""
+
+    def __init__(self, path: Path, reason: str, hint: str) -> None:
+        super().__init__(f"{path}: {reason}", hint)
+        self.reason = reason
 
 
 class UnknownChatError(UserError):
@@ -322,10 +326,8 @@ class Store:
                         self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         if self._version() > len(MIGRATIONS):
-            raise StoreError(
-                f"{self.path} was written by a newer dflash-chat", "install that version, or set"
-                " DFLASH_CHAT_DATA to another folder",
-            )  # fmt: skip
+            hint = "install that version, or set DFLASH_CHAT_DATA to another folder"
+            raise StoreError(self.path, "it was written by a newer dflash-chat", hint)
         abandoned = time.time() - ABANDONED_S
         stopped = "FROM messages WHERE state = 'streaming' AND updated < ?"
         if self._db.execute(f"SELECT 1 {stopped}", (abandoned,)).fetchone():
@@ -358,7 +360,7 @@ class Store:
             yield
         except (sqlite3.Error, OSError) as error:
             reason, hint = _why(error)
-            raise StoreError(f"{self.path}: {reason}", hint) from error
+            raise StoreError(self.path, reason, hint) from error
 
 
 def _why(error: sqlite3.Error | OSError) -> tuple[str, str]:

@@ -47,14 +47,13 @@ from dflash_chat.ui.saved_actions import SavedActions
 from dflash_chat.ui.setting_actions import SettingActions
 from dflash_chat.ui.side_panel import SidePanel, StatusLine, bar
 from dflash_chat.ui.transcript import Card, Transcript, UserTurn
-from dflash_chat.ui.turn_actions import TurnActions
 from dflash_chat.ui.words import Words
 
 NUMBERS_S = 1 / 5
 WIDTHS = [(0, "-tiny"), (60, "-narrow"), (96, "-wide")]
 
 
-class ChatScreen(TurnActions, SettingActions, SavedActions):
+class ChatScreen(SavedActions, SettingActions):
     """The chat and its panel."""
 
     HORIZONTAL_BREAKPOINTS = WIDTHS

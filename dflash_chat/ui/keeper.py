@@ -128,7 +128,7 @@ class Keeper:
                 for turn in turns:
                     self._save_trace(store, turn)
         except StoreError as error:
-            problem = error.message
+            problem = error.reason
         with self._wake:
             self._last = time.monotonic()
             self.problem = problem

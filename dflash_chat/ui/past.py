@@ -15,6 +15,7 @@ from dflash_chat.ui.transcript import Transcript, Turns, UserTurn
 PAGE_TURNS = 20
 PAGE_CHARS = 10_000  # what is drawn before anything is seen; at least one question and its answer
 NEAR_ROWS = 4
+LAYOUT_S = 0.05
 
 
 class Past(Static):
@@ -31,7 +32,7 @@ class Past(Static):
 
     async def on_mount(self) -> None:
         """The first page comes with the first paint."""
-        self.watch(self._transcript, "scroll_y", self._look)
+        self.watch(self._transcript, "scroll_y", self._look, init=False)
         await self._page()
 
     @property
@@ -39,23 +40,35 @@ class Past(Static):
         return next(node for node in self.ancestors if isinstance(node, Transcript))
 
     def _look(self) -> None:
-        if self._left and self._transcript.scroll_y <= NEAR_ROWS:
+        """Somebody who has scrolled up close to here wants the page before."""
+        at = self._transcript
+        if self._left and at.scroll_y <= NEAR_ROWS and not at.following:
+            self._turn_page()
+
+    def _fill(self) -> None:
+        """A page that does not fill the view wants another, once it is known how tall it is."""
+        if not all(turn.size.height for turn in self._transcript.turns):
+            self.set_timer(LAYOUT_S, self._fill)
+        elif self._left and self._transcript.max_scroll_y <= NEAR_ROWS:
             self._turn_page()
 
     @work(exclusive=True)
     async def _turn_page(self) -> None:
-        """Mount a page and keep in view what was."""
+        """Mount a page; what is in view stays where it is."""
         transcript = self._transcript
-        from_end = transcript.virtual_size.height - transcript.scroll_y
+        turns, edge = transcript.turns, transcript.region.y
+        top = next((turn for turn in turns if turn.region.bottom > edge), turns[0])
+        row = top.virtual_region.y - transcript.scroll_y
         following = transcript.following
         await self._page()
 
-        def stay() -> None:
-            if not following:
-                y = transcript.virtual_size.height - from_end
-                transcript.scroll_to(y=y, animate=False, immediate=True)
+        def stay(times: int) -> None:
+            transcript.scroll_to(y=top.virtual_region.y - row, animate=False, immediate=True)
+            if times:  # answers are laid out only after they were drawn
+                self.call_after_refresh(stay, times - 1)
 
-        self.call_after_refresh(stay)
+        if not following:
+            self.call_after_refresh(stay, 2)
 
     async def _page(self) -> None:
         page: list[Turn] = []
@@ -72,7 +85,7 @@ class Past(Static):
             if isinstance(widget, AnswerTurn):
                 while widget.behind and widget.is_mounted:
                     widget.draw()
-        self.call_after_refresh(self._look)
+        self.call_after_refresh(self._fill)
 
 
 def _enough(turns: int, chars: int) -> bool:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from textual import work
-from textual.screen import Screen
 
 from dflash_chat.chat import Conversation, Turn
 from dflash_chat.errors import UsageError
 from dflash_chat.store import StoreError
-from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.transcript import Card, Transcript
+from dflash_chat.ui.turn_actions import TurnActions
 
 
-class SavedActions(Screen[None]):
+class SavedActions(TurnActions):
     """Opening, deleting, and going from branch to branch."""
-
-    dialogue: Dialogue
 
     def action_sessions(self, argument: str = "") -> None:
         """Open the chat of this id, or choose one."""
@@ -71,7 +68,7 @@ class SavedActions(Screen[None]):
             return
         branches = self.dialogue.chat.branches(turn.id)
         at = (branches.index(turn) + direction) % len(branches)
-        self.query_one(Transcript).point(None)
+        self.leave_cursor()
         self.dialogue.switch(branches[at])
         self.notify(f"Branch {at + 1} of {len(branches)}")
 

@@ -12,8 +12,8 @@ from dflash_chat.chat import Turn
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.transcript import Transcript, Turns, UserTurn
 
-PAGE_TURNS = 20
-PAGE_CHARS = 10_000  # what is drawn before anything is seen; at least one question and its answer
+PAGE_TURNS = 10
+PAGE_CHARS = 5_000  # what is drawn before anything is seen; fills most screens
 NEAR_ROWS = 4
 LAYOUT_S = 0.05
 
@@ -29,6 +29,7 @@ class Past(Static):
         self._unfolded = unfolded
         self._left = list(turns)
         self._words = words
+        self._height = 0  # of all turns, when last looked at
 
     async def on_mount(self) -> None:
         """The first page comes with the first paint."""
@@ -47,7 +48,8 @@ class Past(Static):
 
     def _fill(self) -> None:
         """A page that does not fill the view wants another, once it is known how tall it is."""
-        if not all(turn.size.height for turn in self._transcript.turns):
+        height, self._height = self._height, self._transcript.virtual_size.height
+        if height != self._height:
             self.set_timer(LAYOUT_S, self._fill)
         elif self._left and self._transcript.max_scroll_y <= NEAR_ROWS:
             self._turn_page()

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -155,7 +156,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_options(parser)
     parser.add_argument("--seed", metavar="N", help="same as -o seed=N")
     parser.add_argument("--no-draft", action="store_true", help="plain decoding, for comparison")
-    parser.add_argument("--stats", action="store_true", help="with --once: figures on stderr")
+    parser.add_argument(
+        "--plain", action="store_true", help="chat line by line, without drawing on the screen"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="with --once or --plain: figures on stderr"
+    )
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
 
     commands = parser.add_subparsers(
@@ -256,23 +262,31 @@ def _chat(args: argparse.Namespace) -> int:
         return _once(args)
     if not _is_terminal(sys.stdin):
         raise UsageError("the chat needs a terminal to type in", hint="do not redirect stdin")
-    if not _is_terminal(sys.stderr):
+    from dflash_chat import pairs, terminals
+
+    in_lines = args.plain or terminals.only_lines(os.environ)
+    if not in_lines and not _is_terminal(sys.stderr):
         raise UsageError(
             "the chat is drawn on stderr, and stderr is not a terminal",
-            hint="do not redirect it, or use --once",
+            hint="do not redirect it, or use --plain or --once",
         )
-    if args.stats or args.json:
-        raise UsageError("--stats and --json need --once")
+    if args.json or (args.stats and not in_lines):
+        raise UsageError("--json needs --once, --stats needs --once or --plain")
     if args.replay:
         return _replay(args)
-    from dflash_chat import pairs
-
     chat = _reopened(args)
     pair = pairs.find(args.model or (chat and chat.pair) or DEFAULT_PAIR)
     settings = parse_options(_options(args), chat.params if chat else pair.sampling)
     if chat is not None and args.system is not None:
         chat.system = args.system
-    same_pair = chat is not None and pair.name == chat.pair
+    if chat is not None and chat.pair == pair.name:
+        settings = replace(settings, source=settings.source or chat.build)
+    system = pair.system if args.system is None else args.system
+    draft = not args.no_draft and (chat is None or chat.draft)
+    if in_lines:
+        from dflash_chat import plain
+
+        return plain.run(pair.name, settings, system, draft, args.stats, chat)
     from dflash_chat import config
     from dflash_chat.ui import app
     from dflash_chat.ui.actions import ACTIONS
@@ -282,11 +296,11 @@ def _chat(args: argparse.Namespace) -> int:
     return app.run(
         config=config.load(config.config_file(), keys, themes()),
         pair=pair.name,
-        source=settings.source or (chat.build if chat and same_pair else ""),
+        source=settings.source,
         options=settings.engine,
         params=settings.sampling,
-        system=pair.system if args.system is None else args.system,
-        draft=not args.no_draft and (chat is None or chat.draft),
+        system=system,
+        draft=draft,
         chat=chat,
     )
 

@@ -67,6 +67,7 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Runners:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Streams named in the set are terminals; all of them at first."""
     terminals = {"stdin", "stderr"}
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
         cli, "_is_terminal", lambda s: (s is sys.stdin and "stdin" in terminals)
         or (s is sys.stderr and "stderr" in terminals),
@@ -188,6 +189,27 @@ def test_the_chat_refuses_a_redirected_screen(
     assert cli.main([]) == EXIT_USAGE
     assert runners.chats == []
     assert "stderr is not a terminal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("term", "argv"), [("dumb", []), ("xterm", ["--plain"])])
+def test_a_chat_in_lines(
+    runners: Runners,
+    terminal: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    term: str,
+    argv: list[str],
+) -> None:
+    taken: list[tuple[object, ...]] = []
+    module = ModuleType("dflash_chat.plain")
+    vars(module)["run"] = lambda *given: taken.append(given) or EXIT_OK
+    monkeypatch.setitem(sys.modules, "dflash_chat.plain", module)
+    monkeypatch.setattr(sys.modules["dflash_chat"], "plain", module, False)
+    monkeypatch.setenv("TERM", term)
+    assert cli.main([*argv, "-s", "Be kind.", "--stats"]) == EXIT_OK
+    ((pair, settings, *rest),) = taken
+    assert (pair, rest) == ("smollm2-135m", ["Be kind.", True, True, None])
+    assert settings.sampling == SamplingParams(temperature=0.2, top_p=0.9)
+    assert runners.chats == []
 
 
 # ── errors and exit codes ───────────────────────────────────────────────────────────────────────

@@ -22,9 +22,9 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "chat", "cli", "completion", "errors", "export", "fetch", "hub", "once",
-            "pairs", "progress", "replay", "runtime.api", "runtime.client", "runtime.worker",
-            "sessions", "settings", "store",
+            "bench", "chat", "cli", "completion", "errors", "export", "fetch", "hub", "keeper",
+            "once", "pairs", "progress", "record", "replay", "runtime.api", "runtime.client",
+            "runtime.worker", "sessions", "settings", "store",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),

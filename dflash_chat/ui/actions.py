@@ -61,10 +61,6 @@ ACTIONS = (
         "continue", "Continue", "go on with an answer that was stopped or cut",
         call="continue_answer", command="/continue",
     ),
-    Action(
-        "compare", "With and without", "answer the last question with and without drafting", "f9",
-        command="/ab", footer=True,
-    ),
     Action("thoughts", "Thoughts", "show or hide what the model thinks", "ctrl+t",
            command="/think"),
     Action(
@@ -95,6 +91,8 @@ ACTIONS = (
            "alt+right", "branch(1)", "/branch"),
     Action("branch_before", "Branch before", "go to the branch before", "alt+left", "branch(-1)"),
     Action("panel", "Panel", "show or hide the numbers", "f2", "toggle_panel", footer=True),
+    Action("compare", "A/B", "answer the last question with and without drafting", "f9",
+           command="/ab", footer=True),
     Action("copy", "Copy", "copy the selection, else stop", "ctrl+c", "copy_or_stop"),
     Action("page_up", "Page up", "scroll up by a page", "pageup", "page(-1)"),
     Action("page_down", "Page down", "scroll down by a page", "pagedown", "page(1)"),

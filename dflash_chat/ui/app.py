@@ -15,12 +15,12 @@ from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
 from dflash_chat.config import Config
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
 from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
-from dflash_chat.ui.keeper import Keeper
 
 
 class ChatApp(App[None], inherit_bindings=False):

@@ -19,6 +19,8 @@ from textual.containers import Horizontal, Vertical
 from dflash_chat import attach
 from dflash_chat.chat import Conversation
 from dflash_chat.errors import UsageError, UserError
+from dflash_chat.keeper import Keeper
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import Load, Progress, SamplingParams
 from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import commands, editor, pace, terminal
@@ -38,11 +40,9 @@ from dflash_chat.ui.actions import (
 from dflash_chat.ui.compare_screen import CompareScreen
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.help_screen import HelpScreen
-from dflash_chat.ui.keeper import Keeper
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.menu import Menu
 from dflash_chat.ui.prompt import Prompt
-from dflash_chat.ui.record import Record
 from dflash_chat.ui.saved_actions import SavedActions
 from dflash_chat.ui.setting_actions import SettingActions
 from dflash_chat.ui.side_panel import SidePanel, StatusLine, bar
@@ -153,6 +153,8 @@ class ChatScreen(SavedActions, SettingActions):
         if action.id == "code":
             cursor = self.query_one(Transcript).cursor
             return "continue" if self.dialogue.can_continue(cursor) else "copy code"
+        if action.id == "stop" and not self.dialogue.answer:
+            return "Take back" if self._stoppable() == "waiting" else "Close"
         if action.id == "again" and (self.dialogue.retry_after or self.dialogue.down):
             return "Retry"
         return action.name

@@ -33,16 +33,3 @@ def parse(line: str) -> Command | None:
     if argument and not action.argument:
         raise UsageError(f"{name} takes nothing behind it.", f"Type {name} alone.")
     return Command(action, argument)
-
-
-def parse_draft(word: str, most: int) -> tuple[bool, int]:
-    """Whether `/draft WORD` drafts, and how many tokens, 0 for as many as pay. `most` is what the
-    drafter proposes. Raises UsageError."""
-    word = word.lower()
-    if word in ("on", "auto", "off"):
-        return word != "off", 0
-    if word.isascii() and word.isdigit() and 1 <= int(word) <= most:
-        return True, int(word)
-    raise UsageError(
-        f"/draft is on, off, auto or a number from 1 to {most}.", "For example /draft auto"
-    )

@@ -21,6 +21,7 @@ from dflash_chat.runtime.client import EngineDied
 from dflash_chat.ui import pace
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.dialogue import AnswerEvent, Dialogue
+from dflash_chat.ui.transcript import Turns
 from dflash_chat.ui.words import Words
 
 NARROW = [(0, "-tiny"), (60, "-wide")]
@@ -40,7 +41,7 @@ class Run(Vertical):
     def compose(self) -> ComposeResult:
         """Figures above the text."""
         yield Words(classes="run-words")
-        with VerticalScroll(can_focus=False) as scroll:
+        with VerticalScroll(can_focus=False) as scroll, Turns():
             scroll.anchor()
             yield self.answer
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from dflash_chat.chat import COMPLETE, FAILED, STOPPED, Conversation, Turn
 from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK
+from dflash_chat.keeper import Keeper
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import (
     Cancel,
     Event,
@@ -33,10 +35,8 @@ from dflash_chat.runtime.api import (
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.thinking import ThoughtSplitter
 from dflash_chat.ui.answer import AnswerTurn
-from dflash_chat.ui.keeper import Keeper
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.past import Past
-from dflash_chat.ui.record import Record
 from dflash_chat.ui.transcript import Card, UserTurn
 
 if TYPE_CHECKING:

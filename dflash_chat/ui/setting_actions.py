@@ -12,9 +12,7 @@ from textual.screen import Screen
 
 from dflash_chat import attach, export
 from dflash_chat.errors import DiskError, UsageError
-from dflash_chat.runtime.api import EngineOptions
-from dflash_chat.settings import parse_options, suggest
-from dflash_chat.ui.commands import parse_draft
+from dflash_chat.settings import draft_choice, draft_words, sampling_option, suggest
 from dflash_chat.ui.completion import themes
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.prompt import Prompt
@@ -38,40 +36,17 @@ class SettingActions(Screen[None]):
 
     def action_set_option(self, argument: str = "") -> None:
         """Change a sampling parameter."""
-        if "=" not in argument:
-            raise UsageError("/set needs a key and a value.", "For example /set temperature=0.7")
-        settings = parse_options([argument], self.dialogue.params)
-        if (settings.engine, settings.source) != (EngineOptions(), ""):
-            raise UsageError(
-                f"{argument.partition('=')[0]} is fixed while a pair is loaded.",
-                "Give it at the start: dflash-chat -o " + argument,
-            )
-        self.dialogue.params = settings.sampling
+        self.dialogue.params = sampling_option(argument, self.dialogue.params)
         self._say("Setting", f"{argument}, from the next answer on")
 
     def action_draft(self, argument: str = "") -> None:
         """Drafting on, off, by what pays, or a fixed number of tokens."""
         info = self.dialogue.info
         most = info.block_size - 1 if info and info.block_size > 1 else _MOST_DRAFTED
-        draft, tokens = parse_draft(argument, most)
         pinned = self.dialogue.load.options.draft_tokens
-        if draft and not tokens and pinned:
-            tokens = min(pinned, most)
-            raise_auto = argument.lower() == "auto"
-            if raise_auto:
-                raise UsageError(
-                    f"The engine was started with k={pinned} and has measured no costs.",
-                    "Start without -o k to draft as many tokens as pay.",
-                )
+        draft, tokens = draft_choice(argument, most, pinned)
         self.dialogue.draft, self.dialogue.draft_tokens = draft, tokens
-        words = (
-            "off"
-            if not draft
-            else f"{tokens} tokens in every pass"
-            if tokens
-            else "as many tokens as pay"
-        )
-        self._say("Drafting", f"{words}, from the next answer on")
+        self._say("Drafting", f"{draft_words(draft, tokens)}, from the next answer on")
 
     def action_model(self) -> None:
         """Say what is loaded."""

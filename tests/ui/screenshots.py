@@ -77,6 +77,40 @@ async def crash(chat: Chat) -> None:
     await chat.settle()
 
 
+async def menu(pictured: Chat) -> None:
+    """A command is being typed."""
+    await chat(pictured)
+    prompt = pictured.screen.query_one(Prompt)
+    prompt.put("/t")
+    await pictured.settle()
+    await pictured.pilot.press("down")
+
+
+async def turn(pictured: Chat) -> None:
+    """The cursor stands on a stopped answer that began with a thought."""
+    await pictured.load()
+    await pictured.type(QUESTION)
+    spec = pictured.client.stream(
+        "<think>\nTwo indices, or one and a count?\n</think>\n\n" + ANSWER
+    )
+    pictured.client.finish(spec, prompt=109, reason="cancelled")
+    await pictured.settle()
+    await pictured.pilot.press("alt+up")
+
+
+async def compare(pictured: Chat) -> None:
+    """The same prompt with and without drafting."""
+    await pictured.load()
+    await pictured.type(QUESTION)
+    pictured.client.answer(SHORT)
+    await pictured.settle()
+    await pictured.pilot.press("f9")
+    pictured.client.answer(ANSWER)
+    await pictured.settle()
+    pictured.client.finish(pictured.client.stream(ANSWER, draft=False))
+    await pictured.settle()
+
+
 async def light(pictured: Chat) -> None:
     """The same chat in a light theme."""
     pictured.app.theme = "textual-light"
@@ -89,6 +123,9 @@ PICTURES: dict[str, tuple[tuple[int, int], Callable[[Chat], Awaitable[None]]]] =
     "narrow": ((60, 20), chat),
     "crash": ((120, 40), crash),
     "light": ((120, 40), light),
+    "menu": ((80, 24), menu),
+    "turn": ((80, 24), turn),
+    "compare": ((120, 40), compare),
 }
 
 

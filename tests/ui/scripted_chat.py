@@ -59,11 +59,11 @@ def engine(log: str) -> None:
 
 def main(log: str) -> None:
     """Be the chat, and ask."""
+    from dflash_chat.keeper import Keeper
     from dflash_chat.runtime.api import SamplingParams
     from dflash_chat.ui import pace
     from dflash_chat.ui.app import ChatApp
     from dflash_chat.ui.chat_screen import ChatScreen
-    from dflash_chat.ui.keeper import Keeper
     from dflash_chat.ui.prompt import Prompt
 
     code = f"from tests.ui.scripted_chat import engine; engine({log!r})"

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from dflash_chat.chat import Conversation
+from dflash_chat.keeper import Keeper
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import Load, SamplingParams, StepStats, Tokens
 from dflash_chat.store import FILE, Store
-from dflash_chat.ui.keeper import Keeper
-from dflash_chat.ui.record import Record
 from tests.test_store import integrity
 from tests.ui.pty_bench import in_pty
 

@@ -13,13 +13,13 @@ from textual.widgets import Input, OptionList
 
 from dflash_chat import export
 from dflash_chat.chat import Conversation
+from dflash_chat.keeper import Keeper
 from dflash_chat.replay import Answer, Recording, ReplayClient
 from dflash_chat.runtime.api import Load, Message, SamplingParams
 from dflash_chat.store import Store
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.app import ChatApp
 from dflash_chat.ui.chat_screen import ChatScreen
-from dflash_chat.ui.keeper import Keeper
 from dflash_chat.ui.past import PAGE_TURNS, Past
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.replay_screen import ReplayScreen

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from dflash_chat import keeper as keeper_module
 from dflash_chat.chat import Conversation
+from dflash_chat.keeper import ASK_S, SAVE_S, Keeper
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import Load, Prefill, SamplingParams, Tokens
 from dflash_chat.store import FILE, Store
-from dflash_chat.ui import keeper as keeper_module
-from dflash_chat.ui.keeper import ASK_S, SAVE_S, Keeper
-from dflash_chat.ui.record import Record
 from tests.saved import step
 
 

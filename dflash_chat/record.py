@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dflash_chat.chat import Conversation, Turn
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Finished, Load, ModelInfo, Prefill, SamplingParams, Tokens
-from dflash_chat.ui.keeper import Keeper
 
 
 @dataclass

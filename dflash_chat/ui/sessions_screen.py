@@ -197,9 +197,8 @@ class _Told:
 def _line(entry: Listed, current: bool) -> Content:
     """A chat in the list: two lines when it was found by its words."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.updated))
-    mark = "● " if current else "  "
-    facts = f"  {entry.turns} turn{'s' * (entry.turns != 1)} · {entry.pair}"
-    line = Content.styled(f"{mark}{when}  ", "dim") + entry.title + Content.styled(facts, "dim")
+    facts = f"  {when} · {entry.turns} turn{'s' * (entry.turns != 1)} · {entry.pair}"
+    line = Content(("● " if current else "  ") + entry.title) + Content.styled(facts, "dim")
     return line + Content.styled(f"\n    {entry.found}", "italic dim") if entry.found else line
 
 

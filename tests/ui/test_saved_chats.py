@@ -269,7 +269,7 @@ def three(tmp_path: Path) -> list[Conversation]:
 
 def rows(screen: SessionsScreen) -> list[str]:
     options = screen.query_one(OptionList).options
-    return [str(option.prompt).splitlines()[0].split("  ")[-2].strip() for option in options]
+    return [str(option.prompt)[2:].split("  ")[0] for option in options]
 
 
 async def test_a_chat_is_found_and_opened(tmp_path: Path, three: list[Conversation]) -> None:

@@ -61,6 +61,7 @@ _dflash_chat() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" words
   case "$previous" in
     -m|--model) words="$(dflash-chat list -q 2>/dev/null)" ;;
+    --resume) words="$(dflash-chat sessions -q 2>/dev/null)" ;;
     -o) words="{" ".join(f"{key}=" for key in KEYS)}"; compopt -o nospace ;;
     --source) words="pypi hub" ;;
     --prompts|--replay|--to) COMPREPLY=($(compgen -f -- "$word")); return ;;
@@ -116,6 +117,8 @@ def _fish_options(parser: argparse.ArgumentParser, condition: str) -> Iterator[s
         values = ""
         if action.dest == "model":
             values = " -x -a '(dflash-chat list -q)'"
+        elif action.dest == "resume":
+            values = " -x -a '(dflash-chat sessions -q)'"
         elif action.dest == "options":
             values = f" -x -a '{' '.join(f'{key}=' for key in KEYS)}'"
         elif action.type is Path:

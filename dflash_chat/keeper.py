@@ -54,9 +54,8 @@ class Keeper:
 
     def trace(self, turn: Turn) -> list[Prefill | Tokens]:
         """All events of an answer, from the file and from this session. Raises StoreError."""
-        with Store(self._folder) as store:
-            saved = store.trace(turn.id)
-        return [*saved, *turn.trace[self._traced.get(turn.id, 0) :]]
+        with self._saving, Store(self._folder) as store:
+            return [*store.trace(turn.id), *turn.trace[self._traced.get(turn.id, 0) :]]
 
     def store(self) -> Store:
         """The file, for lists and for opening another chat. Raises StoreError."""

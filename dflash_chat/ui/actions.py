@@ -54,7 +54,7 @@ ACTIONS = (
     # answers
     Action("stop", "Stop", "stop the answer; what came stays", "escape", footer=True),
     Action(
-        "again", "Again", "answer the last question again, or after a failure", "ctrl+r",
+        "again", "Again", "answer the last question again", "ctrl+r",
         command="/regen", footer=True,
     ),
     Action(
@@ -91,7 +91,7 @@ ACTIONS = (
            "alt+right", "branch(1)", "/branch"),
     Action("branch_before", "Branch before", "go to the branch before", "alt+left", "branch(-1)"),
     Action("panel", "Panel", "show or hide the numbers", "f2", "toggle_panel", footer=True),
-    Action("compare", "A/B", "answer the last question with and without drafting", "f9",
+    Action("compare", "A/B", "the last question with and without drafting", "f9",
            command="/ab", footer=True),
     Action("copy", "Copy", "copy the selection, else stop", "ctrl+c", "copy_or_stop"),
     Action("page_up", "Page up", "scroll up by a page", "pageup", "page(-1)"),
@@ -140,7 +140,7 @@ def keys_of(action: Action, keymap: Keymap) -> str:
 def key_words(keys: str, short: bool = False) -> str:
     """Keys as a person says them, Ctrl+N; in a footer the first of them alone, ^N."""
     said = [_key_word(key, short) for key in keys.split(",")]
-    return said[0] if short else " or ".join(said)
+    return said[0] if short else ", ".join(said)
 
 
 def _key_word(key: str, short: bool) -> str:

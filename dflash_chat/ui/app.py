@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.command import CommandList, CommandPalette
 from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
@@ -21,6 +22,16 @@ from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
+
+
+class Palette(CommandPalette):
+    """Textual's palette, which fails when a page of an empty list is asked for."""
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys for the list work while there is something in it."""
+        if action == "command_list":
+            return self.query_one(CommandList).option_count > 0
+        return super().check_action(action, parameters)
 
 
 class ChatApp(App[None], inherit_bindings=False):
@@ -59,6 +70,11 @@ class ChatApp(App[None], inherit_bindings=False):
     def get_default_screen(self) -> Screen[None]:
         """The chat."""
         return self._chat
+
+    def action_command_palette(self) -> None:
+        """Show the palette, unless it is shown."""
+        if not any(isinstance(screen, CommandPalette) for screen in self.screen_stack):
+            self.push_screen(Palette(id="--command-palette"))
 
     def on_mount(self) -> None:
         """What can wait comes after the first paint."""

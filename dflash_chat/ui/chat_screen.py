@@ -349,7 +349,9 @@ class ChatScreen(SavedActions, SettingActions):
         if self.dialogue.info is not None and not self.dialogue.info.drafter:
             self.notify("This pair has no drafter")
             return
-        self.app.push_screen(CompareScreen(self.dialogue, self.dialogue.last_messages()))
+        comparison = CompareScreen(self.dialogue, self.dialogue.last_messages())
+        comparison.start()
+        self.app.push_screen(comparison)
 
     def action_toggle_panel(self) -> None:
         """Show or hide the numbers."""

@@ -68,7 +68,7 @@ class Run(Vertical):
 
 
 class CompareScreen(Screen[None]):
-    """Starts at once; Esc ends it."""
+    """Call `start`, then show it. Esc ends it."""
 
     HORIZONTAL_BREAKPOINTS = NARROW
     BINDINGS: ClassVar = [Binding("escape,q,f9", "leave", "Close", id="close_compare")]
@@ -91,12 +91,12 @@ class CompareScreen(Screen[None]):
         yield Words(id="compare-keys")
 
     def on_mount(self) -> None:
-        """Start the first run."""
+        """Start the clock."""
         self.query_one("#compare-keys", Words).show("Esc back to the chat")
         self.set_interval(pace.FRAME_S, self._draw)
-        self._start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Send the next run's request; the first one before anybody else asks the engine."""
         run = self._runs[self._at]
         tokens = self._dialogue.draft_tokens if run.draft else 0
         self._dialogue.lend(Generate(0, self._messages, self._params, run.draft, tokens), self.take)
@@ -110,7 +110,7 @@ class CompareScreen(Screen[None]):
             self._end()
         elif isinstance(event, Finished) and self._at + 1 < len(self._runs):
             self._at += 1
-            self._start()
+            self.start()
         elif isinstance(event, Finished):
             self._end()
 

@@ -14,14 +14,17 @@ from textual.widgets import Static
 from dflash_chat.ui.actions import ACTIONS, COMMANDS, TURN, Keymap, key_words, keys_of
 
 ALSO = """\
-Tab               take the menu's word; Up and Down choose another
-Up, Down          at the prompt's edges: what was sent before; in an empty one: edit the last
-@file             a file's text goes along with the message"""
+Tab                  take the menu's word; Up and Down choose
+Up, Down             at the prompt's edges: what was sent before
+Up in an empty one   edit the last message
+@file                a file's text goes along with the message
+Shift+drag           select with the terminal's own mouse"""
 
 NUMBERS = """\
-tau               tokens committed per verify pass; one of them is the target's own
-cached, read      prompt tokens found in the cache, and read this turn
-ttft              from sending to the first token"""
+tau                  tokens committed per verify pass, one of
+                     them the target's own
+cached, read         prompt tokens found in the cache, and read
+ttft                 from sending to the first token"""
 
 
 class HelpScreen(ModalScreen[None]):
@@ -40,14 +43,14 @@ class HelpScreen(ModalScreen[None]):
             for title, body in (
                 ("Keys", f"{self._keys(turn=False)}\n{ALSO}"),
                 ("On a turn (Alt+Up)", self._keys(turn=True)),
-                ("Commands", "\n".join(f"{a.usage:17} {a.does}" for a in COMMANDS.values())),
+                ("Commands", "\n".join(f"{a.usage:20} {a.does}" for a in COMMANDS.values())),
                 ("Numbers", NUMBERS),
             ):
                 yield Static(Content.styled(title, "bold") + f"\n{body}\n")
 
     def _keys(self, turn: bool) -> str:
         return "\n".join(
-            f"{key_words(keys_of(action, self._keymap)):17} {action.does}"
+            f"{key_words(keys_of(action, self._keymap)):20} {action.does}"
             for action in ACTIONS
             if action.keys and (action.scope == TURN) is turn
         )

@@ -93,6 +93,19 @@ class Prompt(TextArea):
         self.replace(text, (0, 0), self.document.end)
         self.move_cursor(self.document.end)
 
+    def undo(self) -> None:
+        """Take back the last edits. The cursor goes home first: TextArea looks for it in the
+        shorter text before it has put it back, and fails if it stood too far below."""
+        if self.history.undo_stack:
+            self.move_cursor((0, 0))
+        super().undo()
+
+    def redo(self) -> None:
+        """Make them again; see `undo`."""
+        if self.history.redo_stack:
+            self.move_cursor((0, 0))
+        super().redo()
+
     @property
     def at_line_end(self) -> bool:
         """Whether End would not move the cursor."""
@@ -175,6 +188,8 @@ class Prompt(TextArea):
     def _around(self, at: Location) -> tuple[Location, Location]:
         """The folded paste that `at` is inside of, or `at` twice."""
         row, column = at
+        if row >= self.document.line_count:  # an edit up to the end may say one line more
+            return at, at
         for label in self._labels().finditer(self.document.get_line(row)):
             if label.start() < column < label.end():
                 return (row, label.start()), (row, label.end())

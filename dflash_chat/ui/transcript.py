@@ -83,7 +83,7 @@ class Transcript(VerticalScroll, can_focus=False):
     """
 
     BINDINGS: ClassVar = [
-        Binding(action.keys, f"screen.{action.method}", action.name, id=action.id)
+        Binding(action.keys, f"screen.{action.method}", action.name, id=action.id, priority=True)
         for action in in_scope(TURN)
     ]
     virtual_size = Reactive(Size(0, 0))  # see Block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
@@ -48,7 +48,7 @@ class Chat:
     async def settle(self) -> None:
         """Wait until all that has arrived is drawn, numbers included."""
         for _ in range(200):
-            await self.pilot.pause(0.06)
+            await self.pilot.pause(0.03)
             if not self.client.waiting and not any(a.behind for a in self.screen.query(AnswerTurn)):
                 break
         self.screen.show_numbers()
@@ -89,11 +89,14 @@ class Chat:
 
 @asynccontextmanager
 async def open_chat(
-    size: tuple[int, int] = (120, 40), system: str = "", draft: bool = True
+    size: tuple[int, int] = (120, 40),
+    system: str = "",
+    draft: bool = True,
+    keymap: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Chat]:
     client = FakeClient()
     load = Load("smollm2-135m", "", EngineOptions())
-    screen = ChatScreen(client, load, SamplingParams(), system, draft)
+    screen = ChatScreen(client, load, SamplingParams(), system, draft, keymap)
     app = ChatApp(client, screen)
     async with app.run_test(size=size) as pilot:
         chat = Chat(app, client, pilot)

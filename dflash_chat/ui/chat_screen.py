@@ -285,6 +285,8 @@ class ChatScreen(SavedActions, SettingActions):
             return dialogue.can_continue(self.last_answer)
         if action == "compare":
             return dialogue.info is not None and not dialogue.busy and bool(dialogue.questions)
+        if action == "sessions":
+            return dialogue.record.keeper is not None
         if action == "branch":
             return not dialogue.busy and self.fork is not None
         if action == "undo_turn":

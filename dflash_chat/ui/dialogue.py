@@ -362,12 +362,12 @@ class Dialogue:
 
     def _past_words(self, turn: Turn) -> str:
         """What stands below a turn from the file."""
-        words = [numbers_words(turn.figures) if turn.figures else turn.state]
-        if turn.role == "user":
-            words = []
+        words = []
         branches = self.chat.branches(turn.id)
         if len(branches) > 1:
             words.append(f"branch {branches.index(turn) + 1} of {len(branches)}")
+        if turn.role == "assistant":
+            words.append(numbers_words(turn.figures) if turn.figures else turn.state)
         return " · ".join(words)
 
     def last_messages(self) -> tuple[Message, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from textual import work
 
 from dflash_chat.chat import Conversation, Turn
-from dflash_chat.errors import UsageError
 from dflash_chat.store import StoreError
 from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.transcript import Card, Transcript
@@ -18,8 +17,7 @@ class SavedActions(TurnActions):
     def action_sessions(self, argument: str = "") -> None:
         """Open the chat of this id, or choose one."""
         keeper = self.dialogue.record.keeper
-        if keeper is None:
-            raise UsageError("Nothing is saved here.")
+        assert keeper is not None, "nothing is saved here"
         if not argument:
             self._choose_chat()
             return

@@ -9,13 +9,13 @@ from textual.content import Content
 from textual.widgets import Static
 
 from dflash_chat.chat import Turn
-from dflash_chat.ui.answer import AnswerTurn
+from dflash_chat.ui.answer import FRAME_CHARS, AnswerTurn
 from dflash_chat.ui.transcript import Transcript, Turns, UserTurn
 
 PAGE_TURNS = 10
 PAGE_CHARS = 5_000  # what is drawn before anything is seen; fills most screens
 NEAR_ROWS = 4
-LAYOUT_S = 0.05
+LOOK_S = 0.25
 
 
 class Past(Static):
@@ -33,12 +33,10 @@ class Past(Static):
 
     async def on_mount(self) -> None:
         """The first page comes with the first paint."""
+        self._transcript = next(node for node in self.ancestors if isinstance(node, Transcript))
         self.watch(self._transcript, "scroll_y", self._look, init=False)
         await self._page()
-
-    @property
-    def _transcript(self) -> Transcript:
-        return next(node for node in self.ancestors if isinstance(node, Transcript))
+        self.set_interval(LOOK_S, self._fill)
 
     def _look(self) -> None:
         """Somebody who has scrolled up close to here wants the page before."""
@@ -47,21 +45,18 @@ class Past(Static):
             self._turn_page()
 
     def _fill(self) -> None:
-        """A page that does not fill the view wants another, once it is known how tall it is."""
+        """Turns that do not fill the view want others above, once it is known how tall they are."""
         height, self._height = self._height, self._transcript.virtual_size.height
-        if height != self._height:
-            self.set_timer(LAYOUT_S, self._fill)
-        elif self._left and self._transcript.max_scroll_y <= NEAR_ROWS:
+        if self._left and height == self._height and self._transcript.max_scroll_y <= NEAR_ROWS:
             self._turn_page()
 
     @work(exclusive=True)
     async def _turn_page(self) -> None:
         """Mount a page; what is in view stays where it is."""
         transcript = self._transcript
-        turns, edge = transcript.turns, transcript.region.y
-        top = next((turn for turn in turns if turn.region.bottom > edge), turns[0])
+        edge, following = transcript.region.y, transcript.following
+        top = next((turn for turn in transcript.turns if turn.region.bottom > edge), self)
         row = top.virtual_region.y - transcript.scroll_y
-        following = transcript.following
         await self._page()
 
         def stay(times: int) -> None:
@@ -85,9 +80,8 @@ class Past(Static):
         await self._transcript.query_one(Turns).mount_all(widgets, after=self)
         for widget in widgets:
             if isinstance(widget, AnswerTurn):
-                while widget.behind and widget.is_mounted:
+                for _ in range(2 + len(widget.turn.content) // FRAME_CHARS):
                     widget.draw()
-        self.call_after_refresh(self._fill)
 
 
 def _enough(turns: int, chars: int) -> bool:

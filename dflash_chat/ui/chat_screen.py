@@ -17,7 +17,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 
 from dflash_chat import attach
-from dflash_chat.errors import UsageError, UserError
+from dflash_chat.errors import UserError
 from dflash_chat.runtime.api import Load, Progress, SamplingParams
 from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import commands, editor, pace, terminal
@@ -231,7 +231,7 @@ class ChatScreen(TurnActions, SettingActions):
         if action.scope == APP:
             await self.app.run_action(f"app.{action.method}")
         elif not self.check_action(action.method, ()):
-            raise UsageError(f"{action.usage} has nothing to do now.", f"It would {action.does}.")
+            self.dialogue.show(Card(action.name, f"{action.usage} has nothing to do now."))
         else:
             method = getattr(self, f"action_{action.method}")
             method(argument) if action.argument else method()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from typing import ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.command import CommandList, CommandPalette
+from textual.command import CommandPalette
 from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
@@ -25,13 +26,11 @@ from dflash_chat.ui.chat_screen import ChatScreen
 
 
 class Palette(CommandPalette):
-    """Textual's palette, which fails when a page of an empty list is asked for."""
+    """Textual's palette, which fails when a page of a list is asked for that is not drawn yet."""
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys for the list work while there is something in it."""
-        if action == "command_list":
-            return self.query_one(CommandList).option_count > 0
-        return super().check_action(action, parameters)
+    def _action_command_list(self, action: str) -> None:
+        with contextlib.suppress(KeyError):
+            super()._action_command_list(action)
 
 
 class ChatApp(App[None], inherit_bindings=False):

@@ -18,7 +18,7 @@ from textual.containers import Horizontal, Vertical
 
 from dflash_chat import attach
 from dflash_chat.chat import Conversation
-from dflash_chat.errors import UsageError, UserError
+from dflash_chat.errors import UserError
 from dflash_chat.keeper import Keeper
 from dflash_chat.record import Record
 from dflash_chat.runtime.api import Load, Progress, SamplingParams
@@ -97,7 +97,7 @@ class ChatScreen(SavedActions, SettingActions):
                 yield Words(id="hint")
                 menu = Menu()
                 yield menu
-                yield Prompt(menu)
+                yield Prompt(menu, self.keymap)
                 yield StatusLine()
             yield SidePanel()
         yield KeyBar()
@@ -239,7 +239,7 @@ class ChatScreen(SavedActions, SettingActions):
         if action.scope == APP:
             await self.app.run_action(f"app.{action.method}")
         elif not self.check_action(action.method, ()):
-            raise UsageError(f"{action.usage} has nothing to do now.", f"It would {action.does}.")
+            self.dialogue.show(Card(action.name, f"{action.usage} has nothing to do now."))
         else:
             method = getattr(self, f"action_{action.method}")
             method(argument) if action.argument else method()

@@ -80,6 +80,7 @@ class Dialogue:
         self._asked: UserTurn | None = None
         self._generation = 0
         self._thoughts = ThoughtSplitter()
+        self._reading = False  # nothing of the answer has come yet
         self._raw = ""  # the last answer as the engine sent it, marks of thoughts included
         self._drawing: list[AnswerTurn] = []  # those with text left to draw
         self._guest: Guest | None = None  # takes the events of a request of its own
@@ -144,7 +145,8 @@ class Dialogue:
                 self.record.take(event)
                 answer.say(f"reading the prompt · {event.done} of {event.total}")
             case Tokens():
-                if not (answer.turn.content or answer.turn.thinking):
+                if self._reading:
+                    self._reading = False
                     answer.say("")
                 self.meter.take(event, time.monotonic())
                 self._write(answer, event)
@@ -258,6 +260,7 @@ class Dialogue:
         self.retry_after = None
         self._asked = asked
         self.stopping = False
+        self._reading = True
         self.answer_began = time.monotonic()
         self._thoughts, self._raw = ThoughtSplitter(), begun
         self.meter.begin()

@@ -17,7 +17,7 @@ from textual.message import Message
 from textual.widgets import TextArea
 from textual.widgets.text_area import Edit, EditResult, Location
 
-from dflash_chat.ui.actions import PROMPT, in_scope
+from dflash_chat.ui.actions import PROMPT, Keymap, in_scope, keys_of
 from dflash_chat.ui.answer import CONTROLS
 from dflash_chat.ui.completion import Completion, complete
 from dflash_chat.ui.menu import Menu
@@ -28,13 +28,7 @@ FOLD_CHARS = 2000
 class Prompt(TextArea):
     """A TextArea that grows with its text (to ten lines, see app.tcss)."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        *(
-            Binding(action.keys, action.method, action.name, id=action.id, priority=True)
-            for action in in_scope(PROMPT)
-        ),
-        Binding("tab", "accept", "Complete", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("tab", "accept", "Complete", show=False)]
 
     class Submitted(Message):
         """The person sent `text`, of which `shown` is how it was typed."""
@@ -49,13 +43,18 @@ class Prompt(TextArea):
     class Recalled(Message):
         """Another text was put here from those sent before."""
 
-    def __init__(self, menu: Menu) -> None:
+    def __init__(self, menu: Menu, keymap: Keymap) -> None:
         super().__init__(
             show_line_numbers=False,
             placeholder="Ask something · Enter sends · Ctrl+J newline · /help",
             highlight_cursor_line=False,
         )
         self.cursor_blink = False
+        self._keys = {
+            key: action.method
+            for action in in_scope(PROMPT)
+            for key in keys_of(action, keymap).split(",")
+        }
         self.sent: list[str] = []  # as typed, oldest first
         self._at = 0  # which of them stands here; behind them all is the draft
         self._draft = ""
@@ -63,6 +62,15 @@ class Prompt(TextArea):
         self._menu = menu
         self._completion = Completion(0)
         self._dismissed = ""  # the text whose menu was closed
+
+    async def _on_key(self, event: events.Key) -> None:
+        """Keys of ours. Not as bindings: those overtake what was typed quickly before them."""
+        if method := self._keys.get(event.key):
+            event.stop()
+            event.prevent_default()
+            getattr(self, f"action_{method}")()
+        else:
+            await super()._on_key(event)
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────────
 

@@ -350,6 +350,7 @@ async def looks(chat: Chat) -> None:
 async def side_by_side(chat: Chat) -> None:
     await chat.type("/ab")
     assert "/ab has nothing to do now" in chat.text
+    assert prompt(chat).text == ""
     await chat.type("/clear")
     await answered(chat)
     await chat.type("/ab")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from textual.events import Paste
+from textual.events import Key, Paste
 
 from dflash_chat.runtime.api import Message
 from dflash_chat.ui.completion import complete
@@ -39,6 +39,15 @@ async def ask(chat: Chat, text: str) -> None:
     await chat.type(text)
     chat.client.answer("Yes.")
     await chat.settle()
+
+
+async def test_enter_never_overtakes_what_was_typed_before_it(chat: Chat) -> None:
+    for key in (*"hello", "enter", *"bye"):  # all at once, as a terminal may deliver them
+        chat.app.post_message(Key(key, key if len(key) == 1 else None))
+    await chat.settle()
+
+    assert chat.client.asked[-1].messages == (Message("user", "hello"),)
+    assert prompt(chat).text == "bye"
 
 
 # ── history ─────────────────────────────────────────────────────────────────────────────────────

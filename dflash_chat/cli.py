@@ -12,11 +12,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dflash_chat import __version__, completion
+from dflash_chat import __version__, completion, sessions
 from dflash_chat.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -36,6 +37,9 @@ from dflash_chat.settings import (
     suggest,
 )
 
+if TYPE_CHECKING:
+    from dflash_chat.chat import Conversation
+
 _ASK_ABOVE_BYTES = 1_000_000_000
 _EXIT_CODES = """\
 exit codes:
@@ -43,7 +47,7 @@ exit codes:
   1    something else went wrong
   2    wrong usage
   3    no access: token missing or wrong, terms not accepted
-  4    unknown model, or not installed and not to be fetched
+  4    unknown model or chat, or not installed and not to be fetched
   5    does not fit, or no supported GPU
   6    disk full or not writable
   7    the engine crashed
@@ -139,7 +143,15 @@ def build_parser() -> argparse.ArgumentParser:
         const="",
         help="answer one prompt on stdout and exit; what comes through stdin is put before it",
     )
-    _add_model(parser, DEFAULT_PAIR)
+    opening = parser.add_mutually_exclusive_group()
+    opening.add_argument(
+        "--continue", action="store_true", dest="continue_", help="go on with the latest chat"
+    )
+    opening.add_argument("--resume", metavar="ID", help="go on with a saved chat")
+    opening.add_argument(
+        "--replay", metavar="FILE", type=Path, help="play an exported chat at true speed, no model"
+    )
+    _add_model(parser, None)
     parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
     _add_options(parser)
     parser.add_argument("--seed", metavar="N", help="same as -o seed=N")
@@ -192,6 +204,9 @@ def build_parser() -> argparse.ArgumentParser:
     law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
     law.add_argument("--accept-curve", metavar="A1,R", type=_curve, default=(0.0, 0.0))
 
+    saved = _command(commands, "sessions", sessions.list_all, "saved chats")
+    sessions.add_actions(saved, _confirm)
+
     shell = _command(commands, "completion", _completion, "print a completion script")
     shell.add_argument("shell", metavar="SHELL", choices=completion.SHELLS, help="bash, zsh, fish")
     return parser
@@ -208,7 +223,7 @@ def _command(
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "-m", "--model", metavar="PAIR", default=default, help=f"pair (default: {DEFAULT_PAIR})"
     )
@@ -240,8 +255,13 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    if args.once is not None or not _is_terminal(sys.stdin):
+    reopening = args.continue_ or args.resume is not None or args.replay
+    if reopening and args.once is not None:
+        raise UsageError("--once asks nothing of a saved chat")
+    if args.once is not None or (not reopening and not _is_terminal(sys.stdin)):
         return _once(args)
+    if not _is_terminal(sys.stdin):
+        raise UsageError("the chat needs a terminal to type in", hint="do not redirect stdin")
     from dflash_chat import pairs, terminals
 
     in_lines = args.plain or terminals.only_lines(os.environ)
@@ -252,14 +272,21 @@ def _chat(args: argparse.Namespace) -> int:
         )
     if args.json or (args.stats and not in_lines):
         raise UsageError("--json needs --once, --stats needs --once or --plain")
-
-    pair = pairs.find(args.model)
-    settings = parse_options(_options(args), pair.sampling)
+    if args.replay:
+        return _replay(args)
+    chat = _reopened(args)
+    pair = pairs.find(args.model or (chat and chat.pair) or DEFAULT_PAIR)
+    settings = parse_options(_options(args), chat.params if chat else pair.sampling)
+    if chat is not None and args.system is not None:
+        chat.system = args.system
+    if chat is not None and chat.pair == pair.name:
+        settings = replace(settings, source=settings.source or chat.build)
     system = pair.system if args.system is None else args.system
+    draft = not args.no_draft and (chat is None or chat.draft)
     if in_lines:
         from dflash_chat import plain
 
-        return plain.run(pair.name, settings, system, not args.no_draft, args.stats)
+        return plain.run(pair.name, settings, system, draft, args.stats, chat)
     from dflash_chat import config
     from dflash_chat.ui import app
     from dflash_chat.ui.actions import ACTIONS
@@ -273,15 +300,35 @@ def _chat(args: argparse.Namespace) -> int:
         options=settings.engine,
         params=settings.sampling,
         system=system,
-        draft=not args.no_draft,
+        draft=draft,
+        chat=chat,
     )
+
+
+def _reopened(args: argparse.Namespace) -> Conversation | None:
+    """The saved chat that `--continue` or `--resume` names."""
+    if not (args.continue_ or args.resume is not None):
+        return None
+    from dflash_chat.store import Store
+
+    with Store() as store:
+        return store.load(store.latest() if args.continue_ else store.find(args.resume))
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from dflash_chat import replay
+
+    recording = replay.read(args.replay)
+    from dflash_chat.ui import replay_screen
+
+    return replay_screen.run(recording)
 
 
 def _once(args: argparse.Namespace) -> int:
     settings = parse_options(_options(args))
     from dflash_chat import once, pairs
 
-    pair = pairs.find(args.model)
+    pair = pairs.find(args.model or DEFAULT_PAIR)
     prompt = args.once or ""
     if not _is_terminal(sys.stdin):
         piped = sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
@@ -322,7 +369,7 @@ def _bench(args: argparse.Namespace) -> int:
     settings = parse_options(_options(args))
     from dflash_chat import bench, pairs
 
-    name = pairs.find(args.model).name
+    name = pairs.find(args.model or DEFAULT_PAIR).name
     return bench.run(BenchArgs(name, args.prompts, settings, args.limit, args.json))
 
 

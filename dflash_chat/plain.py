@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dflash_chat import attach, hub, pairs
 from dflash_chat.chat import COMPLETE, STOPPED, Conversation
 from dflash_chat.errors import EXIT_OK, UsageError, UserError
+from dflash_chat.keeper import Keeper
 from dflash_chat.once import InterruptAsCancel, in_words
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import (
     Event,
     Finished,
     Generate,
+    Load,
     Message,
     ModelInfo,
+    Prefill,
     Progress,
     SamplingParams,
     Tokens,
@@ -59,8 +63,15 @@ class Answerer(Protocol):
         """Prefill, Tokens, Finished; looks at `cancelled` once per block."""
 
 
-def run(pair: str, settings: Settings, system: str, draft: bool, stats: bool) -> int:
-    """Load, then chat until the person leaves; the exit code."""
+def run(
+    pair: str,
+    settings: Settings,
+    system: str,
+    draft: bool,
+    stats: bool,
+    reopened: Conversation | None = None,
+) -> int:
+    """Load, then chat until the person leaves, in a new chat or in `reopened`; the exit code."""
     stages = Stages()
     installed = hub.ensure(pairs.find(pair), settings.source, stages)
     from dflash_chat.runtime.session import Session  # torch comes in here, not before
@@ -71,11 +82,19 @@ def run(pair: str, settings: Settings, system: str, draft: bool, stats: bool) ->
     session = Session.load(installed, settings.engine, loading)
     say(f"{session.info.pair} on {session.info.device}. /help lists commands, Ctrl+D leaves.")
     pinned = settings.engine.draft_tokens
-    chat = LineChat(session, settings.sampling, system, draft, stats, pinned=pinned)
+    keeper = Keeper()
+    record = Record(reopened or Conversation(system), keeper)
+    if reopened:
+        say(f"{reopened.title}: {len(reopened.turns)} turns so far")
+    build = settings.source
+    chat = LineChat(session, settings.sampling, record, draft, stats, pinned=pinned, build=build)
     _with_line_editing()
-    while (line := _ask()) is not None:
-        if chat.obey(line):
-            break
+    try:
+        while (line := _ask()) is not None:
+            if chat.obey(line):
+                break
+    finally:
+        keeper.close()
     return EXIT_OK
 
 
@@ -123,16 +142,19 @@ class LineChat:
 
     session: Answerer
     params: SamplingParams
-    system: str = ""
+    record: Record = field(default_factory=lambda: Record(Conversation()))
     draft: bool = True
     stats: bool = False
     draft_tokens: int = 0
     pinned: int = 0  # how many the engine was loaded to draft
+    build: str = ""  # of the pair that is loaded
     _raw: str = ""  # the last answer as the engine sent it
     _generation: int = 0
 
-    def __post_init__(self) -> None:
-        self.chat = Conversation(self.system)
+    @property
+    def chat(self) -> Conversation:
+        """The conversation so far."""
+        return self.record.chat
 
     def obey(self, line: str) -> bool:
         """Answer a line or carry out its command; True to leave."""
@@ -160,6 +182,8 @@ class LineChat:
         pieces = splitter.feed(begun)
         turn.thinking, turn.content = _joined(pieces, True), _joined(pieces, False)
         finished: Finished | None = None
+        info = self.session.info
+        self.record.begin(turn, Load(info.pair, self.build), info, self.params, self.draft)
         try:
             with InterruptAsCancel() as cancelled:
                 for event in self.session.generate(request, cancelled):
@@ -170,17 +194,22 @@ class LineChat:
                         finished = event
                         pieces = splitter.finish()
                     else:
-                        continue
+                        pieces = []
                     turn.thinking += _joined(pieces, True)
                     turn.content += _joined(pieces, False)
+                    if isinstance(event, Prefill | Tokens):
+                        self.record.take(event)
                     sys.stdout.write(_joined(pieces, False))
                     sys.stdout.flush()
             if finished and finished.reason in ("stop", "context"):
                 state = COMPLETE
         finally:
             self.chat.end_answer(state)
+            self.record.end(finished)
             sys.stdout.write("\n")
             sys.stdout.flush()
+        if self.record.problem:
+            say(f"not saved: {self.record.problem}")
         if finished and finished.reason in ("cancelled", "length"):
             say("stopped; /continue goes on")
         if finished and self.stats:
@@ -195,8 +224,9 @@ class LineChat:
                 say("\n".join(f"{name:10} {does}" for name, does in COMMANDS.items()))
             case "/system":
                 self.chat.system = argument
+                self.record.changed()
             case "/clear":
-                self.chat = Conversation(self.chat.system)
+                self.record = Record(Conversation(self.chat.system), self.record.keeper)
             case "/stats":
                 self.stats = not self.stats
             case "/set":

@@ -22,8 +22,9 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "bench", "chat", "cli", "completion", "errors", "fetch", "gpu", "hub", "once", "pairs",
-            "progress", "runtime.api", "runtime.client", "runtime.worker", "settings",
+            "bench", "chat", "cli", "completion", "errors", "export", "fetch", "gpu", "hub",
+            "keeper", "once", "pairs", "progress", "record", "replay", "runtime.api",
+            "runtime.client", "runtime.worker", "sessions", "settings", "store",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),
@@ -57,7 +58,16 @@ def test_the_ui_side_imports_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["--version"], ["list"], ["list", "--json"], ["completion", "bash"]]
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["list"],
+        ["list", "--json"],
+        ["sessions"],
+        ["sessions", "search", "sky"],
+        ["completion", "bash"],
+    ],
 )
 def test_quick_commands_import_neither_torch_nor_textual(
     argv: list[str], own_folders: Path

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from dflash_chat import terminals
+from dflash_chat.chat import Conversation
+from dflash_chat.keeper import Keeper
 from dflash_chat.plain import LineChat
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import (
     Event,
     Finished,
@@ -28,6 +31,7 @@ from dflash_chat.runtime.api import (
     Tokens,
     Usage,
 )
+from dflash_chat.store import Store
 
 INFO = ModelInfo("pair", "t", "d", "CPU", "fp32", "k", 8192, 8, 7, 0, 0, 0, 0.0)
 
@@ -149,6 +153,23 @@ def test_a_terminal_without_a_cursor_gets_lines(term: str, lines: bool) -> None:
     assert terminals.only_lines({"TERM": term}) is lines
 
 
+def test_what_is_said_in_lines_is_saved_with_its_steps(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path)
+    chat = LineChat(Scripted(), SamplingParams(), Record(Conversation("Be brief."), keeper))
+    chat.obey("Hi?")
+    chat.obey("/regen")
+    keeper.close()
+
+    with Store(tmp_path) as store:
+        again = store.load(store.latest())
+        assert [turn.content for turn in again.turns] == ["Hi?", "The answer. "]
+        assert (again.system, again.pair) == ("Be brief.", "pair")
+        last = again.turns[-1]
+        assert len(again.branches(last.id)) == 2
+        assert [type(event) for event in store.trace(last.id)] == [Prefill, Tokens, Tokens]
+        assert last.figures is not None
+
+
 PROGRAM = """
 import sys, types
 import tests.test_plain as script
@@ -161,7 +182,9 @@ sys.exit(cli.main(["--stats"]))
 """
 
 
-def test_a_dumb_terminal_chats_stops_and_continues_without_escape_sequences() -> None:
+def test_a_dumb_terminal_chats_stops_and_continues_without_escape_sequences(
+    own_folders: Path,
+) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "dumb"

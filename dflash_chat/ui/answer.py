@@ -20,7 +20,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from dflash_chat.chat import STREAMING, Turn
-from dflash_chat.runtime.api import Spec, Tokens
+from dflash_chat.runtime.api import Finished, Spec, Tokens
 from dflash_chat.ui import pace
 from dflash_chat.ui.markdown import Flow, plain, render
 from dflash_chat.ui.origins import Trace
@@ -35,6 +35,12 @@ CONTROLS: dict[int, str] = dict.fromkeys(
     (*range(0x20), 0x7F, *range(0x80, 0xA0)), "\N{REPLACEMENT CHARACTER}"
 )
 CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
+
+_ENDINGS = {
+    "cancelled": "stopped · ",
+    "length": "cut at max_tokens · ",
+    "context": "context is full · ",
+}
 
 
 class Block(Widget):
@@ -137,6 +143,7 @@ class AnswerTurn(Vertical):
     """The answer `turn`: its thought, folded away unless asked for, its text and its numbers."""
 
     virtual_size = Reactive(Size(0, 0))  # see Block
+    waits = False  # an answer is written at once
     COMPONENT_CLASSES: ClassVar = {
         "strong", "em", "strike", "code", "fence", "link", "target", "rule", "bullet", "quote-bar",
         "h1", "h2", "h3", "h4", "h5", "h6",
@@ -145,7 +152,7 @@ class AnswerTurn(Vertical):
     def __init__(self, turn: Turn, unfolded: bool = False) -> None:
         super().__init__()
         self.turn = turn
-        self.trace = Trace()  # what X-ray shows of it
+        self.trace: Trace | None = None  # what X-ray shows of it, once it was asked for
         self._unfolded = unfolded
         self._note: str | None = None
         self._thought_words = Words(classes="thought-words")
@@ -219,3 +226,17 @@ class AnswerTurn(Vertical):
         if self._thought_spec.steps:
             words.append(f"tau {self._thought_spec.tau:.1f}")
         return " · ".join(words)
+
+
+def numbers_words(finished: Finished) -> str:
+    """The line under an answer."""
+    usage, timing, spec = finished.usage, finished.timing, finished.spec
+    words = [
+        f"cached {usage.cached}",
+        f"read {usage.prompt - usage.cached}",
+        f"ttft {timing.ttft_s * 1000:.0f} ms",
+        f"{timing.tok_s:.0f} tok/s",
+    ]
+    if spec.steps:
+        words.append(f"tau {spec.tau:.1f}")
+    return _ENDINGS.get(finished.reason, "") + " · ".join(words)

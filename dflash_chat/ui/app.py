@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterable
@@ -11,10 +12,12 @@ from typing import ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.command import CommandList, CommandPalette
+from textual.command import CommandPalette
 from textual.screen import Screen
 
+from dflash_chat.chat import Conversation
 from dflash_chat.config import Config
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
 from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace, terminal
@@ -23,13 +26,11 @@ from dflash_chat.ui.chat_screen import ChatScreen
 
 
 class Palette(CommandPalette):
-    """Textual's palette, which fails when a page of an empty list is asked for."""
+    """Textual's palette, which fails when a page of a list is asked for that is not drawn yet."""
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys for the list work while there is something in it."""
-        if action == "command_list":
-            return self.query_one(CommandList).option_count > 0
-        return super().check_action(action, parameters)
+    def _action_command_list(self, action: str) -> None:
+        with contextlib.suppress(KeyError):
+            super()._action_command_list(action)
 
 
 class ChatApp(App[None], inherit_bindings=False):
@@ -125,12 +126,16 @@ def run(
     system: str,
     draft: bool,
     config: Config,
+    chat: Conversation | None = None,
 ) -> int:
-    """Chat until the person quits; the exit code."""
+    """Chat until the person quits, in a new chat or in `chat`; the exit code."""
     gc.disable()  # until the first paint
-    client = EngineClient()
+    client, keeper = EngineClient(), Keeper()
     load = Load(pair, source, options)
-    chat = ChatScreen(client, load, params, system, draft, config.keys)
-    app = ChatApp(client, chat, pace.give_way, config.theme)
-    app.run()
-    return app.return_code or chat.exit_code
+    screen = ChatScreen(client, load, params, system, draft, config.keys, keeper, chat)
+    app = ChatApp(client, screen, pace.give_way, config.theme)
+    try:
+        app.run()
+    finally:
+        keeper.close()
+    return app.return_code or screen.exit_code

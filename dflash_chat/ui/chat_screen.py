@@ -1,8 +1,8 @@
-"""The chat on screen: layout, clocks, words, and what the keys for looking around do.
+"""The chat on screen: layout, clocks, words, sending and stopping.
 
 What goes on with the engine is the dialogue's business; which keys and commands there are stands in
-actions.py, what they do with turns and settings in turn_actions.py and setting_actions.py. Text is
-drawn a few times a second and numbers at 5 Hz at most.
+actions.py, what they do with turns, saved chats, settings and views in the files that end in
+_actions.py. Text is drawn a few times a second and numbers at 5 Hz at most.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 
 from dflash_chat import attach
-from dflash_chat.errors import UsageError, UserError
+from dflash_chat.chat import Conversation
+from dflash_chat.errors import UserError
+from dflash_chat.keeper import Keeper
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import Load, Progress, SamplingParams
 from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import commands, editor, pace, terminal
@@ -34,26 +37,23 @@ from dflash_chat.ui.actions import (
     key_words,
     keys_of,
 )  # fmt: skip
-from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.bars import bar
-from dflash_chat.ui.compare_screen import CompareScreen
 from dflash_chat.ui.dialogue import Dialogue
-from dflash_chat.ui.help_screen import HelpScreen
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.menu import Menu
 from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.saved_actions import SavedActions
 from dflash_chat.ui.setting_actions import SettingActions
 from dflash_chat.ui.side_panel import SidePanel, StatusLine
 from dflash_chat.ui.transcript import Card, Transcript, UserTurn
-from dflash_chat.ui.turn_actions import TurnActions
+from dflash_chat.ui.view_actions import ViewActions
 from dflash_chat.ui.words import Words
-from dflash_chat.ui.xray import XrayScreen
 
 NUMBERS_S = 1 / 5
 WIDTHS = [(0, "-tiny"), (60, "-narrow"), (96, "-wide")]
 
 
-class ChatScreen(TurnActions, SettingActions):
+class ChatScreen(SavedActions, SettingActions, ViewActions):
     """The chat and its panel."""
 
     HORIZONTAL_BREAKPOINTS = WIDTHS
@@ -70,9 +70,12 @@ class ChatScreen(TurnActions, SettingActions):
         system: str = "",
         draft: bool = True,
         keymap: Keymap | None = None,
+        keeper: Keeper | None = None,
+        chat: Conversation | None = None,
     ) -> None:
         super().__init__()
-        self.dialogue = Dialogue(client, load, params, system, draft)
+        record = Record(chat or Conversation(system), keeper)
+        self.dialogue = Dialogue(client, load, params, draft, record)
         self.dialogue.ended = self._ring
         self.keymap: Keymap = keymap or {}
         self._numbers_due = 0.0
@@ -185,6 +188,8 @@ class ChatScreen(TurnActions, SettingActions):
         if not transcript.following:
             new = transcript.unseen_tokens
             return f"↓ {f'{new} new' if new else 'more below'} · {self.key_words('follow')}"
+        if problem := self.dialogue.record.problem:
+            return f"not saved: {problem}"
         if self.dialogue.retry_after and not self.dialogue.busy:
             return f"{again} asks again"
         return ""
@@ -234,7 +239,7 @@ class ChatScreen(TurnActions, SettingActions):
         if action.scope == APP:
             await self.app.run_action(f"app.{action.method}")
         elif not self.check_action(action.method, ()):
-            raise UsageError(f"{action.usage} has nothing to do now.", f"It would {action.does}.")
+            self.dialogue.show(Card(action.name, f"{action.usage} has nothing to do now."))
         else:
             method = getattr(self, f"action_{action.method}")
             method(argument) if action.argument else method()
@@ -281,7 +286,11 @@ class ChatScreen(TurnActions, SettingActions):
         if action == "compare":
             return dialogue.info is not None and not dialogue.busy and bool(dialogue.questions)
         if action == "xray":
-            return self._xrayed() is not None
+            return self.seen_answer is not None
+        if action == "sessions":
+            return dialogue.record.keeper is not None
+        if action == "branch":
+            return not dialogue.busy and self.fork is not None
         if action == "undo_turn":
             return bool(dialogue.questions)
         if action == "follow":
@@ -329,60 +338,10 @@ class ChatScreen(TurnActions, SettingActions):
             self.notify(f"{self.key_words('quit')} quits")
 
     def action_new_chat(self) -> None:
-        """Forget this chat and start another."""
+        """Leave this chat and start another."""
         self.end_editing()
         self.leave_cursor()
         self.dialogue.new_chat()
-
-    def action_thoughts(self) -> None:
-        """Show or hide what the model thinks."""
-        self.dialogue.unfold(not self.dialogue.unfolded)
-        self.notify("Thoughts are shown" if self.dialogue.unfolded else "Thoughts are folded")
-
-    def _xrayed(self) -> AnswerTurn | None:
-        """The answer under the cursor, else the one being written, else the last one."""
-        cursor = self.query_one(Transcript).cursor
-        return (
-            cursor if isinstance(cursor, AnswerTurn) else self.dialogue.answer or self.last_answer
-        )
-
-    def action_xray(self) -> None:
-        """Show an answer by block and origin."""
-        if answer := self._xrayed():
-            self.app.push_screen(XrayScreen(answer.trace))
-
-    def action_compare(self) -> None:
-        """Answer the last question with and without drafting."""
-        if self.dialogue.info is not None and not self.dialogue.info.drafter:
-            self.notify("This pair has no drafter")
-            return
-        comparison = CompareScreen(self.dialogue, self.dialogue.last_messages())
-        comparison.start()
-        self.app.push_screen(comparison)
-
-    def action_toggle_panel(self) -> None:
-        """Show or hide the numbers."""
-        self.toggle_class("-bare")
-
-    def action_help(self) -> None:
-        """Show keys and commands."""
-        self.app.push_screen(HelpScreen(self.keymap))
-
-    def action_page(self, direction: int) -> None:
-        """Scroll the chat by a page."""
-        transcript = self.query_one(Transcript)
-        (transcript.scroll_page_up if direction < 0 else transcript.scroll_page_down)(animate=False)
-
-    def action_line(self, direction: int) -> None:
-        """Scroll the chat by a line."""
-        transcript = self.query_one(Transcript)
-        (transcript.scroll_up if direction < 0 else transcript.scroll_down)(animate=False)
-
-    def action_follow(self) -> None:
-        """Go to the end and follow the answer again."""
-        if self.query_one(Transcript).cursor is not None:
-            self.leave_cursor()
-        self.query_one(Transcript).follow()
 
 
 def progress_words(progress: Progress) -> str:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from dflash_chat.chat import COMPLETE, FAILED, STOPPED, Conversation, Turn
 from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK
+from dflash_chat.keeper import Keeper
+from dflash_chat.record import Record
 from dflash_chat.runtime.api import (
     Cancel,
     Event,
@@ -32,19 +34,16 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.thinking import ThoughtSplitter
-from dflash_chat.ui.answer import AnswerTurn
+from dflash_chat.ui.answer import AnswerTurn, numbers_words
 from dflash_chat.ui.meter import Meter
+from dflash_chat.ui.origins import Trace
+from dflash_chat.ui.past import Past
 from dflash_chat.ui.transcript import Card, UserTurn
 
 if TYPE_CHECKING:
     from dflash_chat.ui.transcript import Transcript
 
 _STATES = {"stop": COMPLETE, "cancelled": STOPPED, "length": STOPPED, "context": COMPLETE}
-_ENDINGS = {
-    "cancelled": "stopped · ",
-    "length": "cut at max_tokens · ",
-    "context": "context is full · ",
-}
 
 AnswerEvent = Prefill | Tokens | Finished | Failed
 Guest = Callable[[AnswerEvent | EngineDied], None]
@@ -56,11 +55,11 @@ class Dialogue:
     transcript: Transcript
 
     def __init__(
-        self, client: EngineClient, load: Load, params: SamplingParams, system: str, draft: bool
+        self, client: EngineClient, load: Load, params: SamplingParams, draft: bool, record: Record
     ) -> None:
         self.client, self.load = client, load
         self.params, self.draft, self.draft_tokens = params, draft, 0
-        self.chat = Conversation(system)
+        self.record = record
         self.meter = Meter()
         self.info: ModelInfo | None = None
         self.progress = Progress("starting the engine", 0, 0)
@@ -83,6 +82,11 @@ class Dialogue:
         self._guest: Guest | None = None  # takes the events of a request of its own
 
     @property
+    def chat(self) -> Conversation:
+        """The conversation on screen."""
+        return self.record.chat
+
+    @property
     def busy(self) -> bool:
         """Whether the engine has something to answer."""
         return self.answer is not None or self._guest is not None
@@ -95,8 +99,9 @@ class Dialogue:
     # ── events ──────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
-        """Ask the engine to load."""
+        """Ask the engine to load, and show what has been said."""
         self.client.send(self.load)
+        self._show_past()
 
     def frame(self) -> None:
         """Take what has arrived, and draw a bounded piece of it."""
@@ -134,19 +139,22 @@ class Dialogue:
         match event:
             case Prefill():
                 self.meter.read(event)
+                self.record.take(event)
                 answer.say(f"reading the prompt · {event.done} of {event.total}")
             case Tokens():
                 if self._reading:
                     self._reading = False
                     answer.say("")
                 self.meter.take(event, time.monotonic())
-                answer.trace.take(event)
                 self._write(answer, event)
+                self.record.take(event)
+                if answer.trace:
+                    answer.trace.take(event)
                 self.transcript.count(event.tokens)
             case Finished():
                 self.meter.finish(event)
                 self.last_finished = event
-                self._close_answer(numbers_words(event), _STATES[event.reason])
+                self._close_answer(numbers_words(event), _STATES[event.reason], event)
                 self.next()
             case Failed():
                 self._close_answer("failed · " + event.message, FAILED)
@@ -170,13 +178,14 @@ class Dialogue:
                 answer.turn.content += text
                 answer.write(text)
 
-    def _close_answer(self, words: str, state: str) -> None:
+    def _close_answer(self, words: str, state: str, finished: Finished | None = None) -> None:
         """The answer being written is complete, as far as it came."""
         answer, self.answer = self.answer, None
         if answer is None:
             return
         self._fill(answer, self._thoughts.finish())
         self.chat.end_answer(state)
+        self.record.end(finished)
         answer.finish(words)
         self.ended(time.monotonic() - self.answer_began)
 
@@ -235,7 +244,10 @@ class Dialogue:
             return
         turn = self.waiting.popleft()
         turn.waiting(False)
-        turn.turn = self.chat.ask(turn.text)
+        if turn.turn:
+            self.chat.tip = turn.turn.id  # another answer will be a branch beside the first
+        else:
+            turn.turn = self.chat.ask(turn.text)
         messages = self.chat.messages()
         self._generate(turn, self.chat.begin_answer(), messages)
 
@@ -258,6 +270,7 @@ class Dialogue:
         self._fill(self.answer, self._thoughts.feed(begun))
         before = self.waiting[0] if self.waiting else None
         self.transcript.append(self.answer, before)
+        self.record.begin(turn, self.load, self.info, self.params, self.draft)
         self.client.send(
             Generate(
                 self._generation, messages, self.params, self.draft, self.draft_tokens, bool(begun)
@@ -296,7 +309,6 @@ class Dialogue:
         """Answer a question again, or `instead` of it another, on a branch of its own."""
         self.forget_from(question, below=instead is None)
         turn = instead or question
-        turn.turn = None
         turn.waiting(True)
         if instead:
             self.transcript.append(turn, self.waiting[0] if self.waiting else None)
@@ -321,14 +333,44 @@ class Dialogue:
             self._close_answer("given up", STOPPED)
 
     def new_chat(self) -> None:
-        """Forget this chat and start another."""
+        """Leave this chat and start another."""
+        self.open(Conversation(self.chat.system))
+
+    def open(self, chat: Conversation, keeper: Keeper | None = None) -> None:
+        """Talk in `chat` from here on; the one on screen keeps what it has."""
         self.give_up()
-        self.retry_after = self._asked = self.last_finished = None
-        self._drawing.clear()
+        self.retry_after = self._asked = None
         self.waiting.clear()
-        self.chat = Conversation(self.chat.system)
+        self.record = Record(chat, keeper or self.record.keeper)
         self.meter.clear()
+        self._show_past()
+
+    def switch(self, turn: Turn) -> None:
+        """Go to the branch of `turn`."""
+        self.give_up()
+        self.retry_after = None
+        self.chat.switch(turn.id)
+        self.record.changed()
+        self._show_past()
+
+    def _show_past(self) -> None:
+        """Show the active path, the end of it first."""
+        self._drawing.clear()
         self.transcript.clear()
+        turns = self.chat.turns
+        self.last_finished = next((t.figures for t in reversed(turns) if t.figures), None)
+        if turns:
+            self.transcript.append(Past(turns, self._past_words, self.unfolded))
+
+    def _past_words(self, turn: Turn) -> str:
+        """What stands below a turn from the file."""
+        words = []
+        branches = self.chat.branches(turn.id)
+        if len(branches) > 1:
+            words.append(f"branch {branches.index(turn) + 1} of {len(branches)}")
+        if turn.role == "assistant":
+            words.append(numbers_words(turn.figures) if turn.figures else turn.state)
+        return " · ".join(words)
 
     def last_messages(self) -> tuple[Message, ...]:
         """The conversation up to the last question, none without one."""
@@ -336,6 +378,16 @@ class Dialogue:
         if messages and messages[-1].role == "assistant":
             messages = messages[:-1]
         return messages if messages and messages[-1].role == "user" else ()
+
+    def trace(self, answer: AnswerTurn) -> Trace:
+        """An answer by block and origin, from all steps that were kept of it. Raises StoreError."""
+        if answer.trace is None:
+            trace = Trace()
+            for event in self.record.trace(answer.turn):
+                if isinstance(event, Tokens):
+                    trace.take(event)
+            answer.trace = trace
+        return answer.trace
 
     # ── thoughts, guests ────────────────────────────────────────────────────────────────────────
 
@@ -363,20 +415,6 @@ class Dialogue:
             self._generation += 1
             self._guest = None
         self.next()
-
-
-def numbers_words(finished: Finished) -> str:
-    """The line under an answer."""
-    usage, timing, spec = finished.usage, finished.timing, finished.spec
-    words = [
-        f"cached {usage.cached}",
-        f"read {usage.prompt - usage.cached}",
-        f"ttft {timing.ttft_s * 1000:.0f} ms",
-        f"{timing.tok_s:.0f} tok/s",
-    ]
-    if spec.steps:
-        words.append(f"tau {spec.tau:.1f}")
-    return _ENDINGS.get(finished.reason, "") + " · ".join(words)
 
 
 def _same(raw: str, turn: Turn) -> bool:

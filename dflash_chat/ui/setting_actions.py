@@ -5,12 +5,12 @@ A part of the chat screen.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from textual.screen import Screen
 
-from dflash_chat import attach
-from dflash_chat.chat import as_markdown
+from dflash_chat import attach, export
 from dflash_chat.errors import DiskError, UsageError
 from dflash_chat.settings import draft_choice, draft_words, sampling_option, suggest
 from dflash_chat.ui.bars import grouped
@@ -30,6 +30,7 @@ class SettingActions(Screen[None]):
     def action_system(self, argument: str = "") -> None:
         """Set the system prompt."""
         self.dialogue.chat.system = argument
+        self.dialogue.record.changed()
         reread = " It is read anew from its beginning." if self.dialogue.chat.turns else ""
         self._say("System prompt", (argument or "none") + ("\n" + reread.strip()) * bool(reread))
 
@@ -83,11 +84,16 @@ class SettingActions(Screen[None]):
         self.notify(str(file), markup=False)
 
     def action_export(self, argument: str = "") -> None:
-        """Write the chat as Markdown into a new file."""
+        """Write the chat into a new file: with all branches and steps as .json, else Markdown."""
         path = Path(argument).expanduser()
+        record = self.dialogue.record
+        if path.suffix.lower() == ".json":
+            text = json.dumps(export.to_json(record.chat, record.trace), ensure_ascii=False) + "\n"
+        else:
+            text = export.to_markdown(record.chat)
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(as_markdown(self.dialogue.chat))
+                file.write(text)
         except FileExistsError as error:
             raise UsageError(f"{argument} is there already.", "Choose another name.") from error
         except OSError as error:

@@ -23,6 +23,7 @@ from dflash_chat.chat import Turn
 from dflash_chat.ui.actions import TURN, in_scope
 from dflash_chat.ui.answer import CONTROLS, AnswerTurn
 
+SHOWN_CHARS = 8000
 WELCOME = """\
 Type a message and press Enter; it goes out as soon as the engine is ready.
 Esc stops an answer and keeps what came. F1 lists keys and commands."""
@@ -32,7 +33,8 @@ class UserTurn(Static):
     """What the person said; `waiting` while it has not been sent.
 
     `shown` is what was typed, `text` what is sent: pastes unfolded and files added, which `notes`
-    says in words. `turn` is its place in the conversation once it was sent.
+    says in words. `turn` is its place in the conversation once it was sent. It is shown up to a
+    length that can be drawn at once.
     """
 
     def __init__(self, shown: str, text: str = "", notes: Sequence[str] = ()) -> None:
@@ -44,9 +46,13 @@ class UserTurn(Static):
 
     def waiting(self, waiting: bool) -> None:
         """Mark the turn as sent or not yet sent."""
+        self.waits = waiting
         notes = [*self._notes, *(["waits for the engine"] if waiting else [])]
         below = Content.styled("\n" + "\n".join(notes), "dim") if notes else Content("")
-        self.update(Content(self.shown.translate(CONTROLS)) + below)
+        more = len(self.shown) - SHOWN_CHARS
+        if more > 0:
+            below = Content.styled(f"\n… {more} characters more", "dim") + below
+        self.update(Content(self.shown[:SHOWN_CHARS].translate(CONTROLS)) + below)
         self.set_class(waiting, "-waiting")
 
 
@@ -138,7 +144,7 @@ class Transcript(VerticalScroll, can_focus=False):
         return [
             child
             for child in self.query_one(Turns).children
-            if isinstance(child, UserTurn | AnswerTurn) and child.turn and child.display
+            if isinstance(child, UserTurn | AnswerTurn) and child.display and not child.waits
         ]
 
     def question_of(self, turn: UserTurn | AnswerTurn) -> UserTurn | None:
@@ -175,7 +181,7 @@ class Transcript(VerticalScroll, can_focus=False):
         if turn not in children:
             return
         after = children[children.index(turn) + below :]
-        gone = [w for w in after if not (isinstance(w, UserTurn) and w.turn is None)]
+        gone = [w for w in after if not (isinstance(w, UserTurn) and w.waits)]
         if self.cursor in gone:
             self.point(None)
         self.query_one(Turns).remove_children(gone)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from textual.command import CommandPalette
 
+from dflash_chat.export import from_json
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Message, Tokens
 from dflash_chat.ui import actions, clipboard, editor
 from dflash_chat.ui.actions import ACTIONS, BY_ID, COMMANDS
@@ -16,6 +18,7 @@ from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.compare_screen import CompareScreen
 from dflash_chat.ui.help_screen import HelpScreen
 from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.transcript import Transcript
 from tests.ui.test_chat_flow import Chat, open_chat
 
@@ -24,11 +27,13 @@ LONG = "\n\n".join(f"Paragraph {n}" for n in range(60))
 
 
 @pytest.fixture
-async def chat(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
+async def chat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Chat]:
     monkeypatch.setattr(clipboard, "ways", lambda environ: [])
-    async with open_chat((100, 30)) as chat:
+    keeper = Keeper(tmp_path)
+    async with open_chat((100, 30), keeper=keeper) as chat:
         await chat.load()
         yield chat
+    keeper.close()
 
 
 async def answered(chat: Chat, text: str = "An answer.", reason: str = "stop") -> None:
@@ -162,6 +167,28 @@ async def regenerate(chat: Chat) -> None:
     assert "Two?" not in chat.text
 
 
+async def sessions(chat: Chat) -> None:
+    await press(chat, "sessions")
+    assert isinstance(chat.app.screen, SessionsScreen)
+
+
+async def branches(chat: Chat) -> None:
+    await answered(chat, "First.")
+    await press(chat, "branch")  # nothing to go to: the answer stays
+    assert "First." in chat.text
+    await press(chat, "again")
+    chat.client.answer("Second.")
+    await chat.settle()
+    await press(chat, "branch")
+    assert "First." in chat.text
+    assert "branch 1 of 2" in chat.text
+    assert "Second." not in chat.text
+    await press(chat, "branch_before")
+    assert "Second." in chat.text
+    await chat.type("And?")
+    assert [m.content for m in chat.client.asked[-1].messages] == ["One?", "Second.", "And?"]
+
+
 async def help_(chat: Chat) -> None:
     await press(chat, "help")
     assert isinstance(chat.app.screen, HelpScreen)
@@ -227,6 +254,7 @@ KEYS: dict[Callable[[Chat], Awaitable[None]], tuple[str, ...]] = {
     again: ("again",), compare: ("compare",), thoughts: ("thoughts",),
     turn_up_and_down: ("turn_up", "turn_down"), copy_turn: ("copy_turn",), code: ("code",),
     edit: ("edit",), regenerate: ("regenerate",), help_: ("help",), palette: ("palette",),
+    sessions: ("sessions",), branches: ("branch", "branch_before"),
     new: ("new",), panel: ("panel",), copy: ("copy",),
     scrolling: ("page_up", "page_down", "line_up", "line_down"),
     answer_start_and_follow: ("answer_start", "follow"), quit_: ("quit",),
@@ -322,10 +350,29 @@ async def looks(chat: Chat) -> None:
 async def side_by_side(chat: Chat) -> None:
     await chat.type("/ab")
     assert "/ab has nothing to do now" in chat.text
+    assert prompt(chat).text == ""
     await chat.type("/clear")
     await answered(chat)
     await chat.type("/ab")
     assert isinstance(chat.app.screen, CompareScreen)
+
+
+async def saved(chat: Chat) -> None:
+    await answered(chat, "First.")
+    await chat.type("/regen")
+    chat.client.answer("Second.")
+    await chat.settle()
+    await chat.type("/branch")
+    assert "First." in chat.text
+    await chat.type("/export chat.json")
+    assert len(from_json(Path("chat.json").read_text()).tree) == 3
+    first = chat.screen.dialogue.chat.id
+    await chat.type("/clear")
+    await chat.type("Another?")
+    await chat.type(f"/resume {first[:5]}")
+    assert "First." in chat.text
+    await chat.type("/resume")
+    assert isinstance(chat.app.screen, SessionsScreen)
 
 
 async def leaving(chat: Chat) -> None:
@@ -339,6 +386,7 @@ SAID: dict[Callable[[Chat], Awaitable[None]], set[str]] = {
     files: {"/file", "/export"},
     looks: {"/theme", "/think", "/clear", "/help"},
     side_by_side: {"/ab"},
+    saved: {"/branch", "/resume"},
     leaving: {"/quit"},
 }
 

@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 from textual.selection import SELECT_ALL, Selection
 
 from dflash_chat.errors import EXIT_ENGINE_CRASHED
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import (
     EngineOptions,
     Failed,
@@ -93,10 +94,11 @@ async def open_chat(
     system: str = "",
     draft: bool = True,
     keymap: Mapping[str, str] | None = None,
+    keeper: Keeper | None = None,
 ) -> AsyncIterator[Chat]:
     client = FakeClient()
     load = Load("smollm2-135m", "", EngineOptions())
-    screen = ChatScreen(client, load, SamplingParams(), system, draft, keymap)
+    screen = ChatScreen(client, load, SamplingParams(), system, draft, keymap, keeper)
     app = ChatApp(client, screen)
     async with app.run_test(size=size) as pilot:
         chat = Chat(app, client, pilot)

@@ -128,7 +128,7 @@ async def test_ten_thousand_keys_and_pastes(
             roles = [message.role for message in dialogue.chat.messages()]
             assert all(a != b for a, b in itertools.pairwise(roles))
 
-        assert len(asked) > 30
+        assert len(asked) > 20
         assert len(replaced) > 30
         in_prompt = set(prompt.sent)
         for turn in asked:  # each was asked, waits, or can be recalled where it was taken back

@@ -35,7 +35,7 @@ def recorded(chat: Conversation, words: str, ms: float = 10.0) -> Turn:
     turn.trace.append(Tokens(1, first, 1))
     for word in rest:
         stats = step(ms)
-        spec = spec.add(stats.drafted, stats.accepted, stats.committed)
+        spec = spec.add(stats)
         turn.trace.append(Tokens(1, " " + word, stats.committed, stats))
     turn.content = words
     seconds = len(rest) * ms / 1000

@@ -20,6 +20,7 @@ from dflash_chat.ui.help_screen import HelpScreen
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.transcript import Transcript
+from dflash_chat.ui.xray import XrayScreen
 from tests.ui.test_chat_flow import Chat, open_chat
 
 CODE = "Two blocks:\n\n```python\none = 1\n```\n\n- in a list\n\n  ```\n  two\n  ```\n"
@@ -101,6 +102,25 @@ async def compare(chat: Chat) -> None:
     await answered(chat)
     await press(chat, "compare")
     assert isinstance(chat.app.screen, CompareScreen)
+
+
+async def xray(chat: Chat) -> None:
+    await answered(chat, "The first answer.")
+    await answered(chat, "The second.")
+    await press(chat, "xray")
+    assert xrayed(chat) == "The second."
+    await press(chat, "xray")
+    for _ in range(3):
+        await press(chat, "turn_up")
+    await press(chat, "xray")
+    assert xrayed(chat) == "The first answer."
+
+
+def xrayed(chat: Chat) -> str:
+    """What X-ray shows, without its marks."""
+    assert isinstance(chat.app.screen, XrayScreen)
+    blocks = chat.app.screen.trace.blocks
+    return "".join(piece.text for block in blocks for piece in block.pieces)
 
 
 async def thoughts(chat: Chat) -> None:
@@ -251,7 +271,7 @@ async def quit_(chat: Chat) -> None:
 
 KEYS: dict[Callable[[Chat], Awaitable[None]], tuple[str, ...]] = {
     send: ("send",), newline: ("newline",), editor_: ("editor",), stop: ("stop",),
-    again: ("again",), compare: ("compare",), thoughts: ("thoughts",),
+    again: ("again",), compare: ("compare",), xray: ("xray",), thoughts: ("thoughts",),
     turn_up_and_down: ("turn_up", "turn_down"), copy_turn: ("copy_turn",), code: ("code",),
     edit: ("edit",), regenerate: ("regenerate",), help_: ("help",), palette: ("palette",),
     sessions: ("sessions",), branches: ("branch", "branch_before"),
@@ -347,6 +367,15 @@ async def looks(chat: Chat) -> None:
     assert isinstance(chat.app.screen, HelpScreen)
 
 
+async def by_origin(chat: Chat) -> None:
+    await chat.type("/xray")
+    assert "/xray has nothing to do now" in chat.text
+    await chat.type("/clear")
+    await answered(chat)
+    await chat.type("/xray")
+    assert isinstance(chat.app.screen, XrayScreen)
+
+
 async def side_by_side(chat: Chat) -> None:
     await chat.type("/ab")
     assert "/ab has nothing to do now" in chat.text
@@ -386,6 +415,7 @@ SAID: dict[Callable[[Chat], Awaitable[None]], set[str]] = {
     files: {"/file", "/export"},
     looks: {"/theme", "/think", "/clear", "/help"},
     side_by_side: {"/ab"},
+    by_origin: {"/xray"},
     saved: {"/branch", "/resume"},
     leaving: {"/quit"},
 }
@@ -449,6 +479,7 @@ async def test_keys_can_be_moved() -> None:
         await chat.settle()
         await chat.pilot.press("alt+up", "k")
         assert chat.app.clipboard == "Copied."
+        await chat.pilot.press("f5", "escape")
         assert "F5 Panel" in chat.shown("KeyBar")
         await chat.pilot.press("f12")
         assert not chat.app.is_running

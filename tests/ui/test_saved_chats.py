@@ -123,6 +123,30 @@ async def test_the_steps_of_an_answer_are_there_again(tmp_path: Path) -> None:
     assert sum(1 for event in trace if getattr(event, "stats", None)) == turn.figures.spec.steps
 
 
+async def test_a_thought_is_there_again_with_its_figures_and_is_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.type("Hello?")
+        chat.client.answer("<think>Let me see, slowly.</think>Well, th", reason="cancelled")
+        await chat.settle()
+        before = chat.shown(".thought-words")
+        assert "▸ thought · 11 tokens · tau 2.2" in before
+
+    async with opened(tmp_path, stored(tmp_path)) as chat:
+        assert chat.shown(".thought-words") == before
+        assert "Let me see" not in chat.text
+        await chat.type("/continue")
+        asked = chat.client.asked[-1]
+        assert asked.continue_last
+        assert asked.messages[-1].content == "<think>Let me see, slowly.</think>Well, th"
+        chat.client.answer("en.")
+        await chat.settle()
+
+    turn = stored(tmp_path).turns[-1]
+    assert (turn.thinking, turn.content) == ("Let me see, slowly.", "Well, then.")
+
+
 async def test_an_answer_left_for_a_new_chat_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
     async with opened(tmp_path) as chat:
         await chat.type("Hello?")

@@ -11,6 +11,7 @@ from functools import partial
 from typing import ClassVar
 
 from textual.app import App, SystemCommand
+from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
 from textual.screen import Screen
@@ -26,7 +27,12 @@ from dflash_chat.ui.chat_screen import ChatScreen
 
 
 class Palette(CommandPalette):
-    """Textual's palette, which fails when a page of a list is asked for that is not drawn yet."""
+    """Textual's palette, which fails when a page of a list is asked for that is not drawn yet, and
+    when Enter comes twice."""
+
+    def dismiss(self, result: None = None) -> AwaitComplete:
+        """Close, once."""
+        return super().dismiss(result) if self.is_active else AwaitComplete()
 
     def _action_command_list(self, action: str) -> None:
         with contextlib.suppress(KeyError):

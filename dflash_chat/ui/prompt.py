@@ -31,11 +31,11 @@ class Prompt(TextArea):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("tab", "accept", "Complete", show=False)]
 
     class Submitted(Message):
-        """The person sent `text`, of which `shown` is how it was typed."""
+        """The person sent `text`, which was typed as `shown`."""
 
-        def __init__(self, shown: str, text: str) -> None:
+        def __init__(self, shown: str, text: str = "") -> None:
             super().__init__()
-            self.shown, self.text = shown, text
+            self.shown, self.text = shown, text or shown
 
     class EditLast(Message):
         """Up was pressed in an empty prompt."""

@@ -53,7 +53,7 @@ def inside(kind: str, rate: int, report: str) -> None:
     from dflash_chat.ui.app import ChatApp
     from dflash_chat.ui.chat_screen import ChatScreen
     from dflash_chat.ui.prompt import Prompt
-    from dflash_chat.ui.transcript import AnswerTurn
+    from dflash_chat.ui.answer import AnswerTurn
     from tests.ui.fake_client import FakeClient
 
     client = FakeClient()

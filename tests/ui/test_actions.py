@@ -449,7 +449,7 @@ async def test_keys_can_be_moved() -> None:
         await chat.settle()
         await chat.pilot.press("alt+up", "k")
         assert chat.app.clipboard == "Copied."
-        assert "F5 Panel" in chat.shown("KeyBar")
+        assert "F12 Quit" in chat.shown("KeyBar")
         await chat.pilot.press("f12")
         assert not chat.app.is_running
 

@@ -129,7 +129,7 @@ async def test_ten_thousand_keys_and_pastes(
             assert all(a != b for a, b in itertools.pairwise(roles))
 
         assert len(asked) > 20
-        assert len(replaced) > 30
+        assert len(replaced) > 20
         in_prompt = set(prompt.sent)
         for turn in asked:  # each was asked, waits, or can be recalled where it was taken back
             assert turn.turn or turn in dialogue.waiting or turn.shown in in_prompt

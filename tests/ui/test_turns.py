@@ -145,6 +145,17 @@ async def test_a_long_answer_calls_who_looks_elsewhere(
         assert any("\x07\x1b]9;" in words for words in told) is rings
 
 
+async def test_no_color_reaches_the_engine_and_editors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    async with open_chat() as chat:
+        await stopped(chat, "Half")
+        await chat.pilot.press("alt+up")
+
+        assert os.environ["NO_COLOR"] == "1"
+        assert chat.app.no_color
+        assert chat.screen.query_one(AnswerTurn).styles.border_left[0] == "thick"
+
+
 def test_a_title_cannot_end_its_sequence() -> None:
     assert terminal.title("a\x07\x1b]2;b\nc") == "\x1b]2;a\ufffd\ufffd]2;b c\x07"
 

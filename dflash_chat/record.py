@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dflash_chat.chat import Conversation, Turn
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Finished, Load, ModelInfo, Prefill, SamplingParams, Tokens
+from dflash_chat.store import StoreError
 
 
 @dataclass
@@ -54,6 +55,13 @@ class Record:
     def trace(self, turn: Turn) -> list[Prefill | Tokens]:
         """All steps of an answer. Raises StoreError."""
         return self.keeper.trace(turn) if self.keeper else turn.trace
+
+    def events(self, turn: Turn) -> list[Tokens]:
+        """What the engine sent for an answer, none if that cannot be read."""
+        try:
+            return [event for event in self.trace(turn) if isinstance(event, Tokens)]
+        except StoreError:
+            return []
 
     @property
     def problem(self) -> str:

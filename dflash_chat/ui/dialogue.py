@@ -297,13 +297,20 @@ class Dialogue:
     def continue_(self, answer: AnswerTurn) -> None:
         """Write on where an answer was cut. Its own tokens are in the engine's cache still."""
         question = self.transcript.question_of(answer)
-        begun = self._raw if _same(self._raw, answer.turn) else answer.turn.content
+        begun = self._raw_of(answer.turn)
         turn = self.chat.continue_answer()
         turn.content = ""
         before = self.chat.messages()
         self.transcript.cut_from(answer)
         partial = (Message("assistant", begun),) if begun else ()
         self._generate(question, turn, (*before, *partial), begun)
+
+    def _raw_of(self, turn: Turn) -> str:
+        """An answer as the engine sent it, or without its thought if that is not known."""
+        if _same(self._raw, turn):
+            return self._raw
+        sent = "".join(event.text for event in self.record.events(turn))
+        return sent if _same(sent, turn) else turn.content
 
     def ask_again(self, question: UserTurn, instead: UserTurn | None = None) -> None:
         """Answer a question again, or `instead` of it another, on a branch of its own."""
@@ -360,7 +367,21 @@ class Dialogue:
         turns = self.chat.turns
         self.last_finished = next((t.figures for t in reversed(turns) if t.figures), None)
         if turns:
-            self.transcript.append(Past(turns, self._past_words, self.unfolded))
+            self.transcript.append(Past(turns, self._past_answer, self._past_words))
+
+    def _past_answer(self, turn: Turn) -> AnswerTurn:
+        """An answer from the file, still to be drawn; its thought is counted as it was told."""
+        answer, thoughts = AnswerTurn(turn, self.unfolded), ThoughtSplitter()
+        for event in self.record.events(turn) if turn.thinking else ():
+            thinking = thoughts.thinking
+            thoughts.feed(event.text)
+            if thinking or thoughts.thinking:
+                answer.count_thought(event)
+        if turn.thinking:
+            answer.think(turn.thinking)
+        answer.write(turn.content)
+        answer.finish(self._past_words(turn))
+        return answer
 
     def _past_words(self, turn: Turn) -> str:
         """What stands below a turn from the file."""

@@ -21,14 +21,18 @@ LOOK_S = 0.25
 class Past(Static):
     """Stands above the turns that are mounted and says how many are not.
 
-    `words` says what stands below a turn; `unfolded`: thoughts are shown.
+    `answer` makes the widget of one, `words` says what stands below a question.
     """
 
-    def __init__(self, turns: Sequence[Turn], words: Callable[[Turn], str], unfolded: bool) -> None:
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        answer: Callable[[Turn], AnswerTurn],
+        words: Callable[[Turn], str],
+    ) -> None:
         super().__init__()
-        self._unfolded = unfolded
         self._left = list(turns)
-        self._words = words
+        self._answer, self._words = answer, words
         self._height = 0  # of all turns, when last looked at
 
     async def on_mount(self) -> None:
@@ -76,28 +80,22 @@ class Past(Static):
         left = len(self._left)
         self.update(Content(f"↑ {left} earlier turn{'s' * (left > 1)}" if left else ""))
         self.display = bool(left)
-        widgets = [restored(turn, self._words(turn), self._unfolded) for turn in page]
+        widgets = [self._widget(turn) for turn in page]
         await self._transcript.query_one(Turns).mount_all(widgets, after=self)
         for widget in widgets:
             if isinstance(widget, AnswerTurn):
                 for _ in range(2 + len(widget.turn.content) // FRAME_CHARS):
                     widget.draw()
 
-
-def _enough(turns: int, chars: int) -> bool:
-    return turns >= PAGE_TURNS or chars >= PAGE_CHARS
-
-
-def restored(turn: Turn, words: str, unfolded: bool = False) -> UserTurn | AnswerTurn:
-    """The widget of a turn from the file; an answer is drawn by whoever mounts it."""
-    if turn.role == "user":
+    def _widget(self, turn: Turn) -> UserTurn | AnswerTurn:
+        if turn.role == "assistant":
+            return self._answer(turn)
+        words = self._words(turn)
         question = UserTurn(turn.content, notes=[words] if words else [])
         question.turn = turn
         question.waiting(False)
         return question
-    answer = AnswerTurn(turn, unfolded)
-    if turn.thinking:
-        answer.think(turn.thinking)
-    answer.write(turn.content)
-    answer.finish(words)
-    return answer
+
+
+def _enough(turns: int, chars: int) -> bool:
+    return turns >= PAGE_TURNS or chars >= PAGE_CHARS

@@ -6,7 +6,7 @@ from dflash_chat.replay import Recording, ReplayClient
 from dflash_chat.runtime.api import Load, SamplingParams
 from dflash_chat.ui.app import ChatApp
 from dflash_chat.ui.chat_screen import ChatScreen
-from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.transcript import UserTurn
 
 LOOK_S = 0.1
 
@@ -26,7 +26,7 @@ class ReplayScreen(ChatScreen):
 
     def _ask(self) -> None:
         if question := self._player.next_question():
-            self.post_message(Prompt.Submitted(question, question))
+            self.dialogue.ask(UserTurn(question))  # it is no command, and names no files here
 
 
 def run(recording: Recording) -> int:

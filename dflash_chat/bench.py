@@ -62,7 +62,7 @@ def run(args: BenchArgs) -> int:
     """Run and print. Raises UsageError for a prompt file that cannot be used."""
     prompts = read_prompts(args.prompts)[: args.limit or None]
     with Reporter() as reporter:
-        installed = hub.ensure(pairs.find(args.pair), args.settings.source, reporter)
+        installed = hub.ensure(pairs.find(args.pair), args.settings.quant, reporter)
         from dflash_chat.runtime import session as runtime  # torch comes in here, not before
 
         def loading(progress: Progress) -> None:

@@ -34,6 +34,8 @@ def run(args: RandomBenchArgs) -> int:
     from dflash_chat.runtime.measure import Law
 
     random_weights.shapes(args.pair)  # an unknown name ends here
+    if args.quant not in random_weights.QUANTS:
+        raise UsageError(f"--quant {args.quant}", f"known: {', '.join(random_weights.QUANTS)}")
     first, ratio = args.accept_curve
     laws = {}
     if args.accept_length or first:

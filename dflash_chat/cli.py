@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dflash_chat import __version__, completion, sessions
 from dflash_chat.errors import (
@@ -29,16 +29,17 @@ from dflash_chat.errors import (
 from dflash_chat.settings import (
     DEFAULT_PAIR,
     KEYS,
-    SOURCES,
     BenchArgs,
     OnceArgs,
     RandomBenchArgs,
+    Settings,
     parse_options,
     suggest,
 )
 
 if TYPE_CHECKING:
     from dflash_chat.chat import Conversation
+    from dflash_chat.pairs import Pair
 
 _ASK_ABOVE_BYTES = 1_000_000_000
 _EXIT_CODES = """\
@@ -154,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(parser, None)
     parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
     _add_options(parser)
+    _add_quant(parser, None)
     parser.add_argument("--seed", metavar="N", help="same as -o seed=N")
     parser.add_argument("--no-draft", action="store_true", help="plain decoding, for comparison")
     parser.add_argument(
@@ -169,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pull = _command(commands, "pull", _pull, "fetch a pair and print where it is")
     pull.add_argument("pair", metavar="PAIR")
-    pull.add_argument("--source", choices=SOURCES, default="", help="only from there")
+    _add_quant(pull, argparse.SUPPRESS)
     pull.add_argument("--verify", action="store_true", help="hash everything, even if it is there")
     pull.add_argument("--yes", action="store_true", help="do not ask")
 
@@ -178,6 +180,21 @@ def build_parser() -> argparse.ArgumentParser:
         how = listing.add_mutually_exclusive_group()
         how.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
         how.add_argument("-q", "--quiet", action="store_true", help="names only")
+
+    show = _command(commands, "show", _show, "all that is known of a pair")
+    show.add_argument("pair", metavar="PAIR")
+    show.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+
+    plan = _command(commands, "plan", _plan, "what a card can take, and why; loads nothing")
+    plan.add_argument(
+        "pair", metavar="PAIR", nargs="?", default="", help="or PAIR@BUILD; none: all"
+    )
+    plan.add_argument("--vram", metavar="SIZE", default="", help="of a card that is not here: 24G")
+    plan.add_argument("--gpu", metavar="NAME", default="", help='its name: "RTX 3090"')
+    plan.add_argument("--ctx", metavar="TOKENS", help="same as -o ctx=TOKENS")
+    _add_quant(plan, argparse.SUPPRESS)
+    _add_options(plan, default=argparse.SUPPRESS)
+    plan.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
     rm = _command(commands, "rm", _rm, "delete a pair's weights")
     rm.add_argument("pair", metavar="PAIR")
@@ -195,10 +212,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--random-weights", metavar="PAIR", help="time the real step on published shapes (CUDA)"
     )
-    bench.add_argument("--quant", choices=("bf16", "fp8", "int4"), default="bf16")
+    _add_quant(bench, argparse.SUPPRESS)
     bench.add_argument("--context", metavar="TOKENS", type=int, default=2048)
     bench.add_argument("--widths", metavar="N,N,…", type=_whole_numbers, default=())
-    bench.add_argument("--drafter", choices=("auto", "fp8"), help="same as -o drafter=…")
+    bench.add_argument("--drafter", choices=("auto", "bf16", "fp8"), help="same as -o drafter=…")
     bench.add_argument("--draft-head", metavar="HEAD", help="same as -o draft_head=HEAD")
     law = bench.add_mutually_exclusive_group()
     law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
@@ -225,7 +242,17 @@ def _command(
 
 def _add_model(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
-        "-m", "--model", metavar="PAIR", default=default, help=f"pair (default: {DEFAULT_PAIR})"
+        "-m",
+        "--model",
+        metavar="PAIR",
+        default=default,
+        help=f"pair, or PAIR@BUILD (default: {DEFAULT_PAIR})",
+    )
+
+
+def _add_quant(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--quant", metavar="BUILD", default=default, help="which build of the target: see show PAIR"
     )
 
 
@@ -248,10 +275,32 @@ def _add_options(parser: argparse.ArgumentParser, default: str | None = None) ->
 
 def _options(args: argparse.Namespace) -> list[str]:
     """All settings as key=value; the flags come last and win."""
-    names = ("seed", "max_tokens", "drafter", "draft_head")
+    names = ("seed", "max_tokens", "ctx", "drafter", "draft_head", "quant")
     flags = {name: getattr(args, name, None) for name in names}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return [*(args.options or ()), *given]
+
+
+def _chosen(name: str, settings: Settings) -> tuple[Pair, Settings]:
+    """The pair, and the settings with the build that was named beside it.
+
+    Refuses what the runtime cannot load, before anything starts.
+    """
+    pair = _named(name, settings)
+    pair.wanted()
+    return pair, replace(settings, quant=pair.quant)
+
+
+def _named(name: str, settings: Settings) -> Pair:
+    """The pair, with the build that was named in either way."""
+    from dflash_chat import pairs
+
+    pair = pairs.find(name)
+    if settings.quant:
+        if pair.quant not in ("", settings.quant):
+            raise UsageError(f"two builds are named: {pair.quant} and {settings.quant}")
+        pair = pair.narrowed(settings.quant)
+    return pair
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -262,7 +311,7 @@ def _chat(args: argparse.Namespace) -> int:
         return _once(args)
     if not _is_terminal(sys.stdin):
         raise UsageError("the chat needs a terminal to type in", hint="do not redirect stdin")
-    from dflash_chat import pairs, terminals
+    from dflash_chat import terminals
 
     in_lines = args.plain or terminals.only_lines(os.environ)
     if not in_lines and not _is_terminal(sys.stderr):
@@ -274,13 +323,15 @@ def _chat(args: argparse.Namespace) -> int:
         raise UsageError("--json needs --once, --stats needs --once or --plain")
     if args.replay:
         return _replay(args)
-    chat = _reopened(args)
-    pair = pairs.find(args.model or (chat and chat.pair) or DEFAULT_PAIR)
-    settings = parse_options(_options(args), chat.params if chat else pair.sampling)
+    chat, given = _reopened(args), parse_options(_options(args))
+    name = args.model or (chat and chat.pair) or DEFAULT_PAIR
+    if chat is not None and name == chat.pair:
+        given = replace(given, quant=given.quant or chat.build)
+    pair, settings = _chosen(name, given)
+    sampling = chat.params if chat else pair.sampling
+    settings = replace(settings, sampling=parse_options(_options(args), sampling).sampling)
     if chat is not None and args.system is not None:
         chat.system = args.system
-    if chat is not None and chat.pair == pair.name:
-        settings = replace(settings, source=settings.source or chat.build)
     system = pair.system if args.system is None else args.system
     draft = not args.no_draft and (chat is None or chat.draft)
     if in_lines:
@@ -296,7 +347,7 @@ def _chat(args: argparse.Namespace) -> int:
     return app.run(
         config=config.load(config.config_file(), keys, themes()),
         pair=pair.name,
-        source=settings.source,
+        quant=settings.quant,
         options=settings.engine,
         params=settings.sampling,
         system=system,
@@ -325,10 +376,9 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _once(args: argparse.Namespace) -> int:
-    settings = parse_options(_options(args))
-    from dflash_chat import once, pairs
+    pair, settings = _chosen(args.model or DEFAULT_PAIR, parse_options(_options(args)))
+    from dflash_chat import once
 
-    pair = pairs.find(args.model or DEFAULT_PAIR)
     prompt = args.once or ""
     if not _is_terminal(sys.stdin):
         piped = sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
@@ -353,10 +403,11 @@ def _curve(text: str) -> tuple[float, float]:
 def _bench_random(args: argparse.Namespace) -> int:
     from dflash_chat import bench_random
 
+    settings = parse_options(_options(args))
     return bench_random.run(
         RandomBenchArgs(
-            args.random_weights, args.quant, args.context, args.widths, args.accept_length,
-            args.accept_curve, parse_options(_options(args)).engine, args.json,
+            args.random_weights, settings.quant or "bf16", args.context, args.widths,
+            args.accept_length, args.accept_curve, settings.engine, args.json,
         )
     )  # fmt: skip
 
@@ -366,77 +417,77 @@ def _bench(args: argparse.Namespace) -> int:
         return _bench_random(args)
     if args.limit < 0:
         raise UsageError("--limit must not be negative")
-    settings = parse_options(_options(args))
-    from dflash_chat import bench, pairs
+    pair, settings = _chosen(args.model or DEFAULT_PAIR, parse_options(_options(args)))
+    from dflash_chat import bench
 
-    name = pairs.find(args.model or DEFAULT_PAIR).name
-    return bench.run(BenchArgs(name, args.prompts, settings, args.limit, args.json))
+    return bench.run(BenchArgs(pair.name, args.prompts, settings, args.limit, args.json))
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from dflash_chat import hub, pairs
+    from dflash_chat import hub
+    from dflash_chat.listing import size
     from dflash_chat.progress import Reporter
 
-    pair = pairs.find(args.pair)
-    source = pair.source(args.source) if args.source else pair.sources[0]
-    large = source.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair, args.source)
+    pair, _ = _chosen(args.pair, parse_options(_options(args)))
+    first = pair.wanted()[0].source
+    large = first.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair)
     if large and not args.yes and _is_terminal(sys.stdin):
-        _confirm(f"Fetch {pair.name} ({_size(source.bytes)})?")
+        _confirm(f"Fetch {pair.name} ({size(first.bytes)})?")
     with Reporter() as reporter:
-        found = hub.ensure(pair, args.source, reporter, check=args.verify)
-    print(f"{pair.name}: {_size(found.bytes)}, {found.source}", file=sys.stderr)
+        found = hub.ensure(pair, report=reporter, check=args.verify)
+    print(f"{pair.name}: {size(found.bytes)}, {found.build.source}", file=sys.stderr)
     print(found.target)
     return EXIT_OK
 
 
+def _plan(args: argparse.Namespace) -> int:
+    settings = parse_options(_options(args))
+    from dflash_chat import plan
+    from dflash_chat.planner import Wishes
+
+    if settings.quant and not args.pair:
+        raise UsageError("a build is named, and no pair", "dflash-chat plan PAIR@BUILD")
+    pair = _named(args.pair, settings) if args.pair else None
+    wishes = Wishes(pair.quant if pair else "", settings.engine)
+    return plan.run(plan.Args(wishes, pair, args.vram, args.gpu, args.json))
+
+
 def _list(args: argparse.Namespace) -> int:
-    from dflash_chat import hub, pairs
+    from dflash_chat import listing, pairs
 
     catalogue = pairs.load_catalogue(pairs.user_file())
     if args.quiet:
-        print("\n".join(pair.name for pair in catalogue))
-        return EXIT_OK
-    rows: list[dict[str, Any]] = []
-    for pair in catalogue:
-        found = hub.installed(pair)
-        rows.append(
-            {
-                "name": pair.name,
-                "title": pair.title,
-                "licence": pair.licence,
-                "installed": found is not None,
-                "source": (found.source if found else pair.sources[0]).kind,
-                "bytes": found.bytes if found else pair.sources[0].bytes,
-                "path": str(found.target) if found else None,
-            }
-        )
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return EXIT_OK
-    table = [["PAIR", "SIZE", "STATE", "SOURCE", "LICENCE", "TITLE"]]
-    for row in rows:
-        state = "installed" if row["installed"] else "–"
-        words = (row[key] for key in ("source", "licence", "title"))
-        table.append([row["name"], _size(row["bytes"]), state, *words])
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+        print(listing.names(catalogue))
+    elif args.json:
+        print(json.dumps(listing.rows(catalogue), indent=1))
+    else:
+        print(listing.table(listing.rows(catalogue), listing.terminal_width()))
+    return EXIT_OK
+
+
+def _show(args: argparse.Namespace) -> int:
+    from dflash_chat import listing, pairs
+
+    pair = pairs.find(args.pair)
+    print(listing.as_json(pair) if args.json else listing.describe(pair))
     return EXIT_OK
 
 
 def _rm(args: argparse.Namespace) -> int:
     from dflash_chat import hub, pairs
+    from dflash_chat.listing import size
 
     pair = pairs.find(args.pair)
-    present = [found for source in pair.sources if (found := hub.installed(pair, source.kind))]
+    fetched = [build.name for build in pair.builds if build.source.kind != "folder"]
+    present = [found for name in fetched if (found := hub.installed(pair, name))]
     if not present:
         raise UnknownModelError(f"{pair.name} is not installed", hint="see dflash-chat list")
     if not args.yes:
-        shared = any(found.source.kind == "hub" for found in present)
+        shared = any(found.build.source.kind == "hub" for found in present)
         note = " (its snapshot in the hub cache, too)" if shared else ""
-        size = _size(sum(found.bytes for found in present))
-        _confirm(f"Delete {pair.name}, {size}{note}?")
-    print(f"{pair.name}: {_size(hub.remove(pair))} freed", file=sys.stderr)
+        total = size(sum(found.bytes for found in present))
+        _confirm(f"Delete {pair.name}, {total}{note}?")
+    print(f"{pair.name}: {size(hub.remove(pair))} freed", file=sys.stderr)
     return EXIT_OK
 
 
@@ -456,7 +507,3 @@ def _confirm(question: str) -> None:
 
 def _is_terminal(stream: object) -> bool:
     return stream is not None and bool(getattr(stream, "isatty", lambda: False)())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

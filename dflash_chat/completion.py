@@ -45,7 +45,7 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _after_command(name: str, command: argparse.ArgumentParser) -> str:
     """Words that may follow a command, as shell text."""
     after = words(command)
-    if name in ("pull", "rm"):
+    if name in ("pull", "rm", "show"):
         after.append("$(dflash-chat list -q 2>/dev/null)")
     return " ".join([*after, *(SHELLS if name == "completion" else ())])
 
@@ -63,9 +63,8 @@ _dflash_chat() {{
     -m|--model) words="$(dflash-chat list -q 2>/dev/null)" ;;
     --resume) words="$(dflash-chat sessions -q 2>/dev/null)" ;;
     -o) words="{" ".join(f"{key}=" for key in KEYS)}"; compopt -o nospace ;;
-    --source) words="pypi hub" ;;
     --prompts|--replay|--to) COMPREPLY=($(compgen -f -- "$word")); return ;;
-    --once|-s|--system|--seed|--max-tokens|--limit) return ;;
+    --once|-s|--system|--seed|--max-tokens|--limit|--quant) return ;;
     *) case "${{COMP_WORDS[1]}}" in
 {cases}
     *) words="{" ".join(words(parser))}" ;;
@@ -96,7 +95,7 @@ def _fish(parser: argparse.ArgumentParser) -> str:
     lines += _fish_options(parser, anywhere)
     for name, command in commands.items():
         here = f"__fish_seen_subcommand_from {name}"
-        if name in ("pull", "rm"):
+        if name in ("pull", "rm", "show"):
             lines.append(f"complete -c dflash-chat -n '{here}' -a '(dflash-chat list -q)'")
         if below := _commands(command):
             lines.append(f"complete -c dflash-chat -n '{here}' -a '{' '.join(below)}'")

@@ -228,12 +228,15 @@ def from_hub(source: HubSource, report: Report, again: bool = False) -> Path:
             tqdm_class=_bar(source, report),
         )
     except (OSError, ValueError, HTTPError, errors.XetDownloadError) as error:
-        raise _hub_error(source, error) from error
+        raise hub_error(source, error) from error
     return Path(folder)
 
 
-def _hub_error(source: HubSource, error: Exception) -> UserError:
-    """The order matters: a gate is also a "missing repository", and so is a wrong token."""
+def hub_error(source: HubSource, error: Exception) -> UserError:
+    """What the hub's client raised, in words.
+
+    The order matters: a gate is also a "missing repository", and so is a wrong token.
+    """
     from huggingface_hub import errors
 
     log.debug("hub: %s", error, exc_info=error)

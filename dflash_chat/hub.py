@@ -24,9 +24,15 @@ from typing import Any
 from platformdirs import user_cache_dir
 
 from dflash_chat import fetch
-from dflash_chat.errors import AccessError, CheckpointError, DiskError, UserError
+from dflash_chat.errors import (
+    AccessError,
+    CheckpointError,
+    DiskError,
+    UnknownModelError,
+    UserError,
+)
 from dflash_chat.fetch import Report
-from dflash_chat.pairs import HubSource, Pair, PyPISource, Source
+from dflash_chat.pairs import Build, FolderSource, HubSource, Pair, PyPISource, Source
 
 _STAGING = ".staging-"
 
@@ -38,7 +44,7 @@ class Installed:
     """A pair that is complete on this machine. `target` is the GGUF file or the snapshot folder."""
 
     pair: Pair
-    source: Source
+    build: Build
     target: Path
     drafter: Path
     bytes: int
@@ -54,37 +60,40 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else Path(user_cache_dir("dflash-chat"))
 
 
-def installed(pair: Pair, source: str = "") -> Installed | None:
-    """The first complete source of the pair, or the one named. Looks at sizes only; no network."""
-    sources = (pair.source(source),) if source else pair.sources
-    for candidate in sources:
-        manifest = _Manifest.read(pair, candidate)
+def installed(pair: Pair, quant: str = "") -> Installed | None:
+    """The first complete build of the pair, or the one named. Looks at sizes only; no network."""
+    name = quant or pair.quant
+    for build in (pair.build(name),) if name else pair.builds:
+        if found := _in_folders(pair, build):
+            return found
+        manifest = _Manifest.read(pair, build)
         if manifest and not manifest.damage():
-            return manifest.installed(pair, candidate)
+            return manifest.installed(pair, build)
     return None
 
 
-def ensure(pair: Pair, source: str = "", report: Report = quiet, check: bool = False) -> Installed:
+def ensure(pair: Pair, quant: str = "", report: Report = quiet, check: bool = False) -> Installed:
     """The pair, fetched first if need be. `check` hashes everything, however recently checked.
 
-    Sources are tried in the pair's order; why one failed is reported before the next is tried.
-    Files that are damaged, or changed and no longer what they should be, are fetched again.
+    Builds are tried in the pair's order, or the one named; why one failed is reported before the
+    next is tried. Files that are damaged, or changed and no longer what they should be, are fetched
+    again.
     """
-    sources = (pair.source(source),) if source else pair.sources
-    for candidate in sources:
-        if found := _healthy(pair, candidate, report, check):
+    builds = pair.wanted(quant)
+    for build in builds:
+        if found := _healthy(pair, build, report, check):
             return found
     with _disk(cache_dir()), _lock(pair, report):
         _remove_stale(pair)
-        for candidate in sources:  # another process may have fetched it while we waited
-            if found := _healthy(pair, candidate, quiet, check=False):
+        for build in builds:  # another process may have fetched it while we waited
+            if found := _healthy(pair, build, quiet, check=False):
                 return found
-        return _first_that_works(pair, sources, report)
+        return _first_that_works(pair, builds, report)
 
 
 def verify(found: Installed, report: Report = quiet) -> None:
     """Hash every file with a known hash; CheckpointError if one is not what it should be."""
-    manifest = _Manifest.read(found.pair, found.source)
+    manifest = _Manifest.read(found.pair, found.build)
     wrong = (
         manifest.damage() or manifest.changed(report, check=True) if manifest else "is not there"
     )
@@ -93,12 +102,12 @@ def verify(found: Installed, report: Report = quiet) -> None:
 
 
 def remove(pair: Pair) -> int:
-    """Delete the pair's weights, from every source; returns the bytes that became free."""
+    """Delete the pair's weights, every build; returns the bytes that became free."""
     freed = 0
     with _disk(cache_dir()), _lock(pair, quiet, wait=False):
-        for source in pair.sources:
-            manifest = _Manifest.read(pair, source)
-            if manifest and isinstance(source, HubSource):
+        for build in pair.builds:
+            manifest = _Manifest.read(pair, build)
+            if manifest and isinstance(build.source, HubSource):
                 freed += _remove_snapshot(Path(manifest.folder))
         folder = _folder(pair)
         freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -118,24 +127,30 @@ def _remark(text: str, report: Report) -> None:
 
 @dataclass
 class _Manifest:
-    """`files`: name → bytes, sha256 ("" if unknown) and mtime_ns at the last good check."""
+    """`files`: name → bytes, sha256 ("" if unknown) and mtime_ns at the last good check.
+
+    `drafter` is the drafter's folder, if it came from the hub as well.
+    """
 
     path: Path
     identity: str
     folder: str
     files: dict[str, dict[str, Any]]
     fetched: str
+    drafter: str = ""
 
     @classmethod
-    def read(cls, pair: Pair, source: Source) -> _Manifest | None:
-        """The manifest of a finished pull of exactly this source; None for anything else."""
-        path = _folder(pair) / f"{source.kind}.json"
+    def read(cls, pair: Pair, build: Build) -> _Manifest | None:
+        """The manifest of a finished pull of exactly this build; None for anything else."""
+        path = _manifest_path(pair, build)
+        if isinstance(build.source, FolderSource) and not build.source.path.exists():
+            return None
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             manifest = cls(path, **body)
-            if manifest.identity != _identity(source):
+            if manifest.identity != _identity(pair, build.source):
                 return None
-            if isinstance(source, PyPISource):
+            if isinstance(build.source, PyPISource):
                 manifest.folder = str(path.parent)  # the cache folder may have been moved
             sizes = [entry["bytes"] + entry["mtime_ns"] for entry in manifest.files.values()]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -143,11 +158,16 @@ class _Manifest:
         return manifest if sizes else None
 
     @classmethod
-    def create(cls, pair: Pair, source: Source, folder: Path) -> _Manifest:
+    def create(cls, pair: Pair, build: Build, folder: Path, drafter: str) -> _Manifest:
         """For files that were just fetched and checked."""
-        hashes = (
-            {source.file_name: source.sha256} if isinstance(source, PyPISource) else source.sha256
-        )
+        source = build.source
+        if isinstance(source, FolderSource):  # what was fetched is the drafter
+            assert pair.drafter.source, "nothing was fetched"
+            hashes = pair.drafter.source.sha256
+        elif isinstance(source, PyPISource):
+            hashes = {source.file_name: source.sha256}
+        else:
+            hashes = source.sha256
         names = (
             [source.file_name]
             if isinstance(source, PyPISource)
@@ -161,9 +181,9 @@ class _Manifest:
             }
             for name in names
         }
-        path = _folder(pair) / f"{source.kind}.json"
+        path = _manifest_path(pair, build)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(path, _identity(source), str(folder), files, now)
+        return cls(path, _identity(pair, source), str(folder), files, now, drafter)
 
     def write(self) -> None:
         """Replace the file on disk in one step."""
@@ -176,11 +196,15 @@ class _Manifest:
             os.fsync(file.fileno())
         os.replace(fresh, self.path)
 
-    def installed(self, pair: Pair, source: Source) -> Installed:
+    def installed(self, pair: Pair, build: Build) -> Installed:
         total = sum(entry["bytes"] for entry in self.files.values())
         folder = Path(self.folder)
-        target = folder / source.file_name if isinstance(source, PyPISource) else folder
-        return Installed(pair, source, target, pair.drafter.path, total)
+        target = folder
+        if isinstance(build.source, PyPISource):
+            target = folder / build.source.file_name
+        elif isinstance(build.source, FolderSource):
+            target, total = build.source.path, build.source.bytes
+        return Installed(pair, build, target, pair.drafter.path or Path(self.drafter), total)
 
     def damage(self) -> str:
         """What is missing or has the wrong size, in words; "" if nothing."""
@@ -210,23 +234,44 @@ class _Manifest:
         return ""
 
 
-def _identity(source: Source) -> str:
+def _identity(pair: Pair, source: Source) -> str:
     """What must not have changed in the catalogue since the pull."""
     if isinstance(source, PyPISource):
-        return f"{source.package}=={source.version} {source.sha256}"
-    return f"{source.repo}@{source.revision}"
+        own = f"{source.package}=={source.version} {source.sha256}"
+    elif isinstance(source, FolderSource):
+        own = str(source.path)
+    else:
+        own = f"{source.repo}@{source.revision}"
+    drafter = pair.drafter.source
+    return f"{own} + {drafter.repo}@{drafter.revision}" if drafter else own
 
 
 def _folder(pair: Pair) -> Path:
-    return cache_dir() / "models" / pair.name
+    return cache_dir() / "models" / pair.folder_name
+
+
+def _manifest_path(pair: Pair, build: Build) -> Path:
+    """A pair has one build from the package index at most: its file lies beside the manifest."""
+    pypi = isinstance(build.source, PyPISource)
+    return _folder(pair) / ("pypi.json" if pypi else f"hub-{build.name}.json")
+
+
+def _in_folders(pair: Pair, build: Build) -> Installed | None:
+    """A pair that lies in two folders of somebody else's, which are never checked here."""
+    source, drafter = build.source, pair.drafter.path
+    if not isinstance(source, FolderSource) or drafter is None or not source.path.exists():
+        return None
+    return Installed(pair, build, source.path, drafter, source.bytes)
 
 
 # ── fetching ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _healthy(pair: Pair, source: Source, report: Report, check: bool) -> Installed | None:
+def _healthy(pair: Pair, build: Build, report: Report, check: bool) -> Installed | None:
     """What is installed and stands the checks; what does not is reported and counts as absent."""
-    manifest = _Manifest.read(pair, source)
+    if found := _in_folders(pair, build):
+        return found
+    manifest = _Manifest.read(pair, build)
     if manifest is None:
         return None
     with _disk(_folder(pair)):
@@ -235,16 +280,16 @@ def _healthy(pair: Pair, source: Source, report: Report, check: bool) -> Install
             _remark(f"{wrong}: refused, fetching it again", report)
             manifest.path.unlink(missing_ok=True)
             return None
-    return manifest.installed(pair, source)
+    return manifest.installed(pair, build)
 
 
-def _first_that_works(pair: Pair, sources: tuple[Source, ...], report: Report) -> Installed:
+def _first_that_works(pair: Pair, builds: tuple[Build, ...], report: Report) -> Installed:
     failures: list[UserError] = []
-    for source in sources:
+    for build in builds:
         if failures:
-            _remark(f"{failures[-1].message}; trying {source}", report)
+            _remark(f"{failures[-1].message}; trying {build.source}", report)
         try:
-            return _fetch(pair, source, report)
+            return _fetch(pair, build, report)
         except DiskError:
             raise
         except UserError as error:
@@ -252,15 +297,21 @@ def _first_that_works(pair: Pair, sources: tuple[Source, ...], report: Report) -
     if len(failures) == 1:
         raise failures[0]
     reasons = "; ".join(
-        f"{source.kind}: {error.message}" for source, error in zip(sources, failures, strict=True)
+        f"{build.name}: {error.message}" for build, error in zip(builds, failures, strict=True)
     )
     kind = next((type(error) for error in failures if isinstance(error, AccessError)), UserError)
     hint = next((error.hint for error in failures if error.hint), "check the network")
     raise kind(f"could not fetch {pair.name}: {reasons}", hint=hint)
 
 
-def _fetch(pair: Pair, source: Source, report: Report) -> Installed:
-    if isinstance(source, HubSource):
+def _fetch(pair: Pair, build: Build, report: Report) -> Installed:
+    source, of_drafter = build.source, pair.drafter.source
+    if isinstance(source, FolderSource) and not source.path.exists():
+        raise UnknownModelError(f"{pair.name}@{build.name}: there is nothing at {source.path}")
+    drafter = str(_checked_snapshot(of_drafter, report)) if of_drafter else ""
+    if isinstance(source, FolderSource):
+        folder = Path(drafter)
+    elif isinstance(source, HubSource):
         folder = _checked_snapshot(source, report)
     else:
         folder = _folder(pair)
@@ -270,9 +321,9 @@ def _fetch(pair: Pair, source: Source, report: Report) -> Installed:
         ) as staging:
             fresh = fetch.from_index(source, Path(staging), report)
             os.replace(fresh, folder / source.file_name)
-    manifest = _Manifest.create(pair, source, folder)
+    manifest = _Manifest.create(pair, build, folder, drafter)
     manifest.write()
-    return manifest.installed(pair, source)
+    return manifest.installed(pair, build)
 
 
 def _checked_snapshot(source: HubSource, report: Report) -> Path:
@@ -309,7 +360,7 @@ def _remove_stale(pair: Pair) -> None:
 @contextmanager
 def _lock(pair: Pair, report: Report, wait: bool = True) -> Iterator[None]:
     """One pull per pair at a time, across processes; freed by the kernel when we die."""
-    path = cache_dir() / "models" / f"{pair.name}.lock"
+    path = cache_dir() / "models" / f"{pair.folder_name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         told = False

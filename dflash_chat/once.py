@@ -23,7 +23,7 @@ def run(args: OnceArgs) -> int:
     """
     started = time.perf_counter()
     with Reporter() as reporter:
-        installed = hub.ensure(pairs.find(args.pair), args.settings.source, reporter)
+        installed = hub.ensure(pairs.find(args.pair), args.settings.quant, reporter)
         from dflash_chat.runtime.session import Session  # torch comes in here, not before
 
         def loading(progress: Progress) -> None:

@@ -73,7 +73,7 @@ def run(
 ) -> int:
     """Load, then chat until the person leaves, in a new chat or in `reopened`; the exit code."""
     stages = Stages()
-    installed = hub.ensure(pairs.find(pair), settings.source, stages)
+    installed = hub.ensure(pairs.find(pair), settings.quant, stages)
     from dflash_chat.runtime.session import Session  # torch comes in here, not before
 
     def loading(progress: Progress) -> None:
@@ -86,7 +86,7 @@ def run(
     record = Record(reopened or Conversation(system), keeper)
     if reopened:
         say(f"{reopened.title}: {len(reopened.turns)} turns so far")
-    build = settings.source
+    build = settings.quant
     chat = LineChat(session, settings.sampling, record, draft, stats, pinned=pinned, build=build)
     _with_line_editing()
     try:

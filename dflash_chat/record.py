@@ -27,7 +27,7 @@ class Record:
     ) -> None:
         """A question is about to be sent, to be answered in `answer`: it is saved first."""
         chat, self.writing = self.chat, answer
-        chat.pair, chat.build, chat.info = load.pair, load.source, info
+        chat.pair, chat.build, chat.info = load.pair, load.quant, info
         chat.params, chat.draft = params, draft
         if self.keeper:
             self.keeper.keep_now(chat, *chat.turns[-2:])

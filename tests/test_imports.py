@@ -23,8 +23,9 @@ LIGHT = [
         f"dflash_chat.{name}"
         for name in (
             "bench", "chat", "cli", "completion", "errors", "export", "fetch", "gpu", "hub",
-            "keeper", "once", "pairs", "progress", "record", "replay", "runtime.api",
-            "runtime.client", "runtime.worker", "sessions", "settings", "store",
+            "keeper", "listing", "once", "pairs", "plan", "progress", "record", "replay",
+            "repository", "runtime.api", "runtime.client", "runtime.worker", "sessions",
+            "settings", "store",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),
@@ -66,6 +67,8 @@ def test_the_ui_side_imports_nothing_heavy(module: str) -> None:
         ["list", "--json"],
         ["sessions"],
         ["sessions", "search", "sky"],
+        ["show", "gpt-oss"],
+        ["plan"],
         ["completion", "bash"],
     ],
 )

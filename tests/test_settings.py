@@ -31,13 +31,13 @@ def test_every_key_lands_where_it_belongs() -> None:
             "drafter=fp8",
             "draft_head=FP8:16000",
             "head=fp8",
-            "source=hub",
+            "quant=Bf16",
         ]
     )
     assert settings == Settings(
         SamplingParams(0.7, 40, 0.9, 0.05, 1.1, -0.5, 0.5, 7, 64, ("END", "\n\n")),
         EngineOptions("cpu", "fp32", 4096, 5, 2, "fp8", "fp8", 16000, "fp8"),
-        "hub",
+        "bf16",
     )
 
 
@@ -69,7 +69,9 @@ def test_a_draft_head_is_rounded_or_trimmed_or_both(value: str, kind: str, rows:
     "value", ["", "int8", "0", "-5", "1.5", "fp8:", "fp8:0", "fp8:all", ":9", "16000:fp8"]
 )
 def test_a_draft_head_that_makes_no_sense_is_refused_with_an_example(value: str) -> None:
-    with pytest.raises(UsageError, match="expected fp8, a number of rows, or fp8:rows") as caught:
+    with pytest.raises(
+        UsageError, match="expected own, fp8, a number of rows, or fp8:rows"
+    ) as caught:
         parse_options([f"draft_head={value}"])
     assert caught.value.hint == "e.g. draft_head=16000, or draft_head=fp8:16000"
 
@@ -92,7 +94,7 @@ def test_a_draft_head_that_makes_no_sense_is_refused_with_an_example(value: str)
         "threads=0",
         "device=tpu",
         "dtype=int8",
-        "source=ftp",
+        "quant=/tmp",
         "drafter=int8",
         "head=bf16",
         "stop=",

@@ -66,17 +66,22 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
 
+DEFAULT_CONTEXT = 8192  # tokens reserved unless options or a plan say otherwise
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What is fixed while a pair stays loaded.
 
     `device`: "auto", "cpu" or "cuda". `dtype`: "auto", "fp32" or "bf16", the type of activations
-    and of unquantised weights. `context_tokens` 0 takes the target's own limit, at most 8192.
+    and of unquantised weights. `context_tokens` 0 takes the target's own limit, at most 8192,
+    or what the plan says on a GPU.
     `draft_tokens` 0 takes the pair's default; otherwise how many drafted tokens are verified, at
     most the trained block minus one. `threads` 0 leaves torch's choice.
 
-    "fp8" instead of "auto" rounds weights to e4m3 with a scale per row: the `drafter`'s matrices, a
-    copy of the head that only drafts (`draft_head`), or the target's own `head`. Only the last of
+    "fp8" rounds weights to e4m3 with a scale per row: the `drafter`'s matrices, a copy of the head
+    that only drafts (`draft_head`), or the target's own `head`. "bf16" and "own" refuse the first
+    two; "auto" leaves them to the plan on a GPU, and as they are elsewhere. Only the last of
     them changes answers. `draft_rows` keeps the rows of that many lowest ids in the copy, and those
     of added tokens; 0 keeps all.
     """
@@ -90,6 +95,11 @@ class EngineOptions:
     draft_head: str = "auto"
     draft_rows: int = 0
     head: str = "auto"
+
+    @property
+    def copies_head(self) -> bool:
+        """Whether drafts are read off a copy of the target's head."""
+        return bool(self.draft_rows) or (self.draft_head == "fp8" and self.head != "fp8")
 
 
 @dataclass(frozen=True)
@@ -282,10 +292,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Load:
-    """Load an installed pair. `source` "" takes the first installed one of the pair's list."""
+    """Load a pair. `quant` names one of its builds; "" leaves the choice to the pair."""
 
     pair: str
-    source: str = ""
+    quant: str = ""
     options: EngineOptions = EngineOptions()
 
 

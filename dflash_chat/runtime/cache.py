@@ -15,27 +15,21 @@ Knows layouts and lengths; knows neither models nor sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dflash_chat.budget import CUDA_PREFILL_CHUNK
+from dflash_chat.geometry import Geometry, slots
+
+__all__ = ["CUDA_PREFILL_CHUNK", "PREFILL_CHUNK", "Geometry", "KVCache", "prefill_chunk"]
+
 PREFILL_CHUNK = 512  # rows per prefill forward: bounds activations and the wait for a cancel
-CUDA_PREFILL_CHUNK = 2048  # each of 128 experts gets 128 rows where a row goes to 8 of them
 
 
 def prefill_chunk(device: torch.device) -> int:
     """Rows per prefill forward on `device`."""
     return CUDA_PREFILL_CHUNK if device.type == "cuda" else PREFILL_CHUNK
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """One layer's keys and values. A row sees `window` positions, its own included; 0: all."""
-
-    kv_heads: int
-    head_dim: int
-    window: int = 0
 
 
 class KVCache:
@@ -70,7 +64,7 @@ class KVCache:
 
     def slots(self, window: int) -> int:
         """Rows kept by every layer of this window."""
-        return min(self.capacity, window + self.largest_block) if window else self.capacity
+        return slots(window, self.capacity, self.largest_block)
 
     def reserve(self, rows: int) -> int:
         """Announce a block of `rows` behind the committed rows; returns the position of its end."""

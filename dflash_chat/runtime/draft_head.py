@@ -57,11 +57,6 @@ class DraftHead:
         return whole.index_copy_(1, self.ids, logits)
 
 
-def copies(options: EngineOptions) -> bool:
-    """Whether drafts are read off a copy."""
-    return bool(options.draft_rows) or (options.draft_head == "fp8" and options.head != "fp8")
-
-
 def kept(rows: int, added: Iterable[int], vocab: int) -> list[int]:
     """The tokens of a trimmed head, ascending."""
     return sorted({*range(rows), *(i for i in added if i < vocab)})
@@ -80,7 +75,7 @@ def of(
     Raises UsageError if the head has no more rows than are to be kept.
     """
     fp8, rows, vocab = options.draft_head == "fp8", options.draft_rows, head.shape[0]
-    if not copies(options):
+    if not options.copies_head:
         return DraftHead(head, vocab, softcap=softcap)
     if rows >= vocab:
         raise UsageError(

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dflash_chat.budget import Budget, shortage
 from dflash_chat.errors import DoesNotFitError, UserError
 from dflash_chat.runtime import draft_head, memory, models, random_weights, timing
 from dflash_chat.runtime.api import EngineOptions
@@ -29,7 +30,6 @@ from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import Experts
 from dflash_chat.runtime.kernels import linear
-from dflash_chat.runtime.memory import Plan
 from dflash_chat.runtime.parts import LayerParts
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
@@ -113,7 +113,7 @@ def _capacity(context: int) -> int:
 
 def planned(
     name: str, quant: str, context: int, widths: Sequence[int], options: EngineOptions
-) -> Plan:
+) -> Budget:
     """What `build` and the runs behind it should take, from shapes alone."""
     shapes = random_weights.shapes(name)
     config = models.find(str(shapes.target["model_type"])).Config.from_hf(shapes.target)
@@ -126,7 +126,7 @@ def planned(
     return pair.plan(options, _capacity(context))
 
 
-def memory_use(plan: Plan, outside_start: int) -> dict[str, int]:
+def memory_use(plan: Budget, outside_start: int) -> dict[str, int]:
     """The plan's bytes and those the device had in use at most: the most that torch had reserved,
     and what is in use beside that now. That other processes' counts asks for an idle GPU.
     """
@@ -232,7 +232,7 @@ def run(
         outside = torch.cuda.mem_get_info()[1] - free
         if plan.needed > free:
             raise DoesNotFitError(
-                memory.shortage(f"{name} in {quant}", plan.needed, free),
+                shortage(f"{name} in {quant}", plan.needed, free),
                 "try --quant int4, or a smaller --context",
             )
         bandwidth = copy_bandwidth()

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dflash_chat import __version__
+from dflash_chat.budget import OUTSIDE, TargetShape
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import draft_head, kernels, memory, models, text, weights
+from dflash_chat.runtime import draft_head, fitting, kernels, memory, models, text, weights
 from dflash_chat.runtime.api import (
+    DEFAULT_CONTEXT,
     EngineOptions,
     Event,
     Finished,
@@ -38,7 +40,6 @@ from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
-from dflash_chat.runtime.memory import TargetConfig
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.weights import Checkpoint, Shape
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
 
 log = logging.getLogger(__name__)
-
-CONTEXT_LIMIT = 8192  # tokens reserved unless the options say otherwise
 
 ReportProgress = Callable[[Progress], None]
 
@@ -76,6 +75,8 @@ class Session:
         """
         started = time.perf_counter()
         device, dtype = _placement(options)
+        card, named = fitting.card_of(device), options.context_tokens
+        options = fitting.planned(installed, options, card, dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -83,7 +84,8 @@ class Session:
         with torch.inference_mode(), _opened(installed, options, device) as opened:
             what_fits = ""
             if device.type == "cuda":
-                what_fits = _check_memory(opened, installed.pair.title, options, dtype)
+                title = installed.pair.title
+                opened, what_fits = _with_room(opened, title, options, dtype, named)
             try:
                 engine = _build(opened, options, device, dtype, progress)
             except RuntimeError as error:
@@ -92,6 +94,7 @@ class Session:
                 raise DoesNotFitError(
                     f"the GPU's memory ran out while {installed.pair.title} was loaded", what_fits
                 ) from error
+        fitting.keep_costs(installed, engine, card)
         took = time.perf_counter() - started
         info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
         return cls(engine, opened.tokenizer, info, what_fits)
@@ -332,17 +335,22 @@ def _opened(
         )  # fmt: skip
 
 
-def _check_memory(opened: _Opened, name: str, options: EngineOptions, dtype: torch.dtype) -> str:
-    """Refuse what cannot fit; returns what to try if it does not fit all the same."""
+def _with_room(
+    opened: _Opened, title: str, options: EngineOptions, dtype: torch.dtype, named: int
+) -> tuple[_Opened, str]:
+    """Refuse what cannot fit, and cut a context that nobody named to what does; with what to try if
+    it does not fit all the same.
+    """
     pair = memory.Pair.of(
         opened.config, weights.outlines(*opened.for_target), opened.drafter_config,
         weights.outlines(*opened.for_drafter), dtype, opened.draft_tokens,
         opened.tokenizer.added_ids,
     )  # fmt: skip
     free = memory.available()
-    log.info("memory: %s, %.2f GB are free", pair.plan(options, opened.capacity), free / 1e9)
-    pair.check(name, options, opened.capacity, free)
-    return pair.what_fits(options, opened.capacity // 2, free)
+    capacity = opened.capacity if named else pair.room(options, opened.capacity, free)
+    log.info("memory: %s, %.2f GB are free", pair.plan(options, capacity), free / 1e9)
+    pair.check(title, options, capacity, free)
+    return replace(opened, capacity=capacity), pair.what_fits(options, capacity // 2, free)
 
 
 def _build(
@@ -352,7 +360,7 @@ def _build(
     dtype: torch.dtype,
     progress: ReportProgress,
 ) -> Engine:
-    """What stays comes first, in the order of `memory.Plan`; what comes and goes is run last."""
+    """What stays comes first, in the order of `budget.Budget`; what comes and goes is run last."""
     config, drafter_config, capacity = opened.config, opened.drafter_config, opened.capacity
     packed = weights.load_packed(*opened.for_target)
     target = opened.architecture.Target(config, packed, capacity, dtype, device)
@@ -409,10 +417,10 @@ def _capacity(options: EngineOptions, limit: int) -> int:
         raise UsageError(
             f"ctx {options.context_tokens} is more than the target's {limit} positions"
         )
-    return options.context_tokens or min(limit, CONTEXT_LIMIT)
+    return options.context_tokens or min(limit, DEFAULT_CONTEXT)
 
 
-def _check_match(drafter: DrafterConfig, target: TargetConfig) -> None:
+def _check_match(drafter: DrafterConfig, target: TargetShape) -> None:
     """A drafter serves one target only; refuse what cannot be its own."""
     for what, wants, has in (
         ("hidden_size", drafter.hidden_size, target.hidden_size),
@@ -466,11 +474,11 @@ def _info(
     other_bytes = 0
     if device.type == "cuda":
         ours = engine.target.nbytes + drafter.nbytes + cache_bytes
-        other_bytes = max(0, torch.cuda.memory_reserved(device) - ours) + memory.OUTSIDE
+        other_bytes = max(0, torch.cuda.memory_reserved(device) - ours) + OUTSIDE
     plain = engine.baseline.plain if engine.baseline is not None else None
     return ModelInfo(
         pair=installed.pair.name,
-        target=f"{installed.pair.title} ({installed.source})",
+        target=f"{installed.pair.title} ({installed.build.source})",
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",

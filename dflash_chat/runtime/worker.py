@@ -189,7 +189,7 @@ def load_session(request: Load, progress: Callable[[Progress], None]) -> LoadedP
     def fetching(stage: str, done: int, total: int) -> None:
         progress(Progress(stage, done, total))
 
-    installed = hub.ensure(pairs.find(request.pair), request.source, fetching)
+    installed = hub.ensure(pairs.find(request.pair), request.quant, fetching)
     progress(Progress("starting torch", 0, 0))
     from dflash_chat.runtime.session import Session
 

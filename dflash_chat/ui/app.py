@@ -126,7 +126,7 @@ def _import_what_answers_need() -> None:
 
 def run(
     pair: str,
-    source: str,
+    quant: str,
     options: EngineOptions,
     params: SamplingParams,
     system: str,
@@ -137,7 +137,7 @@ def run(
     """Chat until the person quits, in a new chat or in `chat`; the exit code."""
     gc.disable()  # until the first paint
     client, keeper = EngineClient(), Keeper()
-    load = Load(pair, source, options)
+    load = Load(pair, quant, options)
     screen = ChatScreen(client, load, params, system, draft, config.keys, keeper, chat)
     app = ChatApp(client, screen, pace.give_way, config.theme)
     try:

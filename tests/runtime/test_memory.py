@@ -75,6 +75,13 @@ def test_what_fits_is_let_through_and_one_byte_less_is_refused(published: Pair) 
     assert 8192 - memory.STEP <= proposed(caught.value.hint) < 8192
 
 
+def test_a_context_that_nobody_named_is_cut_to_what_fits(published: Pair) -> None:
+    free = published.plan(PLAIN, 4096).needed
+    assert published.room(PLAIN, 4096, free) == 4096
+    assert published.room(PLAIN, 8192, free) == 4096
+    assert published.room(PLAIN, 8192, 10**9) == 8192  # nothing fits: `check` says so
+
+
 def test_where_no_context_helps_a_smaller_drafter_may(published: Pair) -> None:
     free = published.plan(PLAIN, memory.LEAST).needed - 1
     hint = published.what_fits(PLAIN, 8192, free)
@@ -95,7 +102,7 @@ def test_a_gpu_without_room_is_refused_before_anything_is_loaded(
     smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = pairs.find("smollm2-135m")
-    installed = hub.Installed(small, small.sources[0], smollm2_gguf, small.drafter.path, 0)
+    installed = hub.Installed(small, small.builds[0], smollm2_gguf, small.drafter.path, 0)
 
     def load(free: int) -> None:
         monkeypatch.setattr(memory, "available", lambda: free)

@@ -36,7 +36,7 @@ NEAR_TIE = 0.25  # of logits that span some twenty: what bf16 can turn around
 def _load(gguf: Path, dtype: str, device: str = "cpu", **chosen: str | int) -> Session:
     pair = pairs.find("smollm2-135m")
     installed = hub.Installed(
-        pair, pair.sources[0], gguf, pair.drafter.path, bytes=gguf.stat().st_size
+        pair, pair.builds[0], gguf, pair.drafter.path, bytes=gguf.stat().st_size
     )
     options = EngineOptions(device, dtype, context_tokens=2048, draft_tokens=7, **chosen)  # type: ignore[arg-type]
     return Session.load(installed, options, lambda _: None)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dflash_chat.budget import Budget
 from dflash_chat.runtime import draft_head, kernels, memory, models
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import CUDA_PREFILL_CHUNK
@@ -18,7 +19,7 @@ from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.graphed import GraphedSteps, Passes
-from dflash_chat.runtime.memory import META, Pair, Plan
+from dflash_chat.runtime.memory import META, Pair
 from dflash_chat.runtime.models.gemma4 import Target
 from dflash_chat.runtime.quant import Packed, cpu
 from dflash_chat.runtime.quant.float_quantized import rounded
@@ -94,7 +95,7 @@ def pair_of(config: Any, packed: Any) -> Pair:  # noqa: ANN401
     return Pair.of(config, packed, DRAFTER, drafted, BF16, DRAFT_TOKENS, pairs.ADDED)
 
 
-def plan_of(kind: str, quant: str = "bf16", context: int = CONTEXT) -> Plan:
+def plan_of(kind: str, quant: str = "bf16", context: int = CONTEXT) -> Budget:
     config = config_of(kind)
     return pair_of(config, outline(config.tensor_shapes(), quant)).plan(EngineOptions(), context)
 

@@ -1,0 +1,235 @@
+"""Which build, context, precision and width of a pair suit a card, and which pair does.
+
+    build      the best that leaves room for a comfortable context; else the smallest
+    context    comfortable, or what fits of it; more only where somebody asks
+    precision  of what changes no answer: the drafter and its head, rounded where that is quicker,
+               or where nothing else fits
+    width      the number of drafted tokens that commits most per second by `speed.py`'s bytes, or
+               by what was measured on this card
+
+Builds and contexts go up one ladder whose rungs take ever more memory, so that a bigger card never
+gets a worse build or a shorter context. What the runtime cannot load is never recommended. Pure
+functions of facts: asks no driver, opens no file. `reasons.py` has the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from itertools import product
+
+from dflash_chat import budget, geometry, reasons, speed
+from dflash_chat.budget import Budget
+from dflash_chat.calibration import Key
+from dflash_chat.candidates import (
+    COMFORTABLE,
+    MEASURED_AT,
+    Candidate,
+    Plan,
+    Wishes,
+    bandwidth,
+    ladder,
+    lean,
+    roomy,
+    rounds_unasked,
+    without_kernels,
+)
+from dflash_chat.entries import Build, Pair
+from dflash_chat.errors import UsageError
+from dflash_chat.geometry import TargetGeometry
+from dflash_chat.gpu import Gpu
+from dflash_chat.runtime.api import DEFAULT_CONTEXT, EngineOptions
+from dflash_chat.speed import CURVES, Costs
+
+__all__ = ["Measured", "Plan", "Wishes", "parameters", "plan", "plan_for", "rank"]
+
+QUICKER = 1.03  # so much must a rounded drafter gain before it is taken unasked
+
+Measured = Callable[[Key], Costs | None]
+
+
+def plan(
+    pair: Pair, wishes: Wishes = Wishes(), gpu: Gpu | None = None, ram: int = 0,
+    measured: Measured = lambda _: None,
+) -> Plan:  # fmt: skip
+    """The plan of a pair on `gpu`, or on a CPU with `ram` free bytes (0: unknown).
+
+    Raises ConfigError if the pair's configs cannot be counted, UnknownModelError for an unknown
+    build and UsageError for a context or a width beyond the pair's.
+    """
+    candidates = _candidates(pair, wishes, gpu is not None)
+    wanted = _wanted_context(candidates[-1].target, wishes, gpu is not None)
+    free = gpu.free if gpu else ram
+    if gpu:
+        quick = [c for c in candidates if not without_kernels(gpu, c)] or candidates
+        chosen, context = _on_ladder(ladder(quick, wanted), wishes.options, wanted, free)
+    else:
+        chosen, context = candidates[0], wanted
+    options = replace(wishes.options, context_tokens=context)
+    options, costs, known = _precision(pair, chosen, options, gpu, free, measured)
+    most, asked = chosen.demand.draft_tokens, options.draft_tokens
+    drafts = {kind: asked or costs.best(curve) for kind, curve in CURVES.items()} if costs else {}
+    options = replace(options, draft_tokens=asked or drafts.get("mixed", most))
+    spent = chosen.demand.plan(options, context)
+    spent = spent if gpu else _on_cpu(spent)
+    decided = Plan(
+        pair, chosen.build, gpu, options, spent, free,
+        fits=spent.total <= free or (gpu is None and not ram), drafts=drafts, costs=costs,
+        measured=known, missing=pair.missing or pair.drafter.missing or chosen.build.missing,
+    )  # fmt: skip
+    return replace(decided, why=reasons.why(decided, chosen, candidates, wishes))
+
+
+def plan_for(
+    pair: Pair, build: Build, options: EngineOptions, gpu: Gpu, measured: Measured = lambda _: None
+) -> EngineOptions:
+    """The options with "auto" and 0 filled in for this card, as the runtime takes them.
+
+    The width stays open: the engine chooses it anew in every step. What does not fit, or cannot be
+    counted, stays as it was; the runtime says so with exact bytes.
+    """
+    try:
+        made = plan(pair, Wishes(build.name, options), gpu, measured=measured)
+    except geometry.ConfigError:
+        return options
+    return replace(made.options, draft_tokens=options.draft_tokens) if made.fits else options
+
+
+def rank(plans: Iterable[Plan], floor: float = 30.0) -> list[Plan]:
+    """Plans of several pairs, the one to recommend first, those that cannot be loaded or do not fit
+    last.
+
+    The biggest model that writes at `floor` tokens per second or more and has room for the default
+    context; of models within a third of its size, the quickest. On a CPU the smallest.
+    """
+    rest = list(plans)
+    ranked: list[Plan] = []
+    while usable := [p for p in rest if p.recommendable]:
+        if usable[0].gpu is None:
+            best = min(usable, key=lambda p: p.budget.target)
+        else:
+            long = [p for p in usable if p.context_tokens >= DEFAULT_CONTEXT] or usable
+            quick = [p for p in long if p.tok_s() >= floor] or long
+            size = max(map(parameters, quick))
+            best = max((p for p in quick if parameters(p) * 3 >= size * 2), key=Plan.tok_s)
+        ranked.append(best)
+        rest.remove(best)
+    return ranked + sorted(rest, key=lambda p: (not p.fits, -parameters(p)))
+
+
+def parameters(made: Plan) -> int:
+    """The target's."""
+    return geometry.target(made.pair.config).parameters
+
+
+# ── choosing ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _candidates(pair: Pair, wishes: Wishes, on_gpu: bool) -> list[Candidate]:
+    """The named build; or those that can be loaded, and if none can, all of them. On a CPU the
+    first one is meant.
+    """
+    most = pair.drafter.block_size - 1
+    if wishes.options.draft_tokens > most:
+        raise UsageError(
+            f"k {wishes.options.draft_tokens} is more than this drafter proposes", f"at most {most}"
+        )
+    width = wishes.options.draft_tokens or min(pair.drafter.draft_tokens, most)
+    if not on_gpu and not wishes.options.draft_tokens:
+        width = pair.drafter.cpu_draft_tokens or width
+    name = wishes.build or pair.quant
+    if name:
+        builds: tuple[Build, ...] = (pair.build(name),)
+    else:
+        builds = pair.loadable or pair.builds
+        builds = tuple(sorted(builds, key=lambda b: b.name not in pair.default[:1]))
+    return [Candidate.of(pair, build, width, on_gpu) for build in builds]
+
+
+def _wanted_context(target: TargetGeometry, wishes: Wishes, on_gpu: bool) -> int:
+    limit, asked = target.context_limit, wishes.options.context_tokens
+    if asked > limit:
+        raise UsageError(
+            f"ctx {asked} is more than the target's {limit} positions", f"at most ctx={limit}"
+        )
+    return asked or min(limit, COMFORTABLE if on_gpu else DEFAULT_CONTEXT)
+
+
+def _on_ladder(
+    rungs: list[Candidate], options: EngineOptions, wanted: int, free: int
+) -> tuple[Candidate, int]:
+    """The highest rung that fits; if none does, the lowest as it was wanted."""
+    room = roomy(free)
+    for candidate in reversed(rungs):
+        if candidate.total(lean(options), wanted) <= room:
+            return candidate, wanted
+    lowest, context = rungs[0], 0
+    if not options.context_tokens:
+        beside = room - budget.CUDA_CONTEXT
+        context = lowest.demand.largest_context(lean(options), wanted, beside)
+        wanted = min(wanted, budget.LEAST)
+    return lowest, context or wanted
+
+
+def _precision(
+    pair: Pair, chosen: Candidate, options: EngineOptions, gpu: Gpu | None, free: int,
+    measured: Measured,
+) -> tuple[EngineOptions, Costs | None, bool]:  # fmt: skip
+    """The options with drafter and draft head decided, the costs of passes, and whether these were
+    measured, at the width that was asked for if one was.
+    """
+    plain, most = _decided(options), chosen.demand.draft_tokens
+    if gpu is None:
+        return plain, None, False
+    found = measured(Key(gpu.name, gpu.driver, pair.name, chosen.build.name))
+    variants = [
+        variant
+        for drafter, head in product(
+            ("bf16", "fp8") if options.drafter == "auto" else (options.drafter,),
+            ("own", "fp8") if _may_copy(options, chosen) else (options.draft_head,),
+        )
+        if chosen.total(variant := replace(options, drafter=drafter, draft_head=head),
+                        options.context_tokens) <= roomy(free)
+    ]  # fmt: skip
+    first = variants[0] if variants else lean(options)
+    if without_kernels(gpu, chosen):
+        return _decided(first), None, False
+
+    def costs(variant: EngineOptions) -> Costs:
+        return speed.estimated(
+            chosen.target, chosen.drafter, chosen.formats(variant), bandwidth(gpu)[0],
+            min(options.context_tokens, MEASURED_AT), most,
+        )  # fmt: skip
+
+    def rate(variant: EngineOptions) -> float:
+        made = costs(variant)
+        return made.drafted(CURVES["mixed"], made.best(CURVES["mixed"]))
+
+    best = max(variants, key=rate, default=first)
+    if not rounds_unasked(gpu) or rate(best) < QUICKER * rate(first):
+        best = first
+    verify_ms = {n: ms for n, ms in found.verify_ms.items() if n <= most + 1} if found else {}
+    if found and len(verify_ms) > 1 and (not options.draft_tokens or most + 1 in verify_ms):
+        return _decided(best), Costs(verify_ms, found.draft_ms), True
+    return _decided(best), costs(best), False
+
+
+def _decided(options: EngineOptions) -> EngineOptions:
+    """No "auto" left in what a plan decides."""
+    return replace(
+        options,
+        drafter="bf16" if options.drafter == "auto" else options.drafter,
+        draft_head="own" if options.draft_head == "auto" else options.draft_head,
+    )
+
+
+def _may_copy(options: EngineOptions, chosen: Candidate) -> bool:
+    """Whether a copy of the head in 8 bits is ours to choose, and smaller than the head."""
+    free = options.draft_head == "auto" and not options.draft_rows
+    return free and chosen.formats(options).head > 8
+
+
+def _on_cpu(spent: Budget) -> Budget:
+    """Of a GPU's budget what a CPU needs, too; activations are small beside it."""
+    kept = ("target", "draft_head", "drafter", "drafter_cache", "target_cache", "state")
+    return Budget(**{name: n if name in kept else 0 for name, n in asdict(spent).items()})

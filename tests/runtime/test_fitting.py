@@ -1,0 +1,86 @@
+"""What a plan does to the options of a load, and what a load leaves for the next plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from dflash_chat import calibration, gpu, pairs, planner
+from dflash_chat.budget import CUDA_CONTEXT
+from dflash_chat.calibration import Key
+from dflash_chat.candidates import COMFORTABLE
+from dflash_chat.gpu import Gpu, Survey
+from dflash_chat.hub import Installed
+from dflash_chat.planner import Wishes
+from dflash_chat.runtime import fitting, memory
+from dflash_chat.runtime.api import EngineOptions
+from dflash_chat.runtime.width import WidthChooser
+
+GIB = 2**30
+CARD = Gpu(0, "GPU-1", "NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB, None, (8, 9), "580.1")
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+
+
+@pytest.fixture
+def installed(own_folders: Path) -> Installed:
+    pair = pairs.find("gemma-4-26b-a4b")
+    return Installed(pair, pair.build("int4"), own_folders, own_folders, 0)
+
+
+def test_the_card_is_the_one_that_torch_counts_and_our_context_is_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    second = replace(CARD, index=1, uuid="GPU-2")
+    monkeypatch.setattr(gpu, "survey", lambda: Survey((CARD, second)))
+    monkeypatch.setattr(memory, "available", lambda: 20 * GIB)
+    assert fitting.card_of(CUDA) == replace(CARD, free=20 * GIB + CUDA_CONTEXT)
+    found = fitting.card_of(torch.device("cuda", 1))
+    assert found is not None
+    assert found.uuid == "GPU-2"
+
+
+def test_without_nvml_or_on_a_cpu_there_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "survey", lambda: Survey(problem="there is no driver"))
+    assert fitting.card_of(CUDA) is None
+    assert fitting.card_of(torch.device("cpu")) is None
+
+
+def test_a_load_is_planned_as_the_command_says(installed: Installed) -> None:
+    options = fitting.planned(installed, EngineOptions(), CARD, BF16)
+    made = planner.plan(installed.pair, Wishes("int4"), CARD)
+    assert options == replace(made.options, draft_tokens=0)
+    assert options.context_tokens == COMFORTABLE
+
+
+@pytest.mark.parametrize("card", [CARD, None])
+def test_a_cpu_and_wide_activations_are_left_as_they_are(
+    installed: Installed, card: Gpu | None
+) -> None:
+    dtype = torch.float32 if card else BF16
+    assert fitting.planned(installed, EngineOptions(), card, dtype) == EngineOptions()
+
+
+def test_measured_costs_are_kept_for_the_next_plan(installed: Installed) -> None:
+    chooser = WidthChooser([4.0, 5.5, math.inf, 7.0, math.inf], 1.0)
+    engine = cast(Any, SimpleNamespace(graphed=SimpleNamespace(chooser=chooser)))
+    fitting.keep_costs(installed, engine, CARD)
+    kept = calibration.read(Key(CARD.name, "580.1", "gemma-4-26b-a4b", "int4"))
+    assert kept is not None
+    assert kept.verify_ms == {1: 5.0, 2: 5.5, 4: 7.0}  # a step of one row drafts nothing
+    assert kept.draft_ms == 1.0
+    made = planner.plan(installed.pair, Wishes("int4"), CARD, measured=calibration.read)
+    assert made.measured
+    assert made.costs is not None
+    assert made.costs.plain == 200
+
+
+@pytest.mark.parametrize("graphed", [None, SimpleNamespace(chooser=None)])
+def test_where_nothing_was_measured_nothing_is_kept(installed: Installed, graphed: object) -> None:
+    fitting.keep_costs(installed, cast(Any, SimpleNamespace(graphed=graphed)), CARD)
+    assert not calibration.file().exists()

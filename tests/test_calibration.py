@@ -1,0 +1,77 @@
+"""Measured costs outlive the program, and no file of them can do harm."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dflash_chat import calibration
+from dflash_chat.calibration import Key
+from dflash_chat.speed import Costs
+
+KEY = Key("RTX 3090", "580.1", "gemma-4-26b-a4b", "int4")
+COSTS = Costs({1: 5.3, 2: 6.0, 4: 8.6, 16: 17.6}, 2.9)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DFLASH_CHAT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_what_is_written_is_read() -> None:
+    assert calibration.read(KEY) is None
+    calibration.write(KEY, COSTS)
+    assert calibration.read(KEY) == COSTS
+
+
+@pytest.mark.parametrize("field", ["gpu", "driver", "pair", "build"], ids=range(4))
+def test_a_measurement_holds_for_its_card_driver_pair_and_build_alone(field: str) -> None:
+    calibration.write(KEY, COSTS)
+    assert calibration.read(replace(KEY, **{field: "another"})) is None
+
+
+def test_measurements_live_side_by_side_and_the_last_one_counts() -> None:
+    other = replace(KEY, build="fp8")
+    calibration.write(KEY, COSTS)
+    calibration.write(other, Costs({1: 9.0, 2: 10.0}, 2.9))
+    newer = Costs({1: 5.0, 2: 5.5}, 2.5)
+    calibration.write(KEY, newer)
+    assert calibration.read(KEY) == newer
+    assert calibration.read(other) is not None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None, [], {}, {"verify_ms": {"1": 5.0}, "draft_ms": 1.0}, {"verify_ms": {"1": 5, "2": 6}},
+        {"verify_ms": {"one": 5, "2": 6}, "draft_ms": 1}, {"verify_ms": {"2": 6, "4": 7}},
+        {"verify_ms": {"1": 0, "2": 6}, "draft_ms": 1}, {"verify_ms": 5, "draft_ms": 1},
+        {"verify_ms": {"1": float("nan"), "2": 6}, "draft_ms": 1},
+        {"verify_ms": {"1": 5, "2": float("inf")}, "draft_ms": 1},
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_an_entry_that_is_no_measurement_is_none(entry: object) -> None:
+    calibration.file().parent.mkdir(parents=True)
+    calibration.file().write_text(json.dumps({str(KEY): entry}))
+    assert calibration.read(KEY) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1', "\x00", "[" * 100_000], ids=range(6))
+def test_a_broken_file_is_no_measurement_and_is_replaced(text: str) -> None:
+    calibration.file().parent.mkdir(parents=True)
+    calibration.file().write_text(text)
+    assert calibration.read(KEY) is None
+    calibration.write(KEY, COSTS)
+    assert calibration.read(KEY) == COSTS
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_the_measurement(folder: Path) -> None:
+    folder.parent.joinpath("cache").write_text("a file in the way")
+    calibration.write(KEY, COSTS)
+    assert calibration.read(KEY) is None
+    assert list(folder.parent.iterdir()) == [folder]

@@ -33,7 +33,7 @@ from dflash_chat.runtime.api import (
 from dflash_chat.settings import (
     Settings,
     draft_choice,
-    draft_words,
+    draft_choice_words,
     sampling_option,
     suggest,
 )
@@ -236,7 +236,7 @@ class LineChat:
                 most = self.session.info.block_size - 1
                 choice = draft_choice(argument, most, self.pinned)
                 self.draft, self.draft_tokens = choice
-                say(f"drafting: {draft_words(*choice)}")
+                say(f"drafting: {draft_choice_words(*choice)}")
             case "/undo":
                 self.chat.retract_answer()
                 self.chat.retract_question()

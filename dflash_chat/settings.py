@@ -223,7 +223,7 @@ def draft_choice(word: str, most: int, pinned: int) -> tuple[bool, int]:
     return word != "off", 0
 
 
-def draft_words(draft: bool, tokens: int) -> str:
+def draft_choice_words(draft: bool, tokens: int) -> str:
     """A choice of `draft_choice` in words."""
     if not draft:
         return "off"

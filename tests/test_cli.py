@@ -15,6 +15,7 @@ import pytest
 
 from dflash_chat import __version__, bench_random, cli, completion, errors
 from dflash_chat.chat import Conversation
+from dflash_chat.config import Config
 from dflash_chat.errors import (
     EXIT_DISK,
     EXIT_INTERRUPTED,
@@ -189,6 +190,20 @@ def test_the_chat_refuses_a_redirected_screen(
     assert cli.main([]) == EXIT_USAGE
     assert runners.chats == []
     assert "stderr is not a terminal" in capsys.readouterr().err
+
+
+def test_a_wrong_key_in_the_configuration_is_named(
+    runners: Runners, terminal: set[str], own_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = own_folders / "config" / "dflash-chat" / "config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text('[keys]\nhelpp = "f7"\n')
+    assert cli.main([]) == EXIT_USAGE
+    assert "did you mean help?" in capsys.readouterr().err
+    file.write_text('theme = "nord"\n[keys]\nhelp = "f7"\n')
+    assert cli.main([]) == EXIT_OK
+    (got,) = runners.chats
+    assert got["config"] == Config("nord", {"help": "f7"})
 
 
 @pytest.mark.parametrize(("term", "argv"), [("dumb", []), ("xterm", ["--plain"])])

@@ -175,19 +175,28 @@ class ChatScreen(SavedActions, SettingActions):
         return "● stopping" if self.dialogue.stopping else "● answering"
 
     def _hint_words(self) -> str:
-        transcript, typed = self.query_one(Transcript), self.query_one(Prompt).text
+        transcript = self.query_one(Transcript)
+        words = [self._hint()]
+        if not transcript.following:
+            new = transcript.unseen_tokens
+            words.insert(
+                0, f"↓ {f'{new} new' if new else 'more below'} · {self.key_words('follow')}"
+            )
+        return " · ".join(filter(None, words))
+
+    def _hint(self) -> str:
+        """What helps most now."""
+        typed, again = self.query_one(Prompt).text, self.key_words("again")
         if typed.startswith("/") and (command := COMMANDS.get(typed.split(None, 1)[0].lower())):
             return f"{command.usage} · {command.does}"
         if "@" in typed and (included := attach.sizes(typed)):
             return "includes " + ", ".join(included)
-        again = self.key_words("again")
+        if self.query_one(Transcript).cursor is not None and not self.query_one(KeyBar).display:
+            return " · ".join(" ".join(pair) for pair in self._useful_keys())
         if self.dialogue.down:
             return f"{again} starts the engine again"
         if self.dialogue.info is None:
             return progress_words(self.dialogue.progress)
-        if not transcript.following:
-            new = transcript.unseen_tokens
-            return f"↓ {f'{new} new' if new else 'more below'} · {self.key_words('follow')}"
         if problem := self.dialogue.record.problem:
             return f"not saved: {problem}"
         if self.dialogue.retry_after and not self.dialogue.busy:

@@ -12,7 +12,7 @@ from textual.screen import Screen
 
 from dflash_chat import attach, export
 from dflash_chat.errors import DiskError, UsageError
-from dflash_chat.settings import draft_choice, draft_words, sampling_option, suggest
+from dflash_chat.settings import draft_choice, draft_choice_words, sampling_option, suggest
 from dflash_chat.ui.completion import themes
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.prompt import Prompt
@@ -46,7 +46,7 @@ class SettingActions(Screen[None]):
         pinned = self.dialogue.load.options.draft_tokens
         draft, tokens = draft_choice(argument, most, pinned)
         self.dialogue.draft, self.dialogue.draft_tokens = draft, tokens
-        self._say("Drafting", f"{draft_words(draft, tokens)}, from the next answer on")
+        self._say("Drafting", f"{draft_choice_words(draft, tokens)}, from the next answer on")
 
     def action_model(self) -> None:
         """Say what is loaded."""

@@ -11,6 +11,7 @@ import pytest
 from dflash_chat.runtime.api import Finished, Message, Spec, Timing, Tokens, Usage
 from dflash_chat.ui import clipboard, terminal
 from dflash_chat.ui.answer import AnswerTurn
+from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.transcript import Transcript
 from tests.ui.test_chat_flow import Chat, open_chat
 
@@ -62,6 +63,16 @@ async def test_a_thought_is_continued_with_its_marks(begun: str) -> None:
             ("half a thought", "answer"), ("whole", "answer"),
         )  # fmt: skip
         assert "think>" not in chat.text
+
+
+async def test_a_small_screen_says_what_can_be_done_with_a_turn() -> None:
+    async with open_chat((50, 20)) as chat:
+        await stopped(chat, "Half")
+        await chat.pilot.press("alt+up")
+        chat.screen.show_numbers()
+
+        assert not chat.screen.query_one(KeyBar).display
+        assert "y copy · c continue · e edit" in chat.shown("#hint")
 
 
 async def test_an_answer_with_something_behind_it_is_not_continued() -> None:

@@ -17,8 +17,9 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 from dflash_chat.chat import Conversation, Turn
 from dflash_chat.errors import EXIT_UNKNOWN_MODEL, DiskError, UsageError, UserError
@@ -73,6 +74,9 @@ MIGRATIONS = (
     END;
     """,
 )
+
+
+T = TypeVar("T")
 
 
 class StoreError(DiskError):
@@ -226,11 +230,10 @@ class Store:
             raise UnknownChatError(f"there is no chat {conversation}", "dflash-chat sessions")
         id_, title, created, pair, build, system, settings_json, tip = found
         settings = json.loads(settings_json)
-        params = settings["params"]
+        params = settings["params"] | {"stop": tuple(settings["params"]["stop"])}
         chat = Conversation(
-            system, id_, title, pair, build,
-            SamplingParams(**{**params, "stop": tuple(params["stop"])}), settings["draft"],
-            ModelInfo(**settings["info"]) if settings["info"] else None, created,
+            system, id_, title, pair, build, _made(SamplingParams, params) or SamplingParams(),
+            settings["draft"], _made(ModelInfo, settings["info"]), created,
         )  # fmt: skip
         turns = (
             Turn(role, content, parent, key, thinking, state, at, _figures(figures))
@@ -245,8 +248,8 @@ class Store:
             parts = self._db.execute(
                 "SELECT events FROM traces WHERE message = ? ORDER BY part", (turn,)
             ).fetchall()
-        lines = b"".join(zlib.decompress(part) for (part,) in parts).splitlines()
-        events = (decode_event(line) for line in lines)
+            lines = b"".join(zlib.decompress(part) for (part,) in parts).splitlines()
+        events = map(_event, lines)
         return [event for event in events if isinstance(event, Prefill | Tokens)]
 
     def chats(self, limit: int = -1) -> list[Listed]:
@@ -358,12 +361,12 @@ class Store:
     def _faults(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, zlib.error, OSError) as error:
             reason, hint = _why(error)
             raise StoreError(self.path, reason, hint) from error
 
 
-def _why(error: sqlite3.Error | OSError) -> tuple[str, str]:
+def _why(error: sqlite3.Error | zlib.error | OSError) -> tuple[str, str]:
     """What is wrong with the file or its disk, and what helps."""
     code = getattr(error, "sqlite_errorcode", -1) & 0xFF  # the primary of an extended code
     elsewhere = "or set DFLASH_CHAT_DATA to another folder"
@@ -373,7 +376,7 @@ def _why(error: sqlite3.Error | OSError) -> tuple[str, str]:
         return "the disk is full or failing", f"free some space, {elsewhere}"
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return "it cannot be written", f"make file and folder writable, {elsewhere}"
-    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT) or isinstance(error, zlib.error):
         return "it is damaged, or no file of ours", f"move it away, {elsewhere}"
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return "another program holds it", "close that program"
@@ -396,6 +399,23 @@ def _clean(text: str) -> str:
 
 
 def _figures(line: str | None) -> Finished | None:
-    event = decode_event(line.encode()) if line else None
-    assert event is None or isinstance(event, Finished), line
-    return event
+    event = _event(line.encode()) if line else None
+    return event if isinstance(event, Finished) else None
+
+
+def _event(line: bytes) -> object:
+    """A protocol line; None if another version wrote it and this one cannot read it."""
+    try:
+        return decode_event(line)
+    except ValueError:
+        return None
+
+
+def _made(kind: type[T], data: dict[str, object] | None) -> T | None:
+    """A dataclass of what another version may have written: without what is not known here, None
+    if something is missing."""
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    try:
+        return kind(**{key: value for key, value in data.items() if key in known}) if data else None
+    except TypeError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from dflash_chat.record import Record
 from dflash_chat.runtime.api import Load, Prefill, SamplingParams, Tokens
 from dflash_chat.store import FILE, Store
 from tests.saved import step
+from tests.test_store import integrity
 
 
 @pytest.fixture
@@ -147,6 +149,26 @@ def test_what_could_not_be_saved_is_saved_once_it_can_be(
     soon(lambda: not keeper.problem)
     keeper.close()
     assert saved(folder, record) == "Hello"
+
+
+def test_a_file_that_may_not_grow_is_said_and_made_good_for_later(
+    tmp_path: Path, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "RETRY_S", 0.05)
+    record = asked(keeper)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))  # as a quota or a full disk
+    try:
+        say(record, "words " * 200_000)
+        keeper.keep_now(record.chat)
+        soon(lambda: bool(record.problem))
+        assert record.problem == "the disk is full or failing"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    soon(lambda: not record.problem)
+
+    assert len(saved(tmp_path, record)) == 1_200_000
+    integrity(tmp_path / FILE)
 
 
 def test_a_removed_chat_does_not_come_back(tmp_path: Path, keeper: Keeper) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,35 @@ def test_a_chat_removed_by_another_program_is_written_whole_with_the_next_turn(
     store.save(chat, [chat.ask("Still there?")])
 
     assert essence(store.load(chat.id)) == essence(chat)
+
+
+def test_what_another_version_wrote_of_the_engine_never_keeps_a_chat_from_opening(
+    store: Store,
+) -> None:
+    chat = branched()
+    store.save(chat)
+    answer = chat.turns[1]
+    store.add_trace(answer.id, answer.trace)
+    newer = json.loads(store._db.execute("SELECT settings FROM conversations").fetchone()[0])
+    newer["params"]["warmth"] = newer["info"]["colour"] = 1
+    store._db.execute("UPDATE conversations SET settings = ?", (json.dumps(newer),))
+    line = json.dumps({"type": "Finished", "id": 1, "mood": "good"})
+    store._db.execute("UPDATE messages SET figures = ? WHERE id = ?", (line, answer.id))
+    unreadable = zlib.compress(b'{"type":"Thought"}\n')
+    store._db.execute("INSERT INTO traces VALUES (?, 9, ?)", (answer.id, unreadable))
+
+    again = store.load(chat.id)
+    assert (again.params, again.info) == (chat.params, chat.info)
+    assert [turn.content for turn in again.turns] == [turn.content for turn in chat.turns]
+    assert again.turns[1].figures is None
+    assert store.trace(answer.id) == answer.trace
+
+    del newer["info"]["pair"]
+    store._db.execute("UPDATE conversations SET settings = ?", (json.dumps(newer),))
+    assert store.load(chat.id).info is None
+    store._db.execute("UPDATE traces SET events = x'00'")
+    with pytest.raises(StoreError, match="it is damaged"):
+        store.trace(answer.id)
 
 
 # ── finding ─────────────────────────────────────────────────────────────────────────────────────
@@ -335,6 +366,7 @@ def test_two_programs_in_one_chat_make_branches(store: Store) -> None:
 
 WRITER = """
 import sys
+import zlib
 from pathlib import Path
 from dflash_chat.chat import Conversation
 from dflash_chat.store import Store

@@ -299,7 +299,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions):
         if action == "sessions":
             return dialogue.record.keeper is not None
         if action == "branch":
-            return not dialogue.busy and self.fork is not None
+            return not (dialogue.busy or dialogue.waiting) and self.fork is not None
         if action == "undo_turn":
             return bool(dialogue.questions)
         if action == "follow":

@@ -37,7 +37,7 @@ def run(args: OnceArgs) -> int:
     )
     pieces: list[str] = []
     finished: Finished | None = None
-    with _InterruptAsCancel() as cancelled:
+    with InterruptAsCancel() as cancelled:
         for event in session.generate(request, cancelled):
             if isinstance(event, Tokens):
                 pieces.append(event.text)
@@ -87,7 +87,7 @@ def in_words(finished: Finished, load_s: float) -> str:
     )
 
 
-class _InterruptAsCancel:
+class InterruptAsCancel:
     """The first Ctrl+C ends the answer after the block in flight, the second ends the program."""
 
     def __enter__(self) -> Callable[[], bool]:

@@ -63,8 +63,10 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Cache, configuration and hub cache below tmp_path, also for child processes; returns it."""
+    """Cache, configuration, chats and hub cache below tmp_path, also for child processes; returns
+    it."""
     monkeypatch.setenv("DFLASH_CHAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DFLASH_CHAT_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     return tmp_path

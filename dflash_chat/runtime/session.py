@@ -130,7 +130,7 @@ class Session:
             len(said.ids),
         )
         if opening := answer.opening():
-            yield Tokens(request.id, opening, 0)
+            yield Tokens(request.id, opening, 0, lengths=(len(opening),))
         for step in steps:
             if isinstance(step, Prefilled):
                 answer.prefilled(step)

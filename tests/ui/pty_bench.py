@@ -50,10 +50,10 @@ def text_of(kind: str, length: int) -> str:
 def inside(kind: str, rate: int, report: str) -> None:
     """Run the app and write the figures to the file `report`."""
     from dflash_chat.runtime.api import Load, Prefill, SamplingParams, Spec, StepStats, Tokens
+    from dflash_chat.ui.answer import AnswerTurn
     from dflash_chat.ui.app import ChatApp
     from dflash_chat.ui.chat_screen import ChatScreen
     from dflash_chat.ui.prompt import Prompt
-    from dflash_chat.ui.transcript import AnswerTurn
     from tests.ui.fake_client import FakeClient
 
     client = FakeClient()

@@ -102,6 +102,40 @@ async def xray_light(pictured: Chat) -> None:
     await xray(pictured)
 
 
+async def menu(pictured: Chat) -> None:
+    """A command is being typed."""
+    await chat(pictured)
+    prompt = pictured.screen.query_one(Prompt)
+    prompt.put("/t")
+    await pictured.settle()
+    await pictured.pilot.press("down")
+
+
+async def turn(pictured: Chat) -> None:
+    """The cursor stands on a stopped answer that began with a thought."""
+    await pictured.load()
+    await pictured.type(QUESTION)
+    spec = pictured.client.stream(
+        "<think>\nTwo indices, or one and a count?\n</think>\n\n" + ANSWER
+    )
+    pictured.client.finish(spec, prompt=109, reason="cancelled")
+    await pictured.settle()
+    await pictured.pilot.press("alt+up")
+
+
+async def compare(pictured: Chat) -> None:
+    """The same prompt with and without drafting."""
+    await pictured.load()
+    await pictured.type(QUESTION)
+    pictured.client.answer(SHORT)
+    await pictured.settle()
+    await pictured.pilot.press("f9")
+    pictured.client.answer(ANSWER)
+    await pictured.settle()
+    pictured.client.finish(pictured.client.stream(ANSWER, draft=False))
+    await pictured.settle()
+
+
 async def light(pictured: Chat) -> None:
     """The same chat in a light theme."""
     pictured.app.theme = "textual-light"
@@ -116,6 +150,9 @@ PICTURES: dict[str, tuple[tuple[int, int], Callable[[Chat], Awaitable[None]]]] =
     "light": ((120, 40), light),
     "xray": ((80, 24), xray),
     "xray-light": ((120, 40), xray_light),
+    "menu": ((80, 24), menu),
+    "turn": ((80, 24), turn),
+    "compare": ((120, 40), compare),
 }
 
 

@@ -30,7 +30,7 @@ class Machine:
         first = pair.build(pair.default[0]) if pair.default else pair.builds[0]
         if pair.quant or isinstance(first.source, PyPISource) or hub.installed(pair):
             return pair, ""
-        made = self._plan(pair, "")
+        made = self.plan(pair)
         if made is None or not made.recommendable:
             return pair, ""
         why = next((line.because for line in made.why if line.what == "build"), "")
@@ -38,10 +38,11 @@ class Machine:
 
     def fits(self, pair: Pair, build: Build) -> str:
         """A `Fits`: why this build cannot run here, or "". What cannot be counted may be tried."""
-        made = self._plan(pair, build.name)
+        made = self.plan(pair, build.name)
         return reasons.shortage(made) if made and not made.fits else ""
 
-    def _plan(self, pair: Pair, build: str) -> Plan | None:
+    def plan(self, pair: Pair, build: str = "") -> Plan | None:
+        """The plan of a build, or of the pair; None if it cannot be counted."""
         try:
             return planner.plan(pair, Wishes(build), self.card, self.ram, calibration.read)
         except ConfigError:

@@ -47,7 +47,7 @@ def run(args: Args) -> int:
     unknown build, and ConfigError for a pair that cannot be counted.
     """
     device, problem = _device(args.vram, args.card)
-    ram = 0 if device else _free_ram()
+    ram = 0 if device else free_ram()
     if args.pair:
         made = planner.plan(args.pair, args.wishes, device, ram, calibration.read)
         out = (
@@ -136,7 +136,7 @@ def parse_size(text: str) -> int:
     return round(size)
 
 
-def _free_ram() -> int:
+def free_ram() -> int:
     """Bytes that this computer can give to a program, or 0 if it does not tell."""
     try:
         told = Path("/proc/meminfo").read_text(encoding="ascii")

@@ -117,7 +117,10 @@ class EngineClient:
         return events
 
     async def restart(self) -> None:
-        """End the present process, if any, and start a new one."""
+        """End the present process, if any, and start a new one. What the old one still says is
+        nobody's.
+        """
+        self._events.clear()
         await self.close()
         await self.start()
 
@@ -151,7 +154,8 @@ class EngineClient:
             reason = ""
             try:
                 while data := await reader.read(PIPE_BYTES):
-                    events.feed(data)
+                    if self._process is process:  # else it is being ended
+                        events.feed(data)
             except ValueError as error:
                 reason = f"it wrote something that is {error}"
                 process.kill()

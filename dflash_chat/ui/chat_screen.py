@@ -39,8 +39,10 @@ from dflash_chat.ui.actions import (
 )  # fmt: skip
 from dflash_chat.ui.bars import bar
 from dflash_chat.ui.dialogue import Dialogue
+from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.menu import Menu
+from dflash_chat.ui.model_actions import ModelActions
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.saved_actions import SavedActions
 from dflash_chat.ui.setting_actions import SettingActions
@@ -53,7 +55,7 @@ NUMBERS_S = 1 / 5
 WIDTHS = [(0, "-tiny"), (60, "-narrow"), (96, "-wide")]
 
 
-class ChatScreen(SavedActions, SettingActions, ViewActions):
+class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
     """The chat and its panel."""
 
     HORIZONTAL_BREAKPOINTS = WIDTHS
@@ -77,6 +79,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions):
         record = Record(chat or Conversation(system), keeper)
         self.dialogue = Dialogue(client, load, params, draft, record)
         self.dialogue.ended = self._ring
+        self.pull = Pull(self.pulled)
         self.keymap: Keymap = keymap or {}
         self._numbers_due = 0.0
         self._told = ""
@@ -201,6 +204,8 @@ class ChatScreen(SavedActions, SettingActions, ViewActions):
             return f"not saved: {problem}"
         if self.dialogue.retry_after and not self.dialogue.busy:
             return f"{again} asks again"
+        if self.pull.pair:
+            return f"fetching {self.pull.pair} · {self.pull.words()}"
         return ""
 
     def key_words(self, id_: str) -> str:

@@ -12,6 +12,10 @@ import os
 import shutil
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from textual.app import App
 
 PATIENCE_S = 2.0
 _REMOTE = ("SSH_CONNECTION", "SSH_TTY")
@@ -28,6 +32,13 @@ def ways(environ: Mapping[str, str]) -> list[tuple[str, tuple[str, ...]]]:
         if environ.get("DISPLAY"):
             found.append(("xclip", ("xclip", "-selection", "clipboard")))
     return [(name, command) for name, command in found if shutil.which(command[0])]
+
+
+async def hand_over(app: App[object], text: str, what: str) -> None:
+    """Copy `text` in every way there is, and say how it went."""
+    app.copy_to_clipboard(text)  # OSC 52, and our own Ctrl+V
+    way = await copy(text)
+    app.notify(f"Copied {what} · {way or 'by the terminal (OSC 52)'}", markup=False)
 
 
 async def copy(text: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from dflash_chat import attach
 from dflash_chat.settings import SAMPLING_RANGES
@@ -69,8 +70,16 @@ def themes(begun: str = "") -> list[str]:
     return [name for name in BUILTIN_THEMES if name.startswith(begun.lower())]
 
 
+@cache
+def _pairs() -> tuple[str, ...]:
+    from dflash_chat import pairs
+
+    return tuple(pair.name for pair in pairs.load_catalogue(pairs.user_file()))
+
+
 _VALUES: dict[str, Callable[[str], list[str]]] = {
     "theme": themes,
+    "model": lambda begun: _starting(*_pairs())(begun),
     "draft": _starting("auto", "on", "off"),
     "copy_answer": _starting("code"),
     "set": _starting(*(f"{key}=" for key in (*SAMPLING_RANGES, "stop"))),

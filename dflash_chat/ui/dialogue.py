@@ -6,6 +6,7 @@ knows which of them is being written; it knows nothing of keys, commands or layo
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class Dialogue:
         self._raw = ""  # the last answer as the engine sent it, marks of thoughts included
         self._drawing: list[AnswerTurn] = []  # those with text left to draw
         self._guest: Guest | None = None  # takes the events of a request of its own
+        self._one_restart = asyncio.Lock()
 
     @property
     def chat(self) -> Conversation:
@@ -214,16 +216,23 @@ class Dialogue:
         self.show(Card("The engine stopped", body, died.log_lines, "error"))
 
     def restart(self) -> None:
-        """Start a dead engine and load again."""
-        self.transcript.run_worker(self._restart(), exclusive=True, group="restart")
-
-    async def _restart(self) -> None:
+        """Start the engine anew, whether it lives or not, and load again."""
         self.down = False
         self.info = None
         self.progress = Progress("starting the engine", 0, 0)
         self.meter.clear()
-        await self.client.restart()
-        self.client.send(self.load)
+        self.transcript.run_worker(self._restart(), group="restart")
+
+    async def _restart(self) -> None:
+        async with self._one_restart:  # given up halfway, it might leave an engine behind
+            await self.client.restart()
+            self.client.send(self.load)
+
+    def load_instead(self, load: Load) -> None:
+        """End the engine with all that it holds, then load this; the chat is kept."""
+        self.give_up()
+        self.load, self.draft_tokens = load, 0
+        self.restart()
 
     def show(self, widget: UserTurn | Card) -> None:
         """Add a message or a card, and go there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dflash_chat.errors import UsageError
 from dflash_chat.replay import Recording, ReplayClient
 from dflash_chat.runtime.api import Load, SamplingParams
 from dflash_chat.ui.app import ChatApp
@@ -23,6 +24,16 @@ class ReplayScreen(ChatScreen):
         """Start asking."""
         super().on_mount()
         self.set_interval(LOOK_S, self._ask)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """There is nothing to be loaded."""
+        if action in ("plan", "models"):
+            return False
+        return super().check_action(action, parameters)
+
+    def load_instead(self, load: Load) -> None:
+        """A recording is no model."""
+        raise UsageError("A replay loads nothing.")
 
     def _ask(self) -> None:
         if question := self._player.next_question():

@@ -13,7 +13,6 @@ from textual.screen import Screen
 from dflash_chat import attach, export
 from dflash_chat.errors import DiskError, UsageError
 from dflash_chat.settings import draft_choice, draft_choice_words, sampling_option, suggest
-from dflash_chat.ui.bars import grouped
 from dflash_chat.ui.completion import themes
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.prompt import Prompt
@@ -47,24 +46,6 @@ class SettingActions(Screen[None]):
         draft, tokens = draft_choice(argument, most, pinned)
         self.dialogue.draft, self.dialogue.draft_tokens = draft, tokens
         self._say("Drafting", f"{draft_choice_words(draft, tokens)}, from the next answer on")
-
-    def action_model(self) -> None:
-        """Say what is loaded."""
-        info = self.dialogue.info
-        if info is None:
-            raise UsageError("Nothing is loaded yet.")
-        megabytes = {
-            "target": info.target_bytes, "drafter": info.drafter_bytes, "caches": info.cache_bytes,
-        }  # fmt: skip
-        self._say(
-            info.pair,
-            f"target   {info.target}\n"
-            f"drafter  {info.drafter or 'none'} · blocks of {info.block_size}\n"
-            f"on       {info.device} · {info.dtype} · {info.kernels}\n"
-            f"memory   "
-            + " · ".join(f"{name} {size / 1e6:.0f} MB" for name, size in megabytes.items())
-            + f"\ncontext  {grouped(info.context_tokens)} tokens",
-        )
 
     def action_stats(self) -> None:
         """Say the figures of the last answer."""

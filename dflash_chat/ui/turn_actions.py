@@ -5,7 +5,6 @@ A part of the chat screen. What becomes of the conversation is the dialogue's bu
 
 from __future__ import annotations
 
-from textual import work
 from textual.screen import Screen
 
 from dflash_chat.ui import clipboard
@@ -56,13 +55,7 @@ class TurnActions(Screen[None]):
 
     def copy_text(self, text: str, what: str) -> None:
         """Copy, and say how."""
-        self.app.copy_to_clipboard(text)  # OSC 52, and our own Ctrl+V
-        self._hand_over(text, what)
-
-    @work(group="copy")
-    async def _hand_over(self, text: str, what: str) -> None:
-        way = await clipboard.copy(text)
-        self.notify(f"Copied {what} · {way or 'by the terminal (OSC 52)'}", markup=False)
+        self.run_worker(clipboard.hand_over(self.app, text, what), group="copy")
 
     def action_copy_turn(self) -> None:
         """Copy the turn under the cursor as it was written."""

@@ -1,0 +1,126 @@
+"""What can be done about the loaded pair: see its plan, load another, fetch and remove pairs.
+
+A part of the chat screen. Whatever is loaded, the engine before it ends first, with all that it
+holds of the device, and the conversation goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from textual import work
+from textual.screen import Screen
+
+from dflash_chat import hub, pairs
+from dflash_chat.errors import UnknownModelError, UsageError, UserError
+from dflash_chat.progress import Step
+from dflash_chat.runtime.api import Load
+from dflash_chat.ui import fetching
+from dflash_chat.ui.bars import grouped
+from dflash_chat.ui.dialogue import Dialogue
+from dflash_chat.ui.fetching import Pull
+from dflash_chat.ui.models_screen import ModelsScreen, load_of
+from dflash_chat.ui.plan_screen import PlanScreen
+from dflash_chat.ui.transcript import Card
+
+
+class ModelActions(Screen[None]):
+    """Actions on pairs. `pull` outlives the screen that began it."""
+
+    dialogue: Dialogue
+    pull: Pull
+
+    @work(exclusive=True, group="plan")
+    async def action_plan(self) -> None:
+        """Show what the loaded pair takes, and why; load it otherwise."""
+        dialogue = self.dialogue
+        try:
+            pair = pairs.find(dialogue.load.pair)
+        except UserError as error:
+            self.notify(f"{error.message} {error.hint}".strip(), markup=False)
+            return
+        screen = PlanScreen(pair, dialogue.load, self._held, dialogue.info, dialogue.meter)
+        if load := await self.app.push_screen_wait(screen):
+            self.load_instead(load)
+
+    @work(exclusive=True, group="models")
+    async def action_models(self) -> None:
+        """Show all pairs."""
+        screen = ModelsScreen(self.dialogue.load, self._held, self.pull, self._begin_pull)
+        if load := await self.app.push_screen_wait(screen):
+            self.load_instead(load)
+
+    def action_model(self, argument: str = "") -> None:
+        """Load another pair that is installed; alone: say what is loaded."""
+        if not argument:
+            self._say_loaded()
+            return
+        pair = pairs.find(argument)
+        pair.wanted()
+        found = hub.installed(pair)
+        if found is None:
+            raise UnknownModelError(f"{argument} is not installed.", "F8 fetches it.")
+        options = self.dialogue.load.options
+        same = pair.name == self.dialogue.load.pair
+        load = load_of(pair.name, found.build.name, options)
+        self.load_instead(replace(load, options=options) if same else load)
+
+    def load_instead(self, load: Load) -> None:
+        """End the engine, load this, and say so; a pair of another name brings its own sampling,
+        and its own system prompt where that of the pair before was in use.
+        """
+        dialogue = self.dialogue
+        before, words = dialogue.load.pair, "The engine that ran before ends first."
+        if load.pair != before:
+            pair, chat, params = pairs.find(load.pair), dialogue.chat, dialogue.params
+            dialogue.params = replace(
+                pair.sampling, seed=params.seed, max_tokens=params.max_tokens, stop=params.stop
+            )
+            if chat.system and chat.system == _system_of(before):
+                chat.system = pair.system
+            words += " The chat is kept; sampling is as this pair's authors advise."
+        dialogue.load_instead(load)
+        build = f"@{load.quant}" if load.quant else ""
+        dialogue.show(Card(f"Loading {load.pair}{build}", words))
+
+    @property
+    def _held(self) -> int:
+        """Bytes of the device that our engine holds."""
+        info = self.dialogue.info
+        if info is None:
+            return 0
+        return info.target_bytes + info.drafter_bytes + info.cache_bytes + info.other_bytes
+
+    def _say_loaded(self) -> None:
+        info = self.dialogue.info
+        if info is None:
+            raise UsageError("Nothing is loaded yet.")
+        megabytes = {
+            "target": info.target_bytes, "drafter": info.drafter_bytes, "caches": info.cache_bytes,
+        }  # fmt: skip
+        card = Card(
+            info.pair,
+            f"target   {info.target}\n"
+            f"drafter  {info.drafter or 'none'} · blocks of {info.block_size}\n"
+            f"on       {info.device} · {info.dtype} · {info.kernels}\n"
+            f"memory   "
+            + " · ".join(f"{name} {size / 1e6:.0f} MB" for name, size in megabytes.items())
+            + f"\ncontext  {grouped(info.context_tokens)} tokens",
+        )
+        self.dialogue.show(card)
+
+    def _begin_pull(self, name: str) -> None:
+        self.run_worker(self.pull.fetch(name), group="pull")
+
+    def pulled(self, pair: str, step: Step) -> None:
+        """A pull has ended, wherever the person looks now."""
+        words = fetching.end_words(pair, step)
+        failed = step.stage == "failed"
+        self.app.notify(words, severity="error" if failed else "information", markup=False)
+
+
+def _system_of(pair: str) -> str:
+    try:
+        return pairs.find(pair).system
+    except UserError:  # a folder of one's own that is gone
+        return ""

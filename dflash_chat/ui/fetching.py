@@ -54,13 +54,13 @@ class Pull:
         self._process: Process | None = None
         self._stopping = False
 
-    async def fetch(self, pair: str) -> None:
-        """Fetch a pair to its end; nothing may be being fetched yet."""
+    async def fetch(self, pair: str, build: str = "") -> None:
+        """Fetch a pair, or one build of it, to its end; nothing may be being fetched yet."""
         assert not self.pair, self.pair
         self.pair, self.step, self._stopping = pair, Step("starting"), False
         remark = ""
         try:
-            process = self._process = await _start("pull", pair, "--json", "--yes")
+            process = self._process = await _start("pull", named(pair, build), "--json", "--yes")
             if self._stopping:
                 process.send_signal(signal.SIGINT)
             assert process.stdout is not None
@@ -110,6 +110,11 @@ class Pull:
             return f"{step.stage} …"
         share = step.done / step.total
         return f"{bar(share, width)} {share:4.0%} {step.note or pace(step)}".rstrip()
+
+
+def named(pair: str, build: str) -> str:
+    """A pair, or one build of it, as our commands take them."""
+    return f"{pair}@{build}" if build else pair
 
 
 def end_words(pair: str, step: Step) -> str:

@@ -109,8 +109,8 @@ class ModelActions(Screen[None]):
         )
         self.dialogue.show(card)
 
-    def _begin_pull(self, name: str) -> None:
-        self.run_worker(self.pull.fetch(name), group="pull")
+    def _begin_pull(self, name: str, build: str) -> None:
+        self.run_worker(self.pull.fetch(name, build), group="pull")
 
     def pulled(self, pair: str, step: Step) -> None:
         """A pull has ended, wherever the person looks now."""

@@ -36,12 +36,12 @@ from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_table import Entry
 from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.text_screen import TextScreen
-from dflash_chat.ui.words import Words
+from dflash_chat.ui.words import Words, keys_line
 
-KEYS = (
-    "Enter fetch or load   / filter   s stop the pull   d dry run   x remove   i details   "
-    "F4 plan   Esc close"
-)
+KEYS = keys_line(
+    "Enter fetch or load", "/ filter", "s stop the pull", "d dry run", "x remove", "i details",
+    "F4 plan", "Esc close",
+)  # fmt: skip
 LOOK_S = 0.5
 SETTLE_S = 0.3  # a pair is asked about once the cursor rests on it
 RECHECK_S = 5.0
@@ -65,7 +65,9 @@ class ModelsScreen(Screen[Load | None]):
         Binding("f4", "plan", "Plan", id="plan_model"),
     ]
 
-    def __init__(self, loaded: Load, held: int, pull: Pull, begin: Callable[[str], None]) -> None:
+    def __init__(
+        self, loaded: Load, held: int, pull: Pull, begin: Callable[[str, str], None]
+    ) -> None:
         super().__init__()
         self._loaded, self._held = loaded, held
         self._pull, self._begin = pull, begin
@@ -76,6 +78,7 @@ class ModelsScreen(Screen[Load | None]):
         self._sure = ""  # what the same key once more does
         self._said: tuple[str, str] = ("", "")  # a pair, and how its last command ended
         self._fetching = pull.pair
+        self._height = 0  # of the list, when last drawn
 
     def compose(self) -> ComposeResult:
         """Title, list, what is to be known of the pair under the cursor, keys."""
@@ -167,6 +170,9 @@ class ModelsScreen(Screen[Load | None]):
             line = self._row(entry)
             if str(self._list.get_option_at_index(at).prompt) != line:
                 self._list.replace_option_prompt_at_index(at, Content(line))
+        if self._list.size.height != self._height:  # what stands below it took or gave room
+            self._height = self._list.size.height
+            self._list.scroll_to_highlight()
         chosen = self.chosen
         lines = self._about(chosen) if chosen else ["nothing of this name"] * bool(self._entries)
         self.query_one("#models-words", Words).show("\n".join(lines))
@@ -285,7 +291,7 @@ class ModelsScreen(Screen[Load | None]):
 
     def _fetch(self, entry: Entry) -> None:
         self._wanted, self._said = "", ("", "")
-        self._begin(entry.name)
+        self._begin(entry.name, entry.to_fetch)
         self._fetching = entry.name
         self._draw()
 
@@ -329,10 +335,11 @@ class ModelsScreen(Screen[Load | None]):
         """What a pull would fetch."""
         if self.chosen:
             self.notify(f"Asking what a pull of {self.chosen.name} would fetch …", markup=False)
-            self._dry_run(self.chosen.name)
+            self._dry_run(self.chosen)
 
     @work(exclusive=True, group="dry")
-    async def _dry_run(self, name: str) -> None:
+    async def _dry_run(self, entry: Entry) -> None:
+        name = fetching.named(entry.name, entry.to_fetch)
         _, out = await fetching.command("pull", name, "--dry-run")
         self.app.push_screen(TextScreen(f"pull {name} --dry-run", out))
 

@@ -64,6 +64,11 @@ class Entry:
         return self.build.source.bytes + int(self.row["drafter_bytes"])
 
     @property
+    def to_fetch(self) -> str:
+        """The build to name when fetching; none where another may stand in if it is not there."""
+        return self.build.name if isinstance(self.build.source, HubSource) else ""
+
+    @property
     def sources(self) -> list[HubSource]:
         """The repositories that a pull would read."""
         return [] if self.installed else gate.sources(self.pair, self.build)
@@ -76,7 +81,10 @@ def entries(machine: Machine, also: str = "") -> list[Entry]:
         with suppress(UserError):  # a folder of one's own that is gone
             known.insert(0, pairs.find(also))
     rows = listing.rows(known)
-    return [Entry(p, row, machine.plan(p)) for p, row in zip(known, rows, strict=True)]
+    return [
+        Entry(pair, row, machine.plan(pair, row["build"] if row["installed"] else ""))
+        for pair, row in zip(known, rows, strict=True)
+    ]
 
 
 def found(entry: Entry, words: str) -> bool:
@@ -107,7 +115,7 @@ def _cells(cells: tuple[str, str, str, str, str], width: int, mark: str) -> str:
     if width >= SIZE_FROM:
         kept += [bytes_.rjust(_SIZE), _cut(fits, _FITS)]
     else:
-        kept.append(_cut(fits, 12))
+        kept.append(_cut(" ".join(fits.replace("needs ", "").split()[:2]), 8))
     if width >= GATE_FROM:
         kept.append(_cut(gates, _GATE))
     line = mark + "  ".join([*kept, state])

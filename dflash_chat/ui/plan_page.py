@@ -19,7 +19,7 @@ from dflash_chat.runtime.baseline import Plain
 from dflash_chat.speed import Costs
 from dflash_chat.ui.bars import grouped
 
-LABEL = 10  # cells before a reason
+LABEL = 13  # cells before a reason
 LEAST_CONTEXT = 1024  # tokens; the shorter half of what the arrow keys go through
 
 
@@ -149,7 +149,7 @@ class Loaded:
 
 def measured_lines(made: Plan, loaded: Loaded | None) -> list[str]:
     """A table: this plan; what is loaded, as estimated and as measured."""
-    rows = [["", "planned"], *([p.name, gib(p.bytes)] for p in parts(made.budget))]
+    rows = [["", "estimated"], *([p.name, gib(p.bytes)] for p in parts(made.budget))]
     rows.append(["in all", gib(made.budget.total)])
     if loaded is None:
         return _table(rows)
@@ -167,8 +167,7 @@ def measured_lines(made: Plan, loaded: Loaded | None) -> list[str]:
             figures["graphs, workspace, CUDA"] = sum(figures.pop(name, 0) for name in rest)
         figures["in all"] = sum(figures.values())
     found["in all"] = sum(found.values())
-    head = ["", *(["planned"] if changed else []), "estimated", "measured"]
-    rows = [head]
+    rows = [["", *(["this plan", "as loaded"] if changed else ["estimated"]), "measured"]]
     for name in new:
         told = [gib(new[name])] if changed else []
         rows.append([name, *told, *_two(before.get(name, 0), found.get(name, 0))])

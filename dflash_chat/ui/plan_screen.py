@@ -33,9 +33,11 @@ from dflash_chat.runtime.api import Load, ModelInfo
 from dflash_chat.ui import clipboard, plan_page
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.plan_page import Loaded, Part
-from dflash_chat.ui.words import Words
+from dflash_chat.ui.words import HARD, Words, keys_line
 
-KEYS = "↑/↓ choice   ←/→ change, or type a number   a apply   r reset   j copy JSON   Esc close"
+KEYS = keys_line(
+    "↑/↓ choice", "←/→ change", "0–9 type it", "a apply", "r reset", "j copy JSON", "Esc close"
+)
 REFRESH_S = 1.0
 QUANT, WIDTH, CONTEXT = range(3)
 T = TypeVar("T", str, int)
@@ -64,11 +66,15 @@ class MemoryBar(Static):
             for letter, n in plan_page.cells(parts, free, max(self.content_size.width, 20))
         ]
         legend = [
-            Content.styled(f" {part.letter} ", self._style(part.letter))
-            + f" {part.name} {gib(part.bytes)}"
+            Content.styled(f"{HARD}{part.letter}{HARD}", self._style(part.letter))
+            + f" {part.name} {gib(part.bytes)}".replace(" ", HARD)
             for part in parts
         ]
-        return Content("").join(bar) + "\n" + Content("   ").join([*legend, Content(spare)])
+        return (
+            Content("").join(bar)
+            + "\n"
+            + Content("  ").join([*legend, Content(spare.replace(" ", HARD))])
+        )
 
     def _style(self, letter: str) -> Style:
         return self.get_visual_style(f"part-{letter if letter.isalpha() else 'spare'}")

@@ -5,6 +5,13 @@ from __future__ import annotations
 from textual.content import Content
 from textual.widgets import Static
 
+HARD = "\u00a0"  # a space where no line may break
+
+
+def keys_line(*keys: str) -> str:
+    """Keys and what they do, in lines that break between them only."""
+    return "   ".join(key.replace(" ", HARD) for key in keys)
+
 
 class Words(Static):
     """Text below an optional bold title. Redrawn when it changes, laid out when its shape does."""

@@ -13,17 +13,31 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
-from dflash_chat.runtime.api import StepStats, Tokens
+from textual.widgets import OptionList
+
+from dflash_chat import gpu
+from dflash_chat.access import Access, State
+from dflash_chat.gpu import Gpu, Survey
+from dflash_chat.progress import Step
+from dflash_chat.runtime.api import Load, StepStats, Tokens
+from dflash_chat.ui import gate
+from dflash_chat.ui.models_screen import ModelsScreen
 from dflash_chat.ui.prompt import Prompt
+from tests.ui.fake_client import INFO
 from tests.ui.test_chat_flow import Chat, open_chat
 
 FOLDER = Path(__file__).parents[2] / "screenshots"
 FONT = "DejaVu Sans Mono"
 
+CARD = Gpu(
+    0, "GPU-1", "NVIDIA GeForce RTX 4090", 24 << 30, 7 << 30, capability=(8, 9), driver="580.1",
+    bandwidth_gb_s=1008,
+)  # fmt: skip
 QUESTION = "Write a ring buffer in Python, and say what it costs."
 ANSWER = """\
 A **ring buffer** keeps two indices into one list, so that *both ends* cost the same:
@@ -136,6 +150,59 @@ async def compare(pictured: Chat) -> None:
     await pictured.settle()
 
 
+async def plan(pictured: Chat) -> None:
+    """What an 8B pair takes of a 24 GB card, with another context than the loaded one."""
+    gpu.survey = lambda *_: Survey((CARD,))
+    loaded = replace(
+        INFO, pair="qwen3-8b", device=CARD.name, target_bytes=8_190_000_000,
+        drafter_bytes=1_088_000_000, cache_bytes=5_030_000_000, other_bytes=1_350_000_000,
+        context_tokens=32_768, plain_ms=12.4,
+    )  # fmt: skip
+    pictured.screen.dialogue.load = Load("qwen3-8b", "fp8")
+    await pictured.load(loaded)
+    await pictured.pilot.press("f4", "down", "down", *"24000")
+    await pictured.pilot.pause(1)
+
+
+async def plan_light(pictured: Chat) -> None:
+    """The same in a light theme."""
+    pictured.app.theme = "textual-light"
+    await plan(pictured)
+
+
+async def models(pictured: Chat) -> None:
+    """All pairs on a 24 GB card; one is behind a gate, another is being fetched."""
+    gpu.survey = lambda *_: Survey((CARD,))
+    shut = Access(
+        State.NOT_ACCEPTED,
+        "meta-llama/Llama-3.1-8B-Instruct is behind a gate and its terms are not accepted yet",
+        "accept the terms at https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct with the "
+        "account of the token from /home/ada/.cache/huggingface/token, then try again",
+    )
+
+    async def answers(*_: object) -> list[Access]:
+        return [shut]
+
+    gate.ask = answers
+    pull = pictured.screen.pull
+    pull.pair = "gemma-4-26b-a4b"
+    pull.step = Step("fetching", 11_960_000_000, 16_900_000_000, 84e6, 58.8, 5, 9, 1_200_000_000)
+    await pictured.load()
+    await pictured.pilot.press("f8")
+    await pictured.pilot.pause(0.5)
+    screen = pictured.app.screen
+    assert isinstance(screen, ModelsScreen)
+    names = [entry.name for entry in screen._listed]
+    screen.query_one("#models-list", OptionList).highlighted = names.index("llama-3.1-8b")
+    await pictured.pilot.pause(1)
+
+
+async def models_light(pictured: Chat) -> None:
+    """The same in a light theme."""
+    pictured.app.theme = "textual-light"
+    await models(pictured)
+
+
 async def light(pictured: Chat) -> None:
     """The same chat in a light theme."""
     pictured.app.theme = "textual-light"
@@ -153,6 +220,14 @@ PICTURES: dict[str, tuple[tuple[int, int], Callable[[Chat], Awaitable[None]]]] =
     "menu": ((80, 24), menu),
     "turn": ((80, 24), turn),
     "compare": ((120, 40), compare),
+    "plan-wide": ((120, 40), plan),
+    "plan": ((80, 24), plan),
+    "plan-narrow": ((50, 20), plan),
+    "plan-light": ((120, 40), plan_light),
+    "models-wide": ((120, 40), models),
+    "models": ((80, 24), models),
+    "models-narrow": ((50, 20), models),
+    "models-light": ((120, 40), models_light),
 }
 
 

@@ -17,6 +17,8 @@ from dflash_chat.ui.actions import ACTIONS, BY_ID, COMMANDS
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.compare_screen import CompareScreen
 from dflash_chat.ui.help_screen import HelpScreen
+from dflash_chat.ui.models_screen import ModelsScreen
+from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.transcript import Transcript
@@ -102,6 +104,14 @@ async def compare(chat: Chat) -> None:
     await answered(chat)
     await press(chat, "compare")
     assert isinstance(chat.app.screen, CompareScreen)
+
+
+async def plan_and_models(chat: Chat) -> None:
+    for action, screen in (("plan", PlanScreen), ("models", ModelsScreen)):
+        await press(chat, action)
+        assert isinstance(chat.app.screen, screen)
+        await press(chat, action)  # closes it
+        assert chat.app.screen is chat.screen
 
 
 async def xray(chat: Chat) -> None:
@@ -271,7 +281,8 @@ async def quit_(chat: Chat) -> None:
 
 KEYS: dict[Callable[[Chat], Awaitable[None]], tuple[str, ...]] = {
     send: ("send",), newline: ("newline",), editor_: ("editor",), stop: ("stop",),
-    again: ("again",), compare: ("compare",), xray: ("xray",), thoughts: ("thoughts",),
+    again: ("again",), compare: ("compare",), xray: ("xray",),
+    plan_and_models: ("plan", "models"), thoughts: ("thoughts",),
     turn_up_and_down: ("turn_up", "turn_down"), copy_turn: ("copy_turn",), code: ("code",),
     edit: ("edit",), regenerate: ("regenerate",), help_: ("help",), palette: ("palette",),
     sessions: ("sessions",), branches: ("branch", "branch_before"),
@@ -295,8 +306,6 @@ async def test_a_key(chat: Chat, does: Callable[[Chat], Awaitable[None]]) -> Non
 
 
 async def settings(chat: Chat) -> None:
-    await chat.type("/model")
-    assert "target   SmolLM2-135M-Instruct" in chat.text
     await chat.type("/system Be brief.")
     await chat.type("/set seed=7")
     await chat.type("/draft 4")
@@ -386,6 +395,20 @@ async def side_by_side(chat: Chat) -> None:
     assert isinstance(chat.app.screen, CompareScreen)
 
 
+async def other_models(chat: Chat) -> None:
+    await chat.type("/model")
+    assert "target   SmolLM2-135M-Instruct" in chat.text
+    await chat.type("/model qwen3-8b")
+    assert "qwen3-8b is not installed" in chat.text
+    await chat.type("/model gpt-oss-20b")
+    assert "gpt_oss is not read yet" in chat.text
+    for command, screen in (("/plan", PlanScreen), ("/models", ModelsScreen)):
+        await chat.type("/clear")
+        await chat.type(command)
+        assert isinstance(chat.app.screen, screen)
+        await chat.pilot.press("escape")
+
+
 async def saved(chat: Chat) -> None:
     await answered(chat, "First.")
     await chat.type("/regen")
@@ -410,12 +433,13 @@ async def leaving(chat: Chat) -> None:
 
 
 SAID: dict[Callable[[Chat], Awaitable[None]], set[str]] = {
-    settings: {"/model", "/system", "/set", "/draft", "/stats"},
+    settings: {"/system", "/set", "/draft", "/stats"},
     answers: {"/copy", "/continue", "/regen", "/undo"},
     files: {"/file", "/export"},
     looks: {"/theme", "/think", "/clear", "/help"},
     side_by_side: {"/ab"},
     by_origin: {"/xray"},
+    other_models: {"/model", "/plan", "/models"},
     saved: {"/branch", "/resume"},
     leaving: {"/quit"},
 }

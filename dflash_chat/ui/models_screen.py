@@ -36,9 +36,9 @@ from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_table import Entry
 from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.text_screen import TextScreen
-from dflash_chat.ui.words import Words, keys_line
+from dflash_chat.ui.words import Words, flowing
 
-KEYS = keys_line(
+KEYS = (
     "Enter fetch or load", "/ filter", "s stop the pull", "d dry run", "x remove", "i details",
     "F4 plan", "Esc close",
 )  # fmt: skip
@@ -93,7 +93,6 @@ class ModelsScreen(Screen[Load | None]):
     def on_mount(self) -> None:
         """List what there is."""
         self.query_one("#models-filter").display = False
-        self.query_one("#models-keys", Words).show(KEYS)
         self.query_one("#models-title", Words).show("Models")
         self._list.focus()
         self._look()
@@ -153,7 +152,8 @@ class ModelsScreen(Screen[Load | None]):
         self._ask_hub(SETTLE_S)
 
     def on_resize(self) -> None:
-        """Rows are cut by us."""
+        """Lines are broken, and rows cut, by us."""
+        self.query_one("#models-keys", Words).show(flowing(KEYS, self.size.width - 2))
         self.call_after_refresh(self._draw)
 
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────

@@ -49,14 +49,14 @@ def parts(budget: Budget) -> list[Part]:
 
 
 def cells(made: Sequence[Part], free: int, width: int) -> list[tuple[str, int]]:
-    """Letters and how many cells each takes of `width`, which stands for what is free, or for all
-    of the parts where they are more; "·" is spare.
+    """Letters and how many cells each takes of `width`, one at least, which stands for what is
+    free, or for all of the parts where they are more; "·" is spare.
     """
     whole = max(free, sum(part.bytes for part in made)) or 1
     taken, reached, drawn = [], 0, 0
     for part in made:
         reached += part.bytes
-        end = round(width * reached / whole)
+        end = min(max(round(width * reached / whole), drawn + 1), width)
         taken.append((part.letter, end - drawn))
         drawn = end
     return [*taken, ("·", width - drawn)]

@@ -33,11 +33,9 @@ from dflash_chat.runtime.api import Load, ModelInfo
 from dflash_chat.ui import clipboard, plan_page
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.plan_page import Loaded, Part
-from dflash_chat.ui.words import HARD, Words, keys_line
+from dflash_chat.ui.words import GAP, Words, flow, flowing
 
-KEYS = keys_line(
-    "↑/↓ choice", "←/→ change", "0–9 type it", "a apply", "r reset", "j copy JSON", "Esc close"
-)
+KEYS = ("↑/↓ choice", "←/→ change", "0–9 type it", "a apply", "r reset", "j copy JSON", "Esc close")
 REFRESH_S = 1.0
 QUANT, WIDTH, CONTEXT = range(3)
 T = TypeVar("T", str, int)
@@ -61,20 +59,20 @@ class MemoryBar(Static):
         if self._made is None:
             return Content("planning …")
         parts, free, spare = self._made
+        width = max(self.content_size.width, 20)
         bar = [
             Content.styled(letter * n, self._style(letter))
-            for letter, n in plan_page.cells(parts, free, max(self.content_size.width, 20))
+            for letter, n in plan_page.cells(parts, free, width)
         ]
-        legend = [
-            Content.styled(f"{HARD}{part.letter}{HARD}", self._style(part.letter))
-            + f" {part.name} {gib(part.bytes)}".replace(" ", HARD)
-            for part in parts
+        legend = {f" {p.letter}  {p.name} {gib(p.bytes)}": p.letter for p in parts}
+        lines = [
+            Content(GAP).join(self._with_sign(words, legend.get(words, "")) for words in line)
+            for line in flow([*legend, spare], width)
         ]
-        return (
-            Content("").join(bar)
-            + "\n"
-            + Content("  ").join([*legend, Content(spare.replace(" ", HARD))])
-        )
+        return Content("\n").join([Content("").join(bar), *lines])
+
+    def _with_sign(self, words: str, letter: str) -> Content:
+        return Content(words).stylize(self._style(letter), 0, 3) if letter else Content(words)
 
     def _style(self, letter: str) -> Style:
         return self.get_visual_style(f"part-{letter if letter.isalpha() else 'spare'}")
@@ -129,12 +127,12 @@ class PlanScreen(Screen[Load | None]):
 
     def on_mount(self) -> None:
         """Ask the driver, then the planner."""
-        self.query_one("#plan-keys", Words).show(KEYS)
         self._begin()
         self.set_interval(REFRESH_S, self._draw)
 
     def on_resize(self) -> None:
-        """Reasons are wrapped by us."""
+        """Lines are broken by us."""
+        self.query_one("#plan-keys", Words).show(flowing(KEYS, self.size.width - 2))
         self.call_after_refresh(self._draw)
 
     # ── planning ────────────────────────────────────────────────────────────────────────────────

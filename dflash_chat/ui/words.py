@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from textual.content import Content
 from textual.widgets import Static
 
-HARD = "\u00a0"  # a space where no line may break
+GAP = "   "
 
 
-def keys_line(*keys: str) -> str:
-    """Keys and what they do, in lines that break between them only."""
-    return "   ".join(key.replace(" ", HARD) for key in keys)
+def flow(pieces: Sequence[str], width: int) -> list[list[str]]:
+    """Pieces in lines of `width` cells, with `GAP` between them; none is broken."""
+    lines: list[list[str]] = [[]]
+    for piece in pieces:
+        if lines[-1] and len(GAP.join([*lines[-1], piece])) > width:
+            lines.append([])
+        lines[-1].append(piece)
+    return lines
+
+
+def flowing(pieces: Sequence[str], width: int) -> str:
+    """The same as text."""
+    return "\n".join(GAP.join(line) for line in flow(pieces, width))
 
 
 class Words(Static):

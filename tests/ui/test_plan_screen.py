@@ -21,6 +21,7 @@ from dflash_chat.runtime.api import EngineOptions, Load
 from dflash_chat.runtime.costs import CostTable
 from dflash_chat.ui import clipboard, plan_page
 from dflash_chat.ui.plan_screen import PlanScreen
+from dflash_chat.ui.words import flowing
 from tests.ui.fake_client import INFO
 from tests.ui.test_chat_flow import Chat, open_chat
 
@@ -150,7 +151,7 @@ async def test_what_does_not_fit_says_so(big: None, monkeypatch: pytest.MonkeyPa
     async with opened() as chat:
         problem = " ".join(shown(chat, "problem").split())
         assert problem.startswith("✗ big@bf16 with a context of ")
-        assert "fp8 would fit" in problem
+        assert "a 24 GB card would take it" in problem
         assert "✗ does not fit" in shown(chat, "memory")
         await chat.pilot.press("a")
         assert isinstance(chat.app.screen, PlanScreen)
@@ -222,7 +223,9 @@ async def test_a_cpu_has_a_plan_too(own_folders: Path) -> None:
         assert made is not None
         assert made.gpu is None
         assert "on the CPU" in shown(chat, "title")
-        assert "W  weights" in shown(chat, "memory")
+        bar, *legend = shown(chat, "memory").splitlines()
+        assert bar.startswith("WDC·")
+        assert "W  weights 92 MiB" in legend[0]
         assert "the pair's own first choice" in shown(chat, "why")
         assert gib(INFO.cache_bytes) in shown(chat, "figures")
 
@@ -236,8 +239,16 @@ async def test_it_fits_a_small_screen(big: None) -> None:
         assert not isinstance(chat.app.screen, PlanScreen)
 
 
+def test_no_line_of_a_legend_breaks_inside_a_part() -> None:
+    pieces = ["W weights 1 GiB", "C caches 2 GiB", "spare"]
+    assert flowing(pieces, 80) == "W weights 1 GiB   C caches 2 GiB   spare"
+    assert flowing(pieces, 30) == "W weights 1 GiB\nC caches 2 GiB   spare"
+    assert flowing(pieces, 5) == "\n".join(pieces)
+
+
 def test_cells_stand_for_what_is_free_or_for_what_would_be_needed() -> None:
     made = [plan_page.Part("W", "weights", 60), plan_page.Part("C", "caches", 15)]
     assert plan_page.cells(made, 100, 20) == [("W", 12), ("C", 3), ("·", 5)]
+    assert plan_page.cells(made, 10_000, 20) == [("W", 1), ("C", 1), ("·", 18)]
     assert plan_page.cells(made, 50, 20) == [("W", 16), ("C", 4), ("·", 0)]
     assert plan_page.cells(made, 0, 20) == [("W", 16), ("C", 4), ("·", 0)]

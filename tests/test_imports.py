@@ -30,7 +30,15 @@ LIGHT = [
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "safetensors", "triton"}
-ON_TRITON = {"kernels", "fused", "step", "measure", "kernel_weights"}  # folders and files
+ON_TRITON = {
+    "kernels",
+    "fused",
+    "step",
+    "measure",
+    "traces",
+    "graphed",
+    "kernel_weights",
+}  # folders and files
 RUNTIME = [
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
     for path in sorted(ROOT.glob("runtime/**/*.py"))

@@ -107,7 +107,7 @@ class GraphedSteps:
             self._hidden[n] = step.forward(n)
 
         def choose(n: int) -> None:
-            accept.accept(state, step.argmax(self._hidden[n]), step.record)
+            accept.accept(state, step.argmax(self._hidden[n]), step.record, step.script)
 
         def draw(n: int) -> None:
             logits = step.logits(self._hidden[n])

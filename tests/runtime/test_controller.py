@@ -201,7 +201,7 @@ def test_the_reason_names_the_numbers_behind_the_last_decision() -> None:
     auto = _controller()
     assert auto.reason == ""
     auto.observe(auto.decide(2048, 16), 0, 2048, 0.0, 1.84)
-    assert auto.reason == f"{words.BASELINE} (1.84 ms a token)"
+    assert auto.reason == f"{words.BASELINE}: 1.84 ms a token"
     decision = auto.decide(2048, 16)
     assert auto.reason.startswith(f"{words.PAYS}: {decision.width} rows, ")
     assert auto.reason.endswith("plain 1 in 1.84")

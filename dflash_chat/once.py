@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import FrameType
 
@@ -19,7 +19,6 @@ from dflash_chat.runtime.api import (
     Message,
     ModelInfo,
     Progress,
-    Spec,
     Timing,
     Tokens,
 )
@@ -96,14 +95,14 @@ def in_words(finished: Finished, load_s: float) -> str:
         f"tau {spec.tau:.2f} = {max(0.0, spec.tau - 1):.2f} drafted + 1 · "
         f"{spec.steps} verify passes · accepted {spec.accepted} of {spec.drafted} · "
         f"histogram {list(spec.histogram)}\n"
-        f"{width_words(spec)}{_plain_words(timing)}\n"
+        f"{width_words(spec.widths)}{_plain_words(timing)}\n"
         f"last step: {finished.why or 'there was none'}"
     )
 
 
-def width_words(spec: Spec) -> str:
+def width_words(widths: Sequence[int]) -> str:
     """How many passes had how many rows."""
-    rows = [f"{n}: {count}" for n, count in enumerate(spec.widths, 1) if count]
+    rows = [f"{n}: {count}" for n, count in enumerate(widths, 1) if count]
     return f"passes by rows {', '.join(rows) or 'none'}"
 
 

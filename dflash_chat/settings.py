@@ -42,13 +42,16 @@ class OnceArgs:
 
 @dataclass(frozen=True)
 class BenchArgs:
-    """`dflash-chat bench`. `prompts` None takes the built-in ones; `limit` 0 takes all of them."""
+    """`dflash-chat bench`, or with `sweep` every width of a pass. `prompts` None takes the built-in
+    ones; `limit` 0 takes all of them.
+    """
 
     pair: str = DEFAULT_PAIR
     prompts: Path | None = None
     settings: Settings = Settings()
     limit: int = 0
     json: bool = False
+    sweep: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class RandomBenchArgs:
     accept_curve: tuple[float, float] = (0.0, 0.0)
     options: EngineOptions = EngineOptions()
     json: bool = False
+    sweep: bool = False
 
 
 @dataclass(frozen=True)

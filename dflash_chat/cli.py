@@ -366,9 +366,13 @@ def _bench(args: argparse.Namespace) -> int:
         raise UsageError("--limit must not be negative")
     pair, settings = _chosen(args.model, parse_options(_options(args)))
     wanted = BenchArgs(pair.name, args.prompts, settings, args.limit, args.json, args.sweep)
-    from dflash_chat import bench, sweep
+    if args.sweep:
+        from dflash_chat import sweep
 
-    return sweep.run(wanted) if args.sweep else bench.run(wanted)
+        return sweep.run(wanted)
+    from dflash_chat import bench
+
+    return bench.run(wanted)
 
 
 def _pull(args: argparse.Namespace) -> int:

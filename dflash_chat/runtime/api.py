@@ -25,6 +25,8 @@ GLOSSARY = {
     "accepted tokens per such pass",
     "full blocks": "of the passes with drafts, the share that accepted all of them",
     "width": "rows of a verify pass: the anchor and the drafts behind it",
+    "lately": "rows of one of the last fifty passes, the tokens it was expected to commit, in how "
+    "many milliseconds, and those of a plain pass",
     "tok/s": "committed tokens ÷ seconds over the same window, never a mean of ratios",
     "plain": "tok/s without drafting: 1 ÷ the time of a verify pass of the anchor alone, "
     "the median of the last three",

@@ -191,7 +191,7 @@ SECTIONS: dict[str, Lines] = {
 TOOLTIPS = {
     "speed": ("tok/s", "plain", "speed-up"),
     "acceptance": ("tau", "accepted", "committed", "histogram", "survival", "full blocks"),
-    "block": ("draft", "verify", "sample", "host", "width"),
+    "block": ("draft", "verify", "sample", "host", "width", "lately"),
     "prompt": ("cached", "read", "ttft", "prefill"),
     "context": ("context",),
     "gpu": ("memory by part",),

@@ -19,7 +19,7 @@ from dflash_chat.sweep import CONTROLLER, PLAIN, Tally
 from tests.folders import write_pair
 from tests.runtime.test_session import engine, session_of
 
-PROMPTS = ["5 9 2 33 17 8", "40 1 12", "7 7 30 2"]
+PROMPTS = ["5 9 2 33 17 8", "40 1 12"]
 WAYS = [PLAIN, 1, 2, 3, 4, CONTROLLER]
 INFO = ModelInfo("a-pair", "", "", "CPU", "bf16", "torch", 0, 0, 4, 0, 0, 0, 0.0)
 
@@ -43,7 +43,7 @@ class Watched(Session):
 @cache
 def _swept(temperature: float = 0.0) -> tuple[Watched, dict[int, Tally]]:
     session = Watched()
-    sampling = SamplingParams(temperature=temperature, seed=3, max_tokens=40)
+    sampling = SamplingParams(temperature=temperature, seed=3, max_tokens=24)
     return session, sweep.measure(session, PROMPTS, sampling, lambda _: None)
 
 
@@ -63,7 +63,7 @@ def test_a_fixed_way_verifies_that_many_and_no_way_changes_an_answer(temperature
     for way, tally in tallies.items():
         widths = tally.way.spec.widths
         assert tally.identical == len(PROMPTS)
-        assert tally.way.decoded == len(PROMPTS) * 39
+        assert tally.way.decoded == len(PROMPTS) * 23
         assert sum(i * n for i, n in enumerate(tally.way.spec.histogram, 1)) == tally.way.decoded
         assert tally.way.step_ms > 0
         if way != CONTROLLER:

@@ -24,7 +24,7 @@ LIGHT = [
         for name in (
             "access", "bench", "chat", "cli", "completion", "doctor", "errors", "fetch", "gpu",
             "here", "hub", "listing", "once", "pairs", "plan", "progress", "pull", "repository",
-            "runtime.api", "runtime.client", "runtime.worker", "settings",
+            "runtime.api", "runtime.client", "runtime.worker", "settings", "sweep",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),

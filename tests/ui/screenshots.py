@@ -12,13 +12,21 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
-from dflash_chat.runtime.api import StepStats, Tokens
+from textual.widgets import Static
+
+from dflash_chat.chat import Conversation
+from dflash_chat.keeper import Keeper
+from dflash_chat.runtime.api import Progress, StepStats, Tokens
 from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.xray import XrayScreen
+from tests.saved import branched
 from tests.ui.test_chat_flow import Chat, open_chat
 
 FOLDER = Path(__file__).parents[2] / "screenshots"
@@ -94,12 +102,47 @@ async def xray(pictured: Chat) -> None:
         pictured.client.emit(Tokens(1, "".join(taken), len(taken), stats, lengths))
     await pictured.settle()
     await pictured.pilot.press("f3", "home", "tab")
+    assert isinstance(pictured.app.screen, XrayScreen)
+    pictured.app.screen.show_news()
 
 
 async def xray_light(pictured: Chat) -> None:
     """The same in a light theme."""
     pictured.app.theme = "textual-light"
     await xray(pictured)
+
+
+async def loading(pictured: Chat) -> None:
+    """A message waits while the weights come."""
+    pictured.client.emit(Progress("reading weights", 31_000_000, 93_000_000))
+    await pictured.type("Are you there?")
+
+
+async def help_(pictured: Chat) -> None:
+    """Keys and commands over the chat."""
+    await chat(pictured)
+    await pictured.pilot.press("f1")
+
+
+async def sessions(pictured: Chat) -> None:
+    """Saved chats, one of them found by its words."""
+    await pictured.load()
+    keeper = pictured.screen.dialogue.record.keeper
+    assert keeper is not None
+    with keeper.store() as store:
+        for question, said in (("Write a ring buffer.", ANSWER), ("Capital of France?", SHORT)):
+            talk = Conversation(pair="smollm2-135m")
+            talk.ask(question)
+            talk.answer(said)
+            store.save(talk, talk.turns)
+    await pictured.pilot.press("ctrl+o", "slash", *"seine")
+
+
+async def reopened(pictured: Chat) -> None:
+    """A saved chat with branches, after a restart."""
+    await pictured.load()
+    pictured.screen.dialogue.open(branched())
+    await pictured.settle()
 
 
 async def menu(pictured: Chat) -> None:
@@ -133,7 +176,9 @@ async def compare(pictured: Chat) -> None:
     pictured.client.answer(ANSWER)
     await pictured.settle()
     pictured.client.finish(pictured.client.stream(ANSWER, draft=False))
-    await pictured.settle()
+    verdict = pictured.app.screen.query_one("#verdict", Static)
+    while "identical" not in str(verdict.content):
+        await pictured.settle()
 
 
 async def light(pictured: Chat) -> None:
@@ -150,19 +195,35 @@ PICTURES: dict[str, tuple[tuple[int, int], Callable[[Chat], Awaitable[None]]]] =
     "light": ((120, 40), light),
     "xray": ((80, 24), xray),
     "xray-light": ((120, 40), xray_light),
+    "tiny": ((50, 20), chat),
+    "loading": ((80, 24), loading),
+    "help": ((120, 40), help_),
+    "sessions": ((80, 24), sessions),
+    "reopened": ((80, 24), reopened),
     "menu": ((80, 24), menu),
     "turn": ((80, 24), turn),
     "compare": ((120, 40), compare),
 }
 
 
+@asynccontextmanager
+async def scene(name: str) -> AsyncIterator[Chat]:
+    """The app in the state of one picture; what it saves is gone afterwards."""
+    size, play = PICTURES[name]
+    with TemporaryDirectory() as folder:
+        keeper = Keeper(Path(folder))
+        async with open_chat(size, keeper=keeper) as chat:
+            await play(chat)
+            await chat.settle()
+            yield chat
+        keeper.close()
+
+
 async def take(name: str, folder: Path) -> None:
     """Write one picture."""
-    size, scene = PICTURES[name]
-    async with open_chat(size) as chat:
-        await scene(chat)
-        await chat.settle()
-        svg = chat.app.export_screenshot(title=f"dflash-chat {size[0]}×{size[1]}")
+    width, height = PICTURES[name][0]
+    async with scene(name) as chat:
+        svg = chat.app.export_screenshot(title=f"dflash-chat {width}×{height}")
     (folder / f"{name}.svg").write_text(svg)
     try:
         resvg = importlib.import_module("resvg_py")

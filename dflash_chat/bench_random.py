@@ -30,7 +30,7 @@ def run(args: RandomBenchArgs) -> int:
 
     if not torch.cuda.is_available():
         raise UsageError("--random-weights measures a CUDA device, and this torch sees none")
-    from dflash_chat.runtime import measure, memory, random_weights
+    from dflash_chat.runtime import measure, memory, random_weights, traces
     from dflash_chat.runtime.measure import Law
 
     random_weights.shapes(args.pair)  # an unknown name ends here
@@ -50,7 +50,20 @@ def run(args: RandomBenchArgs) -> int:
         sys.stderr.write(line + "\n")
 
     try:
-        report = measure.run(args.pair, args.quant, args.context, widths, laws, args.options, say)
+        if args.sweep:
+            asked = traces.Trace.of(Law(args.accept_length, first, ratio))
+            known = {
+                "chat": traces.Trace.of(traces.CHAT),
+                "mixed": traces.Trace.of(traces.MIXED),
+                "code": traces.Trace.of(traces.CODE),
+                "switching": traces.Trace.switching((traces.CHAT, traces.MIXED, traces.CODE)),
+            }
+            chosen = {"asked": asked} if first or args.accept_length else known
+            report = traces.run(args.pair, args.quant, args.context, chosen, args.options, say)
+        else:
+            report = measure.run(
+                args.pair, args.quant, args.context, widths, laws, args.options, say
+            )
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dflash_chat.hub import cache_dir
+from dflash_chat.runtime.costs import CostTable
 from dflash_chat.speed import Costs
 
 log = logging.getLogger(__name__)
+
+_CONTEXT = 2048  # tokens behind which a plan compares costs
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,25 @@ def file() -> Path:
 
 
 def read(key: Key) -> Costs | None:
-    """The costs measured last, or None. An entry without a plain pass and a drafted one is none."""
-    entry = _entries().get(str(key))
-    if not isinstance(entry, dict) or not isinstance(entry.get("verify_ms"), dict):
-        return None
-    try:
-        verify = {int(rows): float(ms) for rows, ms in entry["verify_ms"].items()}
-        costs = Costs(dict(sorted(verify.items())), float(entry["draft_ms"]))
-    except (KeyError, TypeError, ValueError):
-        return None
-    times = (*verify.values(), costs.draft_ms)
-    usable = 1 in verify and len(verify) > 1 and all(0 < ms < float("inf") for ms in times)
-    return costs if usable else None
+    """The costs measured last, whatever else they were measured with, or None. An entry without a
+    drafted pass is none.
+    """
+    table = _table(_entry(key))
+    return Costs.of(table, _CONTEXT) if table is not None and len(table.widths) > 1 else None
 
 
-def write(key: Key, costs: Costs) -> None:
-    """Keep these costs; the rest of the file stays. A folder that cannot be written is left."""
+def table(key: Key, rig: str) -> CostTable | None:
+    """The table measured last, if it was with this `rig`: all else that times depend on, in
+    words.
+    """
+    entry = _entry(key)
+    return _table(entry) if entry.get("rig") == rig else None
+
+
+def write(key: Key, rig: str, table: CostTable) -> None:
+    """Keep this table; the rest of the file stays. A folder that cannot be written is left."""
     entries = _entries()
-    verify = {str(rows): round(ms, 4) for rows, ms in costs.verify_ms.items()}
-    entries[str(key)] = {"verify_ms": verify, "draft_ms": round(costs.draft_ms, 4)}
+    entries[str(key)] = {"rig": rig, "costs": table.to_dict()}
     target = file()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +72,18 @@ def write(key: Key, costs: Costs) -> None:
         Path(staged.name).replace(target)
     except OSError as error:
         log.info("no calibration is kept: %s", error)
+
+
+def _entry(key: Key) -> dict[str, Any]:
+    entry = _entries().get(str(key))
+    return dict(entry) if isinstance(entry, Mapping) else {}
+
+
+def _table(entry: Mapping[str, Any]) -> CostTable | None:
+    try:
+        return CostTable.from_dict(entry["costs"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _entries() -> dict[str, Any]:

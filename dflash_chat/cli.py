@@ -22,7 +22,6 @@ from dflash_chat.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_OTHER,
-    UnknownModelError,
     UsageError,
     UserError,
 )
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from dflash_chat.chat import Conversation
     from dflash_chat.pairs import Pair
 
-_ASK_ABOVE_BYTES = 1_000_000_000
 _EXIT_CODES = """\
 exit codes:
   0    ok
@@ -173,6 +171,11 @@ def build_parser() -> argparse.ArgumentParser:
     pull.add_argument("pair", metavar="PAIR")
     _add_quant(pull, argparse.SUPPRESS)
     pull.add_argument("--verify", action="store_true", help="hash everything, even if it is there")
+    pull.add_argument("--dry-run", action="store_true", help="only say what would be fetched")
+    pull.add_argument("--force", action="store_true", help="even if it does not fit this machine")
+    pull.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="progress as JSON lines"
+    )
     pull.add_argument("--yes", action="store_true", help="do not ask")
 
     for name in ("list", "ls"):
@@ -198,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     rm = _command(commands, "rm", _rm, "delete a pair's weights")
     rm.add_argument("pair", metavar="PAIR")
+    _add_quant(rm, argparse.SUPPRESS)
     rm.add_argument("--yes", action="store_true", help="do not ask")
 
     bench = _command(commands, "bench", _bench, "measure a pair with and without drafting")
@@ -223,6 +227,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     saved = _command(commands, "sessions", sessions.list_all, "saved chats")
     sessions.add_actions(saved, _confirm)
+    about = "what may keep this machine from chatting; exit code 1 if something fails"
+    doctor = _command(commands, "doctor", _doctor, about)
+    doctor.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
 
     shell = _command(commands, "completion", _completion, "print a completion script")
     shell.add_argument("shell", metavar="SHELL", choices=completion.SHELLS, help="bash, zsh, fish")
@@ -424,20 +431,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from dflash_chat import hub
-    from dflash_chat.listing import size
-    from dflash_chat.progress import Reporter
-
     pair, _ = _chosen(args.pair, parse_options(_options(args)))
-    first = pair.wanted()[0].source
-    large = first.bytes > _ASK_ABOVE_BYTES and not hub.installed(pair)
-    if large and not args.yes and _is_terminal(sys.stdin):
-        _confirm(f"Fetch {pair.name} ({size(first.bytes)})?")
-    with Reporter() as reporter:
-        found = hub.ensure(pair, report=reporter, check=args.verify)
-    print(f"{pair.name}: {size(found.bytes)}, {found.build.source}", file=sys.stderr)
-    print(found.target)
-    return EXIT_OK
+    from dflash_chat import here, pull
+
+    wanted = pull.PullArgs(args.verify, args.force, args.dry_run, args.json, args.yes)
+    return pull.run(pair, wanted, _ask_if_possible, here.machine())
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -474,21 +472,16 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _rm(args: argparse.Namespace) -> int:
-    from dflash_chat import hub, pairs
-    from dflash_chat.listing import size
+    pair, _ = _chosen(args.pair, parse_options(_options(args)))
+    from dflash_chat import pull
 
-    pair = pairs.find(args.pair)
-    fetched = [build.name for build in pair.builds if build.source.kind != "folder"]
-    present = [found for name in fetched if (found := hub.installed(pair, name))]
-    if not present:
-        raise UnknownModelError(f"{pair.name} is not installed", hint="see dflash-chat list")
-    if not args.yes:
-        shared = any(found.build.source.kind == "hub" for found in present)
-        note = " (its snapshot in the hub cache, too)" if shared else ""
-        total = size(sum(found.bytes for found in present))
-        _confirm(f"Delete {pair.name}, {total}{note}?")
-    print(f"{pair.name}: {size(hub.remove(pair))} freed", file=sys.stderr)
-    return EXIT_OK
+    return pull.remove(pair, args.yes, _confirm)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dflash_chat import doctor
+
+    return doctor.run(args.json)
 
 
 def _completion(args: argparse.Namespace) -> int:
@@ -503,6 +496,12 @@ def _confirm(question: str) -> None:
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UserError("nothing was done")
+
+
+def _ask_if_possible(question: str) -> None:
+    """`_confirm` on a terminal; elsewhere the command itself is the answer."""
+    if _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
+        _confirm(question)
 
 
 def _is_terminal(stream: object) -> bool:

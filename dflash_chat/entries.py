@@ -16,7 +16,7 @@ from typing import Any
 from dflash_chat.errors import UnknownModelError
 from dflash_chat.runtime.api import SamplingParams
 
-SAFETENSORS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
+SAFETENSORS = ("*.json", "*.jinja", "*.txt", "tokenizer*", "*.safetensors")
 
 
 @dataclass(frozen=True)

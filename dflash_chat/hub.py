@@ -1,39 +1,42 @@
-"""What is installed where, and how it gets there: `installed`, `ensure`, `verify`, `remove`.
+"""What is installed where, and how it gets there: `installed`, `ensure`, `verify`.
 
-A manifest beside the weights is the mark of a finished pull: it lists every file with its size, and
-for the hashed ones the time of the last check, so that starting up costs a few stat calls. Weights
-from the package index live in our own cache folder; those from the hub stay in the hub's.
+A manifest is the mark of a finished pull. Weights from the package index live in our own cache
+folder; those from the hub stay in the hub's, where other programs find them, too. What is asked
+before anything is fetched is preflight.py's business, deleting is removal.py's.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from platformdirs import user_cache_dir
 
-from dflash_chat import fetch
+from dflash_chat import fetch, preflight, transfer
 from dflash_chat.errors import (
     AccessError,
     CheckpointError,
     DiskError,
+    DoesNotFitError,
     UnknownModelError,
     UserError,
 )
 from dflash_chat.fetch import Report
-from dflash_chat.pairs import Build, FolderSource, HubSource, Pair, PyPISource, Source
+from dflash_chat.manifest import Files, Manifest, describe
+from dflash_chat.pairs import Build, FolderSource, Pair, PyPISource, Source
+from dflash_chat.preflight import Fits, Listing, PullPlan
+from dflash_chat.progress import Step, Watch, size
 
+ASK_ABOVE_BYTES = 1_000_000_000
+UNFINISHED = "unfinished-"
 _STAGING = ".staging-"
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,26 @@ def quiet(stage: str, done: int, total: int) -> None:
     """A report for those who do not care."""
 
 
+def only_small(plan: PullPlan) -> None:
+    """What is fetched without being asked for: nothing that takes long or fills a disk."""
+    if plan.missing_bytes > ASK_ABOVE_BYTES:
+        raise UnknownModelError(
+            f"{plan.pair.name} is not installed ({size(plan.missing_bytes)} to fetch)",
+            hint=f"dflash-chat pull {plan.pair.name}",
+        )
+
+
+@dataclass(frozen=True)
+class Asks:
+    """Who decides about a fetch. `fits` says why a build cannot run here, or ""; `confirm` raises
+    unless the plan is wanted; `watch` is told more than a report is.
+    """
+
+    fits: Fits = preflight.always
+    confirm: Callable[[PullPlan], None] = only_small
+    watch: Watch | None = None
+
+
 def cache_dir() -> Path:
     """Only what may be deleted: DFLASH_CHAT_CACHE, or the platform's cache folder."""
     chosen = os.environ.get("DFLASH_CHAT_CACHE")
@@ -66,34 +89,49 @@ def installed(pair: Pair, quant: str = "") -> Installed | None:
     for build in (pair.build(name),) if name else pair.builds:
         if found := _in_folders(pair, build):
             return found
-        manifest = _Manifest.read(pair, build)
+        manifest = manifest_of(pair, build)
         if manifest and not manifest.damage():
-            return manifest.installed(pair, build)
+            return _installed(pair, build, manifest)
     return None
 
 
-def ensure(pair: Pair, quant: str = "", report: Report = quiet, check: bool = False) -> Installed:
+def ensure(
+    pair: Pair,
+    quant: str = "",
+    report: Report = quiet,
+    check: bool = False,
+    asks: Asks = Asks(),
+) -> Installed:
     """The pair, fetched first if need be. `check` hashes everything, however recently checked.
 
-    Builds are tried in the pair's order, or the one named; why one failed is reported before the
-    next is tried. Files that are damaged, or changed and no longer what they should be, are fetched
-    again.
+    Where no build is named, any that is there will do. Builds to fetch are tried in the pair's
+    order, or the one named; why one failed is reported before the next is tried. Files that are
+    damaged, or changed and no longer what they should be, are fetched again; complete ones stay,
+    whatever ends a fetch.
     """
     builds = pair.wanted(quant)
-    for build in builds:
+    others = [build for build in pair.loadable if build not in builds]
+    for build in builds if quant or pair.quant else (*builds, *others):
         if found := _healthy(pair, build, report, check):
             return found
-    with _disk(cache_dir()), _lock(pair, report):
+    with disk(cache_dir()), lock(pair, report):
         _remove_stale(pair)
         for build in builds:  # another process may have fetched it while we waited
             if found := _healthy(pair, build, quiet, check=False):
                 return found
-        return _first_that_works(pair, builds, report)
+        if ready := preflight.there(pair, builds[0]):  # so may another program that uses the hub
+            return _fetch(ready, report, check, asks)
+        return _first_that_works(pair, builds, report, check, asks)
+
+
+def plan(pair: Pair, quant: str = "", report: Report = quiet, asks: Asks = Asks()) -> PullPlan:
+    """What `ensure` would do for the first of the wanted builds, without doing any of it."""
+    return _plan(pair, pair.wanted(quant)[0], report, asks)
 
 
 def verify(found: Installed, report: Report = quiet) -> None:
     """Hash every file with a known hash; CheckpointError if one is not what it should be."""
-    manifest = _Manifest.read(found.pair, found.build)
+    manifest = manifest_of(found.pair, found.build)
     wrong = (
         manifest.damage() or manifest.changed(report, check=True) if manifest else "is not there"
     )
@@ -101,137 +139,31 @@ def verify(found: Installed, report: Report = quiet) -> None:
         raise CheckpointError(f"{found.pair.name}: {wrong}", hint="fetch it again with `pull`")
 
 
-def remove(pair: Pair) -> int:
-    """Delete the pair's weights, every build; returns the bytes that became free."""
-    freed = 0
-    with _disk(cache_dir()), _lock(pair, quiet, wait=False):
-        for build in pair.builds:
-            manifest = _Manifest.read(pair, build)
-            if manifest and isinstance(build.source, HubSource):
-                freed += _remove_snapshot(Path(manifest.folder))
-        folder = _folder(pair)
-        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if folder.exists():
-            shutil.rmtree(folder)
-    return freed
+# ── what is there ───────────────────────────────────────────────────────────────────────────────
 
 
-def _remark(text: str, report: Report) -> None:
-    """Something worth keeping on the screen: it is logged, and stands as a stage for a while."""
-    log.warning(text)
-    report(text, 0, 0)
+def manifest_of(pair: Pair, build: Build) -> Manifest | None:
+    """The manifest of a finished pull of exactly this build; None for anything else."""
+    pypi = isinstance(build.source, PyPISource)
+    if isinstance(build.source, FolderSource) and not build.source.path.exists():
+        return None
+    manifest = Manifest.read(_manifest_path(pair, build))
+    if manifest is None or manifest.identity != _identity(pair, build.source):
+        return None
+    if pypi:
+        manifest.folder = str(manifest.path.parent)  # the cache folder may have been moved
+    return manifest
 
 
-# ── the manifest ────────────────────────────────────────────────────────────────────────────────
+def folder_of(pair: Pair) -> Path:
+    """Where the pair's manifests lie, and what came from the package index."""
+    return cache_dir() / "models" / pair.folder_name
 
 
-@dataclass
-class _Manifest:
-    """`files`: name → bytes, sha256 ("" if unknown) and mtime_ns at the last good check.
-
-    `drafter` is the drafter's folder, if it came from the hub as well.
-    """
-
-    path: Path
-    identity: str
-    folder: str
-    files: dict[str, dict[str, Any]]
-    fetched: str
-    drafter: str = ""
-
-    @classmethod
-    def read(cls, pair: Pair, build: Build) -> _Manifest | None:
-        """The manifest of a finished pull of exactly this build; None for anything else."""
-        path = _manifest_path(pair, build)
-        if isinstance(build.source, FolderSource) and not build.source.path.exists():
-            return None
-        try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(path, **body)
-            if manifest.identity != _identity(pair, build.source):
-                return None
-            if isinstance(build.source, PyPISource):
-                manifest.folder = str(path.parent)  # the cache folder may have been moved
-            sizes = [entry["bytes"] + entry["mtime_ns"] for entry in manifest.files.values()]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return None
-        return manifest if sizes else None
-
-    @classmethod
-    def create(cls, pair: Pair, build: Build, folder: Path, drafter: str) -> _Manifest:
-        """For files that were just fetched and checked."""
-        source = build.source
-        if isinstance(source, FolderSource):  # what was fetched is the drafter
-            assert pair.drafter.source, "nothing was fetched"
-            hashes = pair.drafter.source.sha256
-        elif isinstance(source, PyPISource):
-            hashes = {source.file_name: source.sha256}
-        else:
-            hashes = source.sha256
-        names = (
-            [source.file_name]
-            if isinstance(source, PyPISource)
-            else sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        )
-        files = {
-            name: {
-                "bytes": (stat := (folder / name).stat()).st_size,
-                "sha256": hashes.get(name, ""),
-                "mtime_ns": stat.st_mtime_ns,
-            }
-            for name in names
-        }
-        path = _manifest_path(pair, build)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(path, _identity(pair, source), str(folder), files, now, drafter)
-
-    def write(self) -> None:
-        """Replace the file on disk in one step."""
-        body = {key: value for key, value in vars(self).items() if key != "path"}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump(body, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
-
-    def installed(self, pair: Pair, build: Build) -> Installed:
-        total = sum(entry["bytes"] for entry in self.files.values())
-        folder = Path(self.folder)
-        target = folder
-        if isinstance(build.source, PyPISource):
-            target = folder / build.source.file_name
-        elif isinstance(build.source, FolderSource):
-            target, total = build.source.path, build.source.bytes
-        return Installed(pair, build, target, pair.drafter.path or Path(self.drafter), total)
-
-    def damage(self) -> str:
-        """What is missing or has the wrong size, in words; "" if nothing."""
-        for name, entry in self.files.items():
-            try:
-                size = (Path(self.folder) / name).stat().st_size
-            except OSError:
-                return f"{name} is missing"
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes instead of {entry['bytes']}"
-        return ""
-
-    def changed(self, report: Report, check: bool) -> str:
-        """Hash what was touched since its last check (`check`: everything); "" if all is well."""
-        checked = False
-        for name, entry in self.files.items():
-            path = Path(self.folder) / name
-            mtime_ns = path.stat().st_mtime_ns
-            if not entry["sha256"] or (mtime_ns == entry["mtime_ns"] and not check):
-                continue
-            if fetch.sha256(path, report) != entry["sha256"]:
-                return f"{name} does not have the sha256 it should"
-            entry["mtime_ns"] = mtime_ns
-            checked = True
-        if checked:
-            self.write()
-        return ""
+def _manifest_path(pair: Pair, build: Build) -> Path:
+    """A pair has one build from the package index at most: its file lies beside the manifest."""
+    pypi = isinstance(build.source, PyPISource)
+    return folder_of(pair) / ("pypi.json" if pypi else f"hub-{build.name}.json")
 
 
 def _identity(pair: Pair, source: Source) -> str:
@@ -246,14 +178,16 @@ def _identity(pair: Pair, source: Source) -> str:
     return f"{own} + {drafter.repo}@{drafter.revision}" if drafter else own
 
 
-def _folder(pair: Pair) -> Path:
-    return cache_dir() / "models" / pair.folder_name
-
-
-def _manifest_path(pair: Pair, build: Build) -> Path:
-    """A pair has one build from the package index at most: its file lies beside the manifest."""
-    pypi = isinstance(build.source, PyPISource)
-    return _folder(pair) / ("pypi.json" if pypi else f"hub-{build.name}.json")
+def _installed(pair: Pair, build: Build, manifest: Manifest) -> Installed:
+    target, bytes_ = Path(manifest.folder), manifest.bytes
+    if isinstance(build.source, FolderSource):
+        target, bytes_ = build.source.path, bytes_ + build.source.bytes
+    elif isinstance(build.source, PyPISource):
+        target /= build.source.file_name
+    elif build.format == "gguf":
+        target /= next(name for name in manifest.files if name.endswith(".gguf"))
+    drafter = pair.drafter.path or Path(manifest.drafter)
+    return Installed(pair, build, target, drafter, bytes_)
 
 
 def _in_folders(pair: Pair, build: Build) -> Installed | None:
@@ -264,32 +198,42 @@ def _in_folders(pair: Pair, build: Build) -> Installed | None:
     return Installed(pair, build, source.path, drafter, source.bytes)
 
 
-# ── fetching ────────────────────────────────────────────────────────────────────────────────────
-
-
 def _healthy(pair: Pair, build: Build, report: Report, check: bool) -> Installed | None:
     """What is installed and stands the checks; what does not is reported and counts as absent."""
     if found := _in_folders(pair, build):
         return found
-    manifest = _Manifest.read(pair, build)
+    manifest = manifest_of(pair, build)
     if manifest is None:
         return None
-    with _disk(_folder(pair)):
+    with disk(folder_of(pair)):
         wrong = manifest.damage() or manifest.changed(report, check)
         if wrong:
             _remark(f"{wrong}: refused, fetching it again", report)
             manifest.path.unlink(missing_ok=True)
             return None
-    return manifest.installed(pair, build)
+    return _installed(pair, build, manifest)
 
 
-def _first_that_works(pair: Pair, builds: tuple[Build, ...], report: Report) -> Installed:
+# ── fetching ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _first_that_works(
+    pair: Pair, builds: tuple[Build, ...], report: Report, check: bool, asks: Asks
+) -> Installed:
     failures: list[UserError] = []
     for build in builds:
         if failures:
             _remark(f"{failures[-1].message}; trying {build.source}", report)
         try:
-            return _fetch(pair, build, report)
+            found = _plan(pair, build, report, asks)
+        except (DiskError, DoesNotFitError):
+            raise
+        except UserError as error:
+            failures.append(error)
+            continue
+        asks.confirm(found)
+        try:
+            return _fetch(found, report, check, asks)
         except DiskError:
             raise
         except UserError as error:
@@ -304,61 +248,128 @@ def _first_that_works(pair: Pair, builds: tuple[Build, ...], report: Report) -> 
     raise kind(f"could not fetch {pair.name}: {reasons}", hint=hint)
 
 
-def _fetch(pair: Pair, build: Build, report: Report) -> Installed:
-    source, of_drafter = build.source, pair.drafter.source
-    if isinstance(source, FolderSource) and not source.path.exists():
-        raise UnknownModelError(f"{pair.name}@{build.name}: there is nothing at {source.path}")
-    drafter = str(_checked_snapshot(of_drafter, report)) if of_drafter else ""
-    if isinstance(source, FolderSource):
-        folder = Path(drafter)
-    elif isinstance(source, HubSource):
-        folder = _checked_snapshot(source, report)
-    else:
-        folder = _folder(pair)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=_STAGING, dir=folder, ignore_cleanup_errors=True
-        ) as staging:
-            fresh = fetch.from_index(source, Path(staging), report)
-            os.replace(fresh, folder / source.file_name)
-    manifest = _Manifest.create(pair, build, folder, drafter)
+def _plan(pair: Pair, build: Build, report: Report, asks: Asks) -> PullPlan:
+    if isinstance(build.source, FolderSource) and not build.source.path.exists():
+        raise UnknownModelError(
+            f"{pair.name}@{build.name}: there is nothing at {build.source.path}"
+        )
+    found = preflight.plan(pair, build, folder_of(pair), report, asks.fits)
+    preflight.require_space(found)
+    return found
+
+
+def _fetch(plan: PullPlan, report: Report, check: bool, asks: Asks) -> Installed:
+    """Everything the plan lists, checked, and the manifest that says so."""
+
+    def tell(step: Step) -> None:
+        report(step.label(), step.done, step.total)
+
+    pair, build = plan.pair, plan.build
+    unfinished = _unfinished(plan)
+    if plan.listings:
+        unfinished.write()
+    _transfer(plan, report, check, asks.watch or tell)
+    manifest = replace(unfinished, path=_manifest_path(pair, build))
+    if isinstance(build.source, PyPISource):
+        folder, name = _from_index(pair, build.source, report), build.source.file_name
+        manifest.folder = str(folder)
+        manifest.files = describe(folder, [name], {name: build.source.sha256})
+    if plan.target:
+        manifest.files = _files(plan.target)
+    if plan.drafter:
+        manifest.drafter_files = _files(plan.drafter)
     manifest.write()
-    return manifest.installed(pair, build)
+    unfinished.path.unlink(missing_ok=True)
+    return _installed(pair, build, manifest)
 
 
-def _checked_snapshot(source: HubSource, report: Report) -> Path:
-    """The snapshot with its hashes checked; a bad copy in the hub's cache is fetched once more."""
-    for again in (False, True):
-        folder = fetch.from_hub(source, report, again)
-        wrong = [
-            name
-            for name, expected in source.sha256.items()
-            if not (folder / name).exists() or fetch.sha256(folder / name, report) != expected
-        ]
-        if not wrong:
-            return folder
-        if not again:
-            _remark(f"{wrong[0]} is not what it should be: refused, fetching it again", report)
-    raise CheckpointError(f"{', '.join(wrong)} from {source.repo}: the sha256 differs")
+def _unfinished(plan: PullPlan) -> Manifest:
+    """What lies beside the manifests while a pull is under way or was broken off.
+
+    It tells `rm` of other pairs what will be needed, and of this one what is to be deleted.
+    """
+
+    def listed(listing: Listing | None) -> tuple[str, Files]:
+        files = listing.files if listing else ()
+        sizes = {file.name: {"bytes": file.bytes, "sha256": "", "mtime_ns": 0} for file in files}
+        return str(listing.folder) if listing else "", sizes
+
+    return Manifest(
+        folder_of(plan.pair) / f"{UNFINISHED}{plan.build.name}.json",
+        _identity(plan.pair, plan.build.source),
+        *listed(plan.target),
+        "",
+        *listed(plan.drafter),
+    )
 
 
-def _remove_snapshot(folder: Path) -> int:
-    """Delete one revision from the hub's cache; files that another revision uses stay."""
-    from huggingface_hub import scan_cache_dir
+def _files(listing: Listing) -> Files:
+    return describe(
+        listing.folder,
+        (file.name for file in listing.files),
+        {file.name: file.sha256 for file in listing.files},
+    )
 
-    plan = scan_cache_dir().delete_revisions(folder.name)
-    plan.execute()
-    return plan.expected_freed_size
+
+def _transfer(plan: PullPlan, report: Report, check: bool, watch: Watch) -> None:
+    """The hub's files of the plan. Bad ones are fetched once more; bad again, they are refused."""
+    for listing in plan.listings:
+        transfer.sweep(listing.access.repo)  # what a killed pull left behind
+    items = plan.items()
+    for last in (False, True):
+        if items:
+            transfer.run(items, watch)
+        items = tuple(
+            transfer.Item(listing.access.repo, listing.access.commit, name, bytes_, again=True)
+            for listing in plan.listings
+            for name, bytes_ in _wrong(listing, report, check)
+        )
+        if not items:
+            return
+        names = ", ".join(item.name for item in items)
+        if last:
+            raise CheckpointError(f"{names} from {items[0].repo}: the size or the sha256 differs")
+        _remark(f"{names}: not what it should be: refused, fetching it again", report)
+
+
+def _wrong(listing: Listing, report: Report, check: bool) -> Iterator[tuple[str, int]]:
+    """Files without the size, or the hash the catalogue (with `check`: or the hub) states."""
+    for file in listing.files:
+        path = listing.folder / file.name
+        pinned = file.name in listing.source.sha256 or check
+        if (
+            not path.exists()
+            or path.stat().st_size != file.bytes
+            or (pinned and file.sha256 and fetch.sha256(path, report) != file.sha256)
+        ):
+            yield file.name, file.bytes
+
+
+def _from_index(pair: Pair, source: PyPISource, report: Report) -> Path:
+    folder = folder_of(pair)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=_STAGING, dir=folder, ignore_cleanup_errors=True
+    ) as staging:
+        fresh = fetch.from_index(source, Path(staging), report)
+        os.replace(fresh, folder / source.file_name)
+    return folder
+
+
+def _remark(text: str, report: Report) -> None:
+    """Something worth keeping on the screen: it is logged, and stands as a stage for a while."""
+    log.warning(text)
+    report(text, 0, 0)
 
 
 def _remove_stale(pair: Pair) -> None:
     """Under the lock no other pull runs, so a staging folder belongs to one that was killed."""
-    for stale in _folder(pair).glob(f"{_STAGING}*"):
+    for stale in folder_of(pair).glob(f"{_STAGING}*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 @contextmanager
-def _lock(pair: Pair, report: Report, wait: bool = True) -> Iterator[None]:
+def lock(pair: Pair, report: Report, wait: bool = True) -> Iterator[None]:
     """One pull per pair at a time, across processes; freed by the kernel when we die."""
     path = cache_dir() / "models" / f"{pair.folder_name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +390,7 @@ def _lock(pair: Pair, report: Report, wait: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
+def disk(folder: Path) -> Iterator[None]:
     """A full, read-only or forbidden disk becomes one sentence."""
     try:
         yield

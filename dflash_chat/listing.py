@@ -15,14 +15,10 @@ from typing import Any
 
 from dflash_chat import hub
 from dflash_chat.pairs import Build, Drafter, Fact, HubSource, Pair
+from dflash_chat.progress import size
 
 _SIZE_FROM, _LICENCE_FROM = 62, 74  # columns of the terminal from which these are shown
 _LEAST = 24  # columns that the last cell keeps
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 # ── list ────────────────────────────────────────────────────────────────────────────────────────

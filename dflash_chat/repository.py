@@ -11,8 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dflash_chat import fetch
-from dflash_chat.entries import SAFETENSORS, HubSource
+from dflash_chat import transfer
+from dflash_chat.entries import SAFETENSORS
 from dflash_chat.errors import CheckpointError
 
 
@@ -45,10 +45,10 @@ def describe(repo: str, revision: str) -> Repository:
         config = Path(hub.hf_hub_download(repo, "config.json", revision=revision))
     except (OSError, ValueError, HTTPError) as error:
         if isinstance(error, errors.HfHubHTTPError):  # it was reached, and said no
-            raise fetch.hub_error(HubSource(repo, revision, 0), error) from error
+            raise transfer.as_error(error, repo, revision) from error
         cached = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(cached, str):
-            raise fetch.hub_error(HubSource(repo, revision, 0), error) from error
+            raise transfer.as_error(error, repo, revision) from error
         config = Path(cached)
         commit = config.parent.name
         files = {file.name: file.stat().st_size for file in config.parent.iterdir()}

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dflash_chat.geometry import DrafterGeometry, Geometry, TargetGeometry
+from dflash_chat.runtime import costs as measured
+from dflash_chat.runtime.costs import CostTable
 from dflash_chat.runtime.width import WIDTHS
 
 # All four were measured on one H200 (driver 580, torch 2.11, the figures of tests/bench/NOTES.md).
@@ -67,6 +69,13 @@ class Costs:
 
     verify_ms: Mapping[int, float]
     draft_ms: float
+
+    @classmethod
+    def of(cls, table: CostTable, context: int) -> Costs:
+        """A measurement, behind so much context."""
+        at = measured.Costs(table).at(context)
+        verify = {n: ms - at.draft_ms for n, ms in zip(table.widths, at.drafted_ms, strict=True)}
+        return cls(verify, at.draft_ms)
 
     @property
     def plain(self) -> float:

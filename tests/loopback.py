@@ -1,4 +1,4 @@
-"""A tiny pair, and the two places it can come from: a package index and a hub on 127.0.0.1."""
+"""A tiny pair with a build from a package index on 127.0.0.1 and one from a hub (hub_server.py)."""
 
 from __future__ import annotations
 
@@ -114,11 +114,8 @@ class Server:
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     seconds: float = 0.0
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
     started: threading.Event = field(default_factory=threading.Event)
     bodies: int = 0
-    asked: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -127,29 +124,6 @@ def index(wheel: Path, seconds: float = 0.0) -> Iterator[Server]:
     page = f'<a href="/files/{wheel.name}">{wheel.name}</a>'.encode()
     files = {"/simple/tiny-pair/": page, f"/files/{wheel.name}": wheel.read_bytes()}
     with _Running(Server(files=files, seconds=seconds)) as server:
-        yield server
-
-
-@contextmanager
-def hub(payload: bytes = PAYLOAD) -> Iterator[Server]:
-    """A hub with the repository me/tiny at COMMIT."""
-    config = b'{"model_type": "llama"}'
-    tree = [
-        {"type": "file", "path": "config.json", "size": len(config), "oid": "1" * 40},
-        {
-            "type": "file",
-            "path": "model.safetensors",
-            "size": len(payload),
-            "oid": "2" * 40,
-            "lfs": {"oid": sha256(payload), "size": len(payload), "pointerSize": 132},
-        },
-    ]
-    files = {
-        f"/api/models/me/tiny/tree/{COMMIT}": json.dumps(tree).encode(),
-        f"/me/tiny/resolve/{COMMIT}/config.json": config,
-        f"/me/tiny/resolve/{COMMIT}/model.safetensors": payload,
-    }
-    with _Running(Server(files=files)) as server:
         yield server
 
 
@@ -169,21 +143,15 @@ class _Running:
                 self._answer(with_body=True)
 
             def _answer(self, with_body: bool) -> None:
-                server.asked.append(self.path)
                 body = server.files.get(self.path.split("?")[0])
-                if server.status != 200 or body is None:
-                    self.send_response(server.status if server.status != 200 else 404)
-                    for name, value in server.headers.items():
-                        self.send_header(name, value)
+                if body is None:
+                    self.send_response(404)
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return
                 self.send_response(200)
-                kind = "application/json" if "/api/" in self.path else "text/html"
-                self.send_header("Content-Type", kind)
+                self.send_header("Content-Type", "text/html")
                 self.send_header("Content-Length", str(len(body)))
-                self.send_header("ETag", f'"{sha256(body)}"')
-                self.send_header("X-Repo-Commit", COMMIT)
                 self.end_headers()
                 if with_body:
                     self._send(body)

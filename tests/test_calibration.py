@@ -10,10 +10,13 @@ import pytest
 
 from dflash_chat import calibration
 from dflash_chat.calibration import Key
+from dflash_chat.runtime.costs import CostTable
 from dflash_chat.speed import Costs
 
 KEY = Key("RTX 3090", "580.1", "gemma-4-26b-a4b", "int4")
-COSTS = Costs({1: 5.3, 2: 6.0, 4: 8.6, 16: 17.6}, 2.9)
+RIG = "fp8 drafter"
+TABLE = CostTable((1, 2, 4, 16), (64, 4096), (2.8, 3.0), ((5, 5.6), (6, 6), (8, 9), (17, 18)))
+COSTS = Costs.of(TABLE, 2048)
 
 
 @pytest.fixture(autouse=True)
@@ -24,34 +27,40 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_written_is_read() -> None:
     assert calibration.read(KEY) is None
-    calibration.write(KEY, COSTS)
+    calibration.write(KEY, RIG, TABLE)
     assert calibration.read(KEY) == COSTS
 
 
 @pytest.mark.parametrize("field", ["gpu", "driver", "pair", "build"], ids=range(4))
 def test_a_measurement_holds_for_its_card_driver_pair_and_build_alone(field: str) -> None:
-    calibration.write(KEY, COSTS)
+    calibration.write(KEY, RIG, TABLE)
     assert calibration.read(replace(KEY, **{field: "another"})) is None
+
+
+def test_a_table_is_taken_again_only_for_the_same_rig() -> None:
+    calibration.write(KEY, RIG, TABLE)
+    assert calibration.table(KEY, RIG) == TABLE
+    assert calibration.table(KEY, "bf16 drafter") is None
+    assert calibration.read(KEY) == COSTS
 
 
 def test_measurements_live_side_by_side_and_the_last_one_counts() -> None:
     other = replace(KEY, build="fp8")
-    calibration.write(KEY, COSTS)
-    calibration.write(other, Costs({1: 9.0, 2: 10.0}, 2.9))
-    newer = Costs({1: 5.0, 2: 5.5}, 2.5)
-    calibration.write(KEY, newer)
-    assert calibration.read(KEY) == newer
+    calibration.write(KEY, RIG, TABLE)
+    calibration.write(other, RIG, TABLE)
+    newer = CostTable((1, 2), (64,), (2.5,), ((5.0,), (5.5,)))
+    calibration.write(KEY, RIG, newer)
+    assert calibration.table(KEY, RIG) == newer
     assert calibration.read(other) is not None
 
 
 @pytest.mark.parametrize(
     "entry",
     [
-        None, [], {}, {"verify_ms": {"1": 5.0}, "draft_ms": 1.0}, {"verify_ms": {"1": 5, "2": 6}},
-        {"verify_ms": {"one": 5, "2": 6}, "draft_ms": 1}, {"verify_ms": {"2": 6, "4": 7}},
-        {"verify_ms": {"1": 0, "2": 6}, "draft_ms": 1}, {"verify_ms": 5, "draft_ms": 1},
-        {"verify_ms": {"1": float("nan"), "2": 6}, "draft_ms": 1},
-        {"verify_ms": {"1": 5, "2": float("inf")}, "draft_ms": 1},
+        None, [], {}, {"rig": RIG}, {"costs": None}, {"costs": []}, {"costs": {"version": 1}},
+        {"costs": TABLE.to_dict() | {"version": 0}}, {"costs": TABLE.to_dict() | {"widths": [1]}},
+        {"costs": TABLE.to_dict() | {"draft_ms": [1.0, float("nan")]}},
+        {"costs": CostTable.even((1,)).to_dict()},
     ],
     ids=range(11),
 )  # fmt: skip
@@ -66,12 +75,12 @@ def test_a_broken_file_is_no_measurement_and_is_replaced(text: str) -> None:
     calibration.file().parent.mkdir(parents=True)
     calibration.file().write_text(text)
     assert calibration.read(KEY) is None
-    calibration.write(KEY, COSTS)
+    calibration.write(KEY, RIG, TABLE)
     assert calibration.read(KEY) == COSTS
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_measurement(folder: Path) -> None:
     folder.parent.joinpath("cache").write_text("a file in the way")
-    calibration.write(KEY, COSTS)
+    calibration.write(KEY, RIG, TABLE)
     assert calibration.read(KEY) is None
     assert list(folder.parent.iterdir()) == [folder]

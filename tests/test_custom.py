@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from dflash_chat.errors import (
     UserError,
 )
 from dflash_chat.pairs import FolderSource
-from tests import folders, loopback
+from tests import folders, hub_pairs, hub_server
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -255,56 +253,42 @@ def test_what_is_no_pair_is_refused(name: str, code: int, words: str) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[loopback.Server]:
+def server() -> Iterator[hub_server.Hub]:
     """A hub with a target and a drafter."""
-    with loopback.hub() as server:
-        for name, config in (
-            ("target", folders.target_config()), ("drafter", folders.drafter_config()),
-        ):  # fmt: skip
-            data = json.dumps(config).encode()
-            sizes = {"config.json": len(data), "model.safetensors": 10**9, "pytorch_model.bin": 5}
-            listed = [{"rfilename": file, "size": size} for file, size in sizes.items()]
-            about = {"id": f"me/{name}", "sha": loopback.COMMIT, "siblings": listed}
-            at = f"/api/models/me/{name}/revision/main"
-            server.files[at] = json.dumps(about).encode()
-            server.files[f"/me/{name}/resolve/main/config.json"] = data
-        yield server
+    repos = {}
+    for name, config in (
+        ("target", folders.target_config()), ("drafter", folders.drafter_config()),
+    ):  # fmt: skip
+        files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": b"never"}
+        repos[f"me/{name}"] = hub_server.Repo({**files, "model.safetensors": b"weights"})
+    with hub_server.serve(hub_server.Hub(repos)) as running:
+        yield running
 
 
-def show(server: loopback.Server, name: str, **environment: str) -> tuple[int, str, str]:
-    """`show NAME --json` as a process of its own: the hub's client reads its settings at import."""
-    settings = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "dflash_chat", "show", name, "--json"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **settings, **environment},
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+def show(server: hub_server.Hub, name: str, **environment: str) -> tuple[int, str, str]:
+    """`show NAME --json`, as a process of its own."""
+    return hub_pairs.run(server, "show", name, "--json", **environment)
 
 
 def test_two_repositories_are_known_by_their_small_files_later_without_the_hub_too(
-    server: loopback.Server,
+    server: hub_server.Hub,
 ) -> None:
     code, out, errors = show(server, "me/target+me/drafter@main")
     assert code == EXIT_OK, errors
     pair = json.loads(out)
     (build,) = pair["builds"]
     config = len(json.dumps(folders.target_config()))
-    assert (build["source"]["repo"], build["source"]["bytes"]) == ("me/target", 10**9 + config)
+    assert (build["source"]["repo"], build["source"]["bytes"]) == ("me/target", 7 + config)
     assert (pair["drafter"]["kind"], pair["drafter"]["block_size"]) == ("hub", 5)
     assert pair["drafter"]["source"]["repo"] == "me/drafter"
-    assert not any("safetensors" in path for path in server.asked), "no weights were fetched"
+    assert not any("safetensors" in path for path in server.log), "no weights were fetched"
 
     code, out, errors = show(server, "me/target+me/drafter@main", HF_HUB_OFFLINE="1")
     assert code == EXIT_OK, errors
     assert json.loads(out)["config"] == pair["config"]
 
 
-def test_a_folder_and_a_repository_may_be_mixed(server: loopback.Server, tmp_path: Path) -> None:
+def test_a_folder_and_a_repository_may_be_mixed(server: hub_server.Hub, tmp_path: Path) -> None:
     target = write_config(tmp_path / "target", folders.target_config())
     code, out, errors = show(server, f"{target}+me/drafter")
     assert code == EXIT_OK, errors
@@ -313,8 +297,9 @@ def test_a_folder_and_a_repository_may_be_mixed(server: loopback.Server, tmp_pat
     assert pair["drafter"]["source"]["repo"] == "me/drafter"
 
 
-def test_what_the_hub_refuses_is_said(server: loopback.Server) -> None:
-    server.status, server.headers = 403, {"X-Error-Code": "GatedRepo"}
+def test_what_the_hub_refuses_is_said(server: hub_server.Hub) -> None:
+    server.repos["me/target"].gated = "auto"
+    server.repos["me/target"].refusal = hub_server.NOT_ASKED
     code, out, errors = show(server, "me/target+me/drafter")
     assert (code, out) == (EXIT_ACCESS, "")
     assert "huggingface.co/me/target" in errors

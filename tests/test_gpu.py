@@ -7,9 +7,11 @@ that would call the driver answer from a table, and with NotSupported where the 
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pynvml
@@ -490,6 +492,56 @@ def test_what_slows_the_clocks_down(install: Callable[..., Nvml], bits: int, wor
         sample = sampler.sample()
     assert sample is not None
     assert sample.throttled == words
+
+
+# ── the real bindings ───────────────────────────────────────────────────────────────────────────
+
+LIBRARY = r"""
+#include <string.h>
+typedef struct { unsigned version; unsigned long long total, reserved, free, used; } memory_v2;
+static int boards[2];
+int nvmlInitWithFlags(unsigned flags) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned n) { strcpy(text, "580.1"); return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **board) { *board = boards + i; return 0; }
+int nvmlDeviceGetUUID(void *board, char *text, unsigned n)
+    { strcpy(text, board == boards ? "GPU-aaaa" : "GPU-bbbb"); return 0; }
+int nvmlDeviceGetName(void *board, char *text, unsigned n) { strcpy(text, "Board"); return 0; }
+int nvmlDeviceGetMemoryInfo_v2(void *board, memory_v2 *m) {
+    if (m->version != (sizeof *m | 2 << 24)) return 25;  /* argument version mismatch */
+    m->total = 100; m->reserved = 10; m->free = 60; m->used = 30; return 0;
+}
+int nvmlDeviceGetPowerUsage(void *board, unsigned *milliwatts) { *milliwatts = 5500; return 0; }
+"""
+ASKING = """
+from dflash_chat import gpu
+cards = gpu.survey().gpus
+print(*[(c.uuid, c.name, c.total, c.free, c.reserved, c.driver, c.capability) for c in cards])
+with gpu.Sampler() as sampler:
+    print(sampler.sample())
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_pynvml_itself_with_a_library_that_knows_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvml.c").write_text(LIBRARY)
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "nvml.c")], check=True
+    )
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b,0")
+    done = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cards, sample = done.stdout.splitlines()
+    assert cards == " ".join(
+        f"('{uuid}', 'Board', 100, 60, 10, '580.1', None)" for uuid in ("GPU-bbbb", "GPU-aaaa")
+    )
+    assert sample == str(gpu.Sample(40, 100, None, 5.5, None, None, None, None))
 
 
 # ── the real thing ──────────────────────────────────────────────────────────────────────────────

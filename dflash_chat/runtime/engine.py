@@ -25,11 +25,12 @@ from torch import Tensor
 
 from dflash_chat.errors import UsageError
 from dflash_chat.runtime.api import SamplingParams, StepStats
-from dflash_chat.runtime.baseline import Baseline, Plain
+from dflash_chat.runtime.baseline import Plain
 from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.controller import BASELINE, Controller, Decision
+from dflash_chat.runtime.costs import Costs, CostTable
 from dflash_chat.runtime.sampling import Sampler, accepted
 from dflash_chat.runtime.timing import StepTimer, quickest_ms
-from dflash_chat.runtime.width import NO_DRAFTING, NO_ROOM, PAYS, PINNED, PROBE, WidthChooser
 
 if TYPE_CHECKING:
     from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
@@ -101,6 +102,8 @@ class Step:
     reason: str = ""
 
 
+CONTEXTS_OF_MEASURE = (64, 2048)  # tokens that stand in the cache while the widths are timed
+
 _Steps = Generator[tuple[list[int], StepStats], None, None]  # chosen tokens of each step
 
 
@@ -108,9 +111,9 @@ class Engine:
     """One target, its drafter and their caches; one sequence at a time.
 
     `draft_tokens` is how many tokens are drafted. A verify pass carries all of them, or, once
-    `measure` has timed every width, the prefix that pays; after `measure` a pass is plain now and
-    then, so that `baseline` tells what drafting is worth. `taps` are the target layers the drafter
-    observes. Closing the generator between steps is safe: every yield is a consistent state.
+    `measure` has timed every width, what `controller` decides. `taps` are the target layers the
+    drafter observes. Closing the generator between steps is safe: every yield is a consistent
+    state.
     """
 
     def __init__(
@@ -126,10 +129,14 @@ class Engine:
         self.taps = tuple(taps) if drafter is not None else ()
         self.draft_tokens = draft_tokens
         self.stop_ids = stop_ids
-        self.chooser: WidthChooser | None = None
-        self.baseline: Baseline | None = None
+        widths = range(1, draft_tokens + 2 if drafter is not None else 2)
+        self._pinned: int | None = draft_tokens  # where a request does not say
+        self.controller = Controller(
+            Costs(CostTable.even(tuple(widths))), draft_tokens, late=False, pinned=draft_tokens
+        )
         self.graphed: GraphedSteps | None = None  # runs the steps, if there
         self.eager_because = ""  # why it is not there
+        self.measured = False
         self._budget = 0  # tokens the answer may have in all
         self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
 
@@ -163,14 +170,13 @@ class Engine:
         if step.reason:
             return
         anchor = step.tokens[-1]
+        self.controller.new_answer((draft_tokens or self._pinned) if draft else 0)
         if self.graphed is None:
-            steps = self._steps(anchor, sampler, draft, draft_tokens)
+            steps = self._steps(anchor, sampler)
         else:  # the same as CUDA graphs, which keep both caches themselves
-            steps = self.graphed.decode(anchor, sampler, draft, self.log.extend, draft_tokens)
+            steps = self.graphed.decode(anchor, sampler, self.controller, self.log.extend)
         with closing(steps):
             for tokens, stats in steps:
-                if self.baseline is not None:
-                    self.baseline.take(stats)
                 step = self._clip(tokens, stats, sampler)
                 yield step
                 if step.reason:
@@ -191,34 +197,57 @@ class Engine:
             self.drafter.truncate(0)
 
     @torch.inference_mode()
-    def measure(self, pinned: bool = False) -> None:
-        """Time the draft and every verify width; from then on verify only the prefix that pays.
-        With `pinned` time but plain decoding, and verify all drafts.
+    def measure(self, pinned: bool = False, known: CostTable | None = None) -> None:
+        """Time the draft and every verify width, unless they are `known`; from then on verify what
+        pays or, with `pinned`, all drafts as before.
         """
-        if self.drafter is None:
-            return
+        late = False
         if self.graphed is not None:
-            self.baseline = self.graphed.measure(pinned)
-            return
-        if pinned:
-            (plain_ms,) = quickest_ms([partial(self._dry_pass, 1)], self.target.device)
-            self.baseline = Baseline(Plain(plain_ms, 0))
-            return
-        passes: list[Callable[[], object]] = [
-            partial(self._dry_pass, n) for n in range(1, self.draft_tokens + 2)
-        ]
-        passes.append(partial(self.drafter.draft, 0, self.draft_tokens))
-        *verify_ms, draft_ms = quickest_ms(passes, self.target.device)
-        for n in range(len(verify_ms) - 1, 0, -1):  # fewer rows cannot take longer
-            verify_ms[n - 1] = min(verify_ms[n - 1], verify_ms[n])
-        self.chooser = WidthChooser(verify_ms, draft_ms)
-        self.baseline = Baseline(Plain(verify_ms[0], 0))
+            table = known or self.graphed.costs()
+            late = self.graphed.late(table)
+        else:
+            table = known or self._costs()
+        self._pinned = self.draft_tokens if pinned else None
+        self.controller = Controller(Costs(table), self.draft_tokens, late, self._pinned)
+        self.measured = True
 
-    def _dry_pass(self, n: int) -> Tensor:
-        """A pass of n rows that commits nothing; its features [n, K·C]."""
+    @property
+    def plain(self) -> Plain | None:
+        """Plain decoding as measured last, at load if no step was plain since; None before that."""
+        if not self.measured:
+            return None
+        if (live := self.controller.baseline) is not None:
+            return Plain(live.ms, live.measured_context_tokens)
+        context = self.controller.costs.table.contexts[0]
+        return Plain(self.controller.costs.at(context).plain_ms, context)
+
+    def _costs(self) -> CostTable:
+        """Every pass timed behind a few lengths of context."""
+        widths = range(1, self.draft_tokens + 2 if self.drafter is not None else 2)
+        most = self.cache.capacity - widths[-1]
+        contexts = sorted({min(n, most) for n in CONTEXTS_OF_MEASURE})
+        drafts: list[float] = []
+        verifies: list[list[float]] = []
+        for context in contexts:
+            passes: list[Callable[[], object]] = [
+                partial(self._dry_pass, n, context) for n in widths
+            ]
+            if self.drafter is not None:
+                passes.append(partial(self.drafter.draft, 0, self.draft_tokens))
+            times = quickest_ms(passes, self.target.device)
+            verifies.append(times[: len(widths)])
+            drafts.append(times[-1])  # without a drafter never looked at
+        return CostTable.measured(widths, contexts, drafts, list(zip(*verifies, strict=True)))
+
+    def _dry_pass(self, n: int, context: int = 0) -> Tensor:
+        """A pass of n rows that commits nothing; its features [n, K·C]. With `context` as if so
+        many rows stood before it, whatever they hold.
+        """
+        self.cache.length = context
         hidden, features = self.target.forward(self._tensor([0] * n), self.cache, self.taps)
         self.target.logits(hidden[-self.draft_tokens - 1 :])
         self.cache.commit(0)
+        self.cache.length = 0
         return features
 
     def forget(self) -> None:
@@ -262,12 +291,13 @@ class Engine:
             self.drafter.truncate(n)
         return n
 
-    def _steps(self, anchor: int, sampler: Sampler, draft: bool, pinned: int) -> _Steps:
-        """Draft–verify cycles; without drafting (or room for it) plain decoding steps."""
-        timer = StepTimer(self.target.device)
+    def _steps(self, anchor: int, sampler: Sampler) -> _Steps:
+        """Draft–verify cycles, as wide as the controller says."""
+        timer, controller = StepTimer(self.target.device), self.controller
         while True:
             timer.start()
-            drafted, why = self._propose(anchor, sampler, draft, pinned)
+            decision = controller.decide(self.cache.length, self.cache.capacity - self.cache.length)
+            drafted = self._propose(anchor, sampler, decision)
             width = len(drafted)
             block = torch.cat([self._tensor([anchor]), drafted])
             timer.mark("draft")
@@ -281,6 +311,9 @@ class Engine:
             n = accepted(proposals, choices)
             self._commit([anchor, *proposals[:n]], features[: n + 1])
             ms = timer.read()
+            draft_ms = ms["draft"] if decision.draft else 0.0
+            rest_ms = sum(ms.values()) - draft_ms
+            controller.observe(decision, n, self.cache.length, draft_ms, rest_ms)
             stats = StepStats(
                 drafted=width,
                 accepted=n,
@@ -290,31 +323,18 @@ class Engine:
                 sample_ms=ms["sample"],
                 host_ms=ms["host"],
                 context_tokens=self.cache.length,
-                why=why,
-                probe=why == PROBE,
+                why=decision.why,
+                probe=decision.why == BASELINE,
             )
             yield choices[: n + 1], stats
             anchor = choices[n]
 
-    def _propose(
-        self, anchor: int, sampler: Sampler, draft: bool, pinned: int
-    ) -> tuple[Tensor, str]:
-        """The drafted tokens worth verifying, int64 [≤ draft_tokens], or `pinned` of them, and
-        why so many.
-        """
-        nothing = self._tensor([])
-        most = min(pinned or self.draft_tokens, self.draft_tokens)
-        n = min(most, self.cache.capacity - self.cache.length - 1)
-        if self.drafter is None or not draft:
-            return nothing, NO_DRAFTING
-        if n < 1:
-            return nothing, NO_ROOM
-        if not pinned and self.baseline is not None and self.baseline.asks():
-            return nothing, PROBE
-        tokens, chances = sampler.guess(self.drafter.draft(anchor, n))
-        if self.chooser is None or pinned:
-            return tokens, PINNED if n == most else NO_ROOM
-        return tokens[: self.chooser.choose(chances.tolist()) - 1], PAYS
+    def _propose(self, anchor: int, sampler: Sampler, decision: Decision) -> Tensor:
+        """The drafted tokens worth verifying, int64 [≤ draft_tokens]."""
+        if self.drafter is None or not decision.draft:
+            return self._tensor([])
+        tokens, chances = sampler.guess(self.drafter.draft(anchor, decision.width - 1))
+        return tokens[: self.controller.cut(decision, chances.tolist()) - 1]
 
     def _commit(self, ids: list[int], features: Tensor) -> None:
         """The first len(ids) rows of the block become context of target, drafter and log."""

@@ -7,12 +7,11 @@ not tell of is loaded on as if there were no plan.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 
 import torch
 
-from dflash_chat import calibration, gpu, planner
+from dflash_chat import __version__, calibration, gpu, planner
 from dflash_chat.budget import CUDA_CONTEXT
 from dflash_chat.calibration import Key
 from dflash_chat.gpu import Gpu
@@ -20,8 +19,6 @@ from dflash_chat.hub import Installed
 from dflash_chat.runtime import memory
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.engine import Engine
-from dflash_chat.runtime.width import WidthChooser
-from dflash_chat.speed import Costs
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +49,28 @@ def planned(
     return filled
 
 
-def keep_costs(installed: Installed, engine: Engine, card: Gpu | None) -> None:
-    """Write down what the engine measured of its graphs, if it did."""
-    chooser = engine.graphed.chooser if engine.graphed else None
-    if card is None or chooser is None:
+def key_of(installed: Installed, card: Gpu) -> Key:
+    """What a measurement of this pair on this card is kept under."""
+    return Key(card.name, card.driver, installed.pair.name, installed.build.name)
+
+
+def rig_of(engine: Engine, options: EngineOptions) -> str:
+    """What else the times of its passes depend on."""
+    precision = options.drafter, options.head, options.draft_head, str(options.draft_rows)
+    drafts = str(engine.draft_tokens)
+    return " ".join((__version__, torch.__version__, engine.target.kernels, *precision, drafts))
+
+
+def measure(installed: Installed, engine: Engine, options: EngineOptions, card: Gpu | None) -> None:
+    """Time the engine's passes, or take what was measured of its graphs before, and keep it."""
+    pinned = options.draft_tokens > 0
+    if card is None or engine.graphed is None:
+        engine.measure(pinned)
         return
-    key = Key(card.name, card.driver, installed.pair.name, installed.build.name)
-    calibration.write(key, costs_of(chooser))
-
-
-def costs_of(chooser: WidthChooser) -> Costs:
-    """The chooser's figures; its cost of one row leaves out what such a step saves of a draft."""
-    verify = {n: ms for n, ms in enumerate(chooser.verify_ms, 1) if math.isfinite(ms)}
-    verify[1] += chooser.draft_ms
-    return Costs(verify, chooser.draft_ms)
+    key, rig = key_of(installed, card), rig_of(engine, options)
+    known = calibration.table(key, rig)
+    if known is not None and known.widths != tuple(engine.graphed.widths):
+        known = None
+    engine.measure(pinned, known)
+    if known is None:
+        calibration.write(key, rig, engine.controller.costs.table)

@@ -1,14 +1,17 @@
-"""The engine's steps as CUDA graphs: launched ahead and read one step late, without a wait between.
+"""The engine's steps as CUDA graphs: launched ahead, without a wait between them.
 
-    launch(i + 1)  │  read(i) → tokens, text, stop checks      the GPU goes from step to step
+    late   launch(i + 1)  │  read(i) → tokens, text, stop checks     the width comes from the past
+    now    draft(i + 1)   │  read(i) → …  │  confidence(i + 1) → width → verify(i + 1)
 
-A launch is a few replays: the draft (or, for a pass of the anchor alone, only the projection of
-what was committed), the target's forward over n rows, and the choice, greedy or sampled as the
-request on the device says. Penalties alone are torch's, since they need the answer's history.
-What ended an answer is found one step late: the step launched behind it is thrown away, and since
+A step is a few replays: the draft, the target's forward over n rows, and the choice, greedy or
+sampled as the request on the device says. Penalties alone are torch's, since they need the answer's
+history. Either way the host waits once a step. Waiting for the draft's confidence leaves the device
+idle for the moment the host needs to answer, which long steps do not feel and short ones do.
+What ended an answer is found one step late: what was launched behind it is thrown away, and since
 rows count only when the host commits them, there is nothing to undo.
 
-A plain answer drafts nothing; its rows' features are copied for the drafter's next turn.
+A plain step runs no draft. Its row's features are kept aside, and projected into the drafter's
+context sixteen at a time or before the next draft.
 """
 
 from __future__ import annotations
@@ -22,26 +25,19 @@ from torch import Tensor
 
 from dflash_chat.runtime import timing
 from dflash_chat.runtime.api import StepStats
-from dflash_chat.runtime.baseline import Baseline, Plain
 from dflash_chat.runtime.cache import KVCache
+from dflash_chat.runtime.controller import BASELINE, PINNED, Controller, Decision
+from dflash_chat.runtime.costs import CostTable
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.kernels import accept, sample
 from dflash_chat.runtime.sampling import Sampler
 from dflash_chat.runtime.step import Describable, Graphs, Step, TargetParts
-from dflash_chat.runtime.width import (
-    MAX_ROWS,
-    NO_DRAFTING,
-    NO_ROOM,
-    PAYS,
-    PINNED,
-    PROBE,
-    WIDTHS,
-    Survival,
-    WidthChooser,
-)
+from dflash_chat.runtime.width import MAX_ROWS, WIDTHS
 
-CONTEXT_OF_MEASURE = 1024  # tokens that stand in the cache while the widths are timed
+CONTEXTS_OF_MEASURE = (1024, 8192, 65536)  # tokens that stand in the cache while widths are timed
+KEPT = 16  # plain rows whose features may wait for their projection
+WAIT_PAYS_FROM_MS = 2.0  # a step so long hardly feels that the host looks at its draft
 
 
 class Passes(Protocol):
@@ -54,18 +50,19 @@ class Passes(Protocol):
         """Run it again."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Flight:
-    """A step that was launched: its rows, where its record goes, and when what was done."""
+    """A step that was begun, and once its width is known launched: where its record goes, and when
+    what was done.
+    """
 
-    width: int
-    why: str
-    record: Tensor  # `accept.read`s it
-    features: Tensor | None  # [1, K·C] of a plain step with a drafter
+    decision: Decision
     begun: timing.Mark
     drafted: timing.Mark
-    verified: timing.Mark
-    done: timing.Mark
+    confidence: Tensor  # fp32 on the host, there once `drafted` is reached
+    record: Tensor | None = None  # `accept.read`s it
+    verified: timing.Mark = 0.0
+    done: timing.Mark = 0.0
 
 
 class GraphedSteps:
@@ -77,20 +74,23 @@ class GraphedSteps:
         self.step, self.cache, self.drafter, self.passes = step, cache, drafter, passes
         most = 1 if drafter is None else draft_tokens + 1
         self.widths = sorted({n for n in WIDTHS if n < most} | {1, most})
-        self.survival = Survival(most - 1)
-        self.chooser: WidthChooser | None = None
-        self.baseline: Baseline | None = None
         self._device = step.state.length.device
         self._request = sample.new_params(self._device)
         self._logits = torch.zeros(most, step.head_shape[0], device=self._device)
         self._hidden = {n: torch.empty(0) for n in self.widths}
         self._draft_hidden = torch.empty(0)
         cuda = self._device.type == "cuda"
-        self._records = [
-            torch.zeros(step.record.shape, dtype=torch.int32, pin_memory=cuda) for _ in range(2)
-        ]
-        self._launched = 0
-        self._unprojected = 0  # rows whose features only `step.features` holds
+        self._records = [torch.zeros_like(step.record, device="cpu") for _ in range(2)]
+        self._confidences = [torch.zeros(MAX_ROWS) for _ in range(2)]
+        if cuda:
+            self._records = [record.pin_memory() for record in self._records]
+            self._confidences = [c.pin_memory() for c in self._confidences]
+        self._begun = self._launched = 0
+        self._loose = False  # rows of the step begun last are in `step.features` alone
+        self._unprojected = 0  # how many, once that step was read and none begun behind it
+        self._kept = torch.zeros_like(step.features[:KEPT])  # rows of plain steps
+        self._kept_from = torch.zeros_like(step.state.length)  # position of the first of them
+        self._held = 0
 
     def capture(self) -> None:
         """Keep every pass that an answer may need. Both caches must be empty."""
@@ -107,7 +107,7 @@ class GraphedSteps:
             self._hidden[n] = step.forward(n)
 
         def choose(n: int) -> None:
-            accept.accept(state, step.argmax(self._hidden[n]), step.record)
+            accept.accept(state, step.argmax(self._hidden[n]), step.record, step.script)
 
         def draw(n: int) -> None:
             logits = step.logits(self._hidden[n])
@@ -141,13 +141,20 @@ class GraphedSteps:
             "project": drafting.project, "draft": draft, "propose": propose, "guess": guess,
         }  # fmt: skip
 
-    def measure(self, pinned: bool = False) -> Baseline:
-        """Time the draft and every verify width; from then on verify only what pays. With `pinned`
-        time but plain decoding, and verify all drafts.
+    def costs(self) -> CostTable:
+        """The draft and every verify width timed, behind a few lengths of context."""
+        room = self.cache.capacity - 2 * MAX_ROWS
+        contexts = sorted({min(n, room) for n in CONTEXTS_OF_MEASURE})
+        columns = [self._costs_at(context) for context in contexts]
+        drafts = [draft_ms for *_, draft_ms in columns]
+        rows = [list(row) for row in zip(*columns, strict=True)][:-1]
+        return CostTable.measured(self.widths, contexts, drafts, rows)
+
+    def _costs_at(self, context: int) -> list[float]:
+        """Milliseconds of every width and of the draft; the first is a plain step with its part of
+        a projection.
         """
-        state = self.step.state
-        context = min(CONTEXT_OF_MEASURE, self.cache.capacity - 2 * MAX_ROWS)
-        vocab = self.step.head_shape[0]
+        state, vocab = self.step.state, self.step.head_shape[0]
 
         def verify(n: int) -> None:
             self._place(0, context)
@@ -161,36 +168,29 @@ class GraphedSteps:
 
         passes: list[Callable[[], object]] = [
             lambda n=n: verify(n)  # type: ignore[misc]
-            for n in self.widths[: 1 if pinned else None]
+            for n in self.widths
         ]
-        if pinned:
-            (plain_ms,) = timing.quickest_ms(passes, self._device)
-            self.baseline = Baseline(Plain(plain_ms, context))
-            return self.baseline
+        if self.drafter is None:
+            times = timing.quickest_ms(passes, self._device)
+            return [*times, times[0]]
         passes += [draft, lambda: self.passes.replay("project")]
-        *verify_ms, draft_ms, project_ms = timing.quickest_ms(passes, self._device)
-        cost = [float("inf")] * self.widths[-1]  # of widths without a graph
-        for n, ms in zip(self.widths, verify_ms, strict=True):
-            cost[n - 1] = ms
-        self.baseline = Baseline(Plain(cost[0], context))
-        cost[0] += project_ms - draft_ms  # a pass of one row drafts nothing
-        self.chooser = WidthChooser(cost, draft_ms)
-        return self.baseline
+        *times, project_ms = timing.quickest_ms(passes, self._device)
+        times[0] += project_ms / KEPT
+        return times
+
+    def late(self, table: CostTable) -> bool:
+        """Whether steps are too short to wait for their draft's confidence."""
+        shortest = table.draft_ms[0] + table.verify_ms[min(1, len(table.widths) - 1)][0]
+        return shortest < WAIT_PAYS_FROM_MS
 
     def decode(
-        self,
-        anchor: int,
-        sampler: Sampler,
-        draft: bool,
+        self, anchor: int, sampler: Sampler, controller: Controller,
         commit: Callable[[list[int]], None],
-        pinned: int = 0,
-    ) -> Generator[tuple[list[int], StepStats], None, None]:
+    ) -> Generator[tuple[list[int], StepStats], None, None]:  # fmt: skip
         """Steps behind `anchor` until the caller closes: the accepted drafts with the target's own
         token behind them, and the step's figures. `commit` is told the ids of every step's
-        rows before it is yielded; by then both caches hold them. `pinned` drafts that many each
-        time, as far as such a width was captured.
+        rows before it is yielded; by then both caches hold them.
         """
-        drafting = draft and self.drafter is not None
         if self.drafter is not None:
             self.drafter.flush()
         self._place(anchor, self.cache.length)
@@ -198,42 +198,36 @@ class GraphedSteps:
             sample.write(self._request, sampler, self.cache.length - sampler.length)
         ahead = not sampler.penalises  # else the next launch needs this step's tokens
         previous: timing.Mark | None = None
-        flight = self._launch(*self._width(drafting, pinned), drafting, sampler)
         following: _Flight | None = None
+        flight = self._begin(controller, sampler, self.cache.length)
         try:
             while True:
                 following = None
-                if ahead:
-                    width, why = self._width(drafting, pinned)
-                    if self.cache.length + flight.width + width <= self.cache.capacity:
-                        following = self._launch(width, why, drafting, sampler)
-                choices, stats = self._land(flight, anchor, previous, following, commit)
+                self._verify(flight, controller, sampler)
+                furthest = self.cache.length + flight.decision.width
+                if ahead and furthest < self.cache.capacity:
+                    following = self._begin(controller, sampler, furthest)
+                choices, stats = self._land(flight, anchor, previous, following, controller, commit)
                 previous, anchor = flight.done, choices[-1]
                 yield choices, stats
-                flight = following or self._launch(
-                    *self._width(drafting, pinned), drafting, sampler
-                )
+                flight = following or self._begin(controller, sampler, self.cache.length)
         finally:
-            if following is not None:  # nobody will read it
-                self.cache.advance(following.width, 0)
-            elif self._unprojected:
-                self._observe(self.step.features[: self._unprojected].clone())
+            self._close(following, controller)
 
-    def _width(self, drafting: bool, pinned: int) -> tuple[int, str]:
-        """Rows of the next pass and why: what pays, and has room behind the committed rows."""
-        most, why = self.widths[-1], PINNED
-        if not drafting:
-            most, why = 1, NO_DRAFTING
-        elif pinned:
-            most = min(most, pinned + 1)
-        elif self.baseline is not None and self.baseline.asks():
-            most, why = 1, PROBE
-        elif self.chooser is not None:
-            most, why = self.chooser.choose(self.survival.chances), PAYS
-        room = self.cache.capacity - self.cache.length
-        if room < most:
-            most, why = room, NO_ROOM
-        return max(n for n in self.widths if n <= most), why
+    def _close(self, following: _Flight | None, controller: Controller) -> None:
+        """Nobody will read `following`; the features of rows that count go to the drafter."""
+        held = self._held
+        if following is not None:
+            controller.drop(following.decision)
+            if following.record is not None:
+                self.cache.advance(following.decision.width, 0)
+                held -= not following.decision.draft
+        if self.drafter is None:
+            return
+        if held > 0:
+            self.drafter.observe(self._kept[:held].clone())
+        elif self._unprojected:
+            self.drafter.observe(self.step.features[: self._unprojected].clone())
 
     def _place(self, anchor: int, length: int) -> None:
         """The device's state as if `length` rows were committed and projected."""
@@ -243,17 +237,67 @@ class GraphedSteps:
         state.committed.zero_()
         state.ids[:1].fill_(anchor)
         state.block[:1].fill_(anchor)
-        self._unprojected = 0
+        self._unprojected, self._held, self._loose = 0, 0, False
 
-    def _launch(self, n: int, why: str, drafting: bool, sampler: Sampler) -> _Flight:
-        """Put a step of n rows into the device's queue."""
-        step, state = self.step, self.step.state
+    def _begin(self, controller: Controller, sampler: Sampler, length: int) -> _Flight:
+        """Decide on a step behind at most `length` rows and put its draft into the device's queue;
+        the rest, too, unless the draft's confidence has a say.
+        """
+        decision = controller.decide(length, self.cache.capacity - length)
         begun = timing.mark(self._device)
-        if drafting:
-            self._draft(n, sampler)
-        drafted = timing.mark(self._device)
+        confidence = self._confidences[self._begun % 2]
+        self._begun += 1
+        if self.drafter is not None:
+            self._take_features(decision.draft)
+        if decision.draft:
+            self.passes.replay("draft")
+            self.passes.replay("propose" if sampler.params.temperature <= 0 else "guess")
+        waits = decision.draft and not controller.late and decision.why != PINNED
+        if waits:
+            confidence.copy_(self.step.state.confidence, non_blocking=True)
+        flight = _Flight(decision, begun, timing.mark(self._device), confidence)
+        if not waits:
+            self._launch(flight, sampler)
+        return flight
+
+    def _take_features(self, drafts: bool) -> None:
+        """Bring the drafter's context up to the last step, as far as the step at hand needs it."""
+        self._account(self._unprojected)
+        self._unprojected = 0
+        if self._held and (drafts or self._held == KEPT):
+            state = self.step.state
+            self.step.features[: self._held].copy_(self._kept[: self._held])
+            state.start.copy_(self._kept_from)
+            state.committed.fill_(self._held)
+            self._account(self._held)
+            self._held = 0
+            self._loose = True
+        if drafts:  # whose graph begins with the projection
+            self._loose = True
+        else:
+            if self._loose:
+                self.passes.replay("project")
+            self._loose = False
+            if not self._held:
+                self._kept_from.copy_(self.step.state.length)
+
+    def _verify(self, flight: _Flight, controller: Controller, sampler: Sampler) -> None:
+        """Launch what waited for the draft's confidence."""
+        if flight.record is not None:
+            return
+        timing.reach(flight.drafted)
+        drafts = self.widths[-1] - 1
+        controller.cut(flight.decision, flight.confidence[:drafts].tolist())
+        self._launch(flight, sampler)
+
+    def _launch(self, flight: _Flight, sampler: Sampler) -> None:
+        """Put forward and choice into the device's queue."""
+        step, state, n = self.step, self.step.state, flight.decision.width
         self.passes.replay(f"forward {n}")
-        verified = timing.mark(self._device)
+        if not flight.decision.draft and self.drafter is not None:
+            self._kept[self._held].copy_(step.features[0])
+            self._held += 1
+        flight.verified = timing.mark(self._device)
         if sampler.greedy:
             self.passes.replay(f"choose {n}")
         elif not sampler.penalises:
@@ -262,47 +306,29 @@ class GraphedSteps:
             self.passes.replay(f"logits {n}")
             chosen = sampler.choose(self._logits[:n], state.ids[1:n])
             accept.accept(state, chosen, step.record)
-        record = self._records[self._launched % 2]
-        record.copy_(step.record, non_blocking=True)
+        flight.record = self._records[self._launched % 2]
+        flight.record.copy_(step.record, non_blocking=True)
         self._launched += 1
-        features = None
-        if not drafting and self.drafter is not None:
-            features = step.features[:1].clone()
-        done = timing.mark(self._device)
-        return _Flight(n, why, record, features, begun, drafted, verified, done)
-
-    def _draft(self, n: int, sampler: Sampler) -> None:
-        """Project what was committed last and, if more than the anchor is verified, draft."""
-        drafting = self.step.drafting
-        assert drafting is not None
-        self._projected(self._unprojected)
-        self._unprojected = 0
-        if n == 1:
-            self.passes.replay("project")
-        else:
-            self.passes.replay("draft")
-            self.passes.replay("propose" if sampler.params.temperature <= 0 else "guess")
+        flight.done = timing.mark(self._device)
 
     def _land(
         self, flight: _Flight, anchor: int, previous: timing.Mark | None,
-        following: _Flight | None, commit: Callable[[list[int]], None],
+        following: _Flight | None, controller: Controller, commit: Callable[[list[int]], None],
     ) -> tuple[list[int], StepStats]:  # fmt: skip
         """Wait for a step's record and commit its rows."""
+        assert flight.record is not None
         timing.reach(flight.done)
-        n, choices, _ = accept.read(flight.record, flight.width - 1)
-        self.cache.advance(flight.width, n + 1)
-        if flight.features is not None:
-            self._observe(flight.features)
-        elif following is not None:
-            self._projected(n + 1)  # by the launch behind it
-        else:
+        decision, width = flight.decision, flight.decision.width
+        n, choices, confidence = accept.read(flight.record, self.widths[-1] - 1)
+        self.cache.advance(width, n + 1)
+        if decision.draft and following is not None:
+            self._account(n + 1)  # the step behind it has projected them
+        elif decision.draft:
             self._unprojected = n + 1
-        if flight.width > 1:
-            self.survival.observe(flight.width - 1, n)
         commit([anchor, *choices[:-1]])
         between = timing.ms_between
         stats = StepStats(
-            drafted=flight.width - 1,
+            drafted=width - 1,
             accepted=n,
             committed=n + 1,
             draft_ms=between(flight.begun, flight.drafted),
@@ -310,20 +336,21 @@ class GraphedSteps:
             sample_ms=between(flight.verified, flight.done),
             host_ms=0.0 if previous is None else max(0.0, between(previous, flight.begun)),
             context_tokens=self.cache.length,
-            why=flight.why,
-            probe=flight.why == PROBE,
+            why=decision.why,
+            probe=decision.why == BASELINE,
         )
+        draft_ms = stats.draft_ms if decision.draft else 0.0
+        controller.observe(
+            decision, n, self.cache.length, draft_ms, stats.total_ms - draft_ms,
+            confidence if decision.draft and controller.late else None,
+        )  # fmt: skip
         return choices, stats
 
-    def _projected(self, rows: int) -> None:
-        """The drafter's context has `rows` more, and a block behind them."""
-        if self.drafter is not None:
+    def _account(self, rows: int) -> None:
+        """The drafter's context has `rows` more, and a block may stand behind them."""
+        if self.drafter is not None and rows:
             self.drafter.cache.advance(rows, rows)
             self.drafter.cache.advance(self.drafter.config.block_size, 0)
-
-    def _observe(self, features: Tensor) -> None:
-        if self.drafter is not None:
-            self.drafter.observe(features)
 
 
 def captured(engine: Engine) -> GraphedSteps:

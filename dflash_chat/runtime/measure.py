@@ -46,7 +46,9 @@ Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows [T, C] → experts and
 
 @dataclass(frozen=True)
 class Law:
-    """How many drafted tokens each step accepts: by a mean length, or a1·r^i per position."""
+    """How many drafted tokens each step accepts: by a mean length, or the first with chance a1 and
+    each further one, if all before it were, with chance r.
+    """
 
     length: float = 0.0
     first: float = 0.0
@@ -61,10 +63,14 @@ class Law:
         out = []
         for _ in range(steps):
             n = 0
-            while n < 16 and chance.random() < self.first * self.ratio**n:
+            while n < 16 and chance.random() < (self.ratio if n else self.first):
                 n += 1
             out.append(n)
         return out
+
+    def chances(self, drafts: int) -> list[float]:
+        """Of each drafted token to be accepted if all before it are."""
+        return [self.first, *[self.ratio] * (drafts - 1)]
 
 
 @dataclass(frozen=True)

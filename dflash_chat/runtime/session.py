@@ -94,7 +94,7 @@ class Session:
                 raise DoesNotFitError(
                     f"the GPU's memory ran out while {installed.pair.title} was loaded", what_fits
                 ) from error
-        fitting.keep_costs(installed, engine, card)
+            fitting.measure(installed, engine, options, card)
         took = time.perf_counter() - started
         info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
         return cls(engine, opened.tokenizer, info, what_fits)
@@ -122,7 +122,6 @@ class Session:
         said = self._partial(request) if request.continue_last else self._nothing(request)
         answer = _Answer(request, self.tokenizer, started, said)
         self._said = None
-        baseline = self.engine.baseline
         steps = self.engine.generate(
             [*said.prompt, *said.ids],
             request.params,
@@ -131,7 +130,7 @@ class Session:
             len(said.ids),
         )
         if opening := answer.opening():
-            yield Tokens(request.id, opening, 0, lengths=(len(opening),))
+            yield Tokens(request.id, opening, 0)
         for step in steps:
             if isinstance(step, Prefilled):
                 answer.prefilled(step)
@@ -144,7 +143,7 @@ class Session:
         if tail := answer.tail():
             yield tail
         self._said = answer.said()
-        plain = baseline.plain if baseline is not None else None
+        plain = self.engine.plain
         yield answer.finished(plain.tok_s if plain is not None else 0.0)
 
     def _nothing(self, request: Generate) -> _Said:
@@ -184,10 +183,10 @@ class _Answer:
         self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
         self._stream = tokenizer.decode_stream()
         self._stops = text.StopStrings(request.params.stop)
-        self._lengths = text.Lengths()
         self._said, self._ids, self._text = said, list(said.ids), [said.text]
         self._stream.push(said.ids)
         self._shown_again = self._stops.resume(said.text)  # characters
+        self._lengths = text.Lengths()
         self._started, self._rendered = started, time.perf_counter()
         self._first = self._last = 0.0
         self._usage = Usage(0, 0, 0)
@@ -243,8 +242,9 @@ class _Answer:
         rest = self._stream.finish() if self.reason == "stop" else ""
         emit, stopped = self._stops.push(rest)
         shown = self._new(emit if stopped else emit + self._stops.finish())
-        lengths = self._lengths.share((), len(shown))
-        return Tokens(self.id, shown, 0, lengths=lengths) if shown else None
+        if not shown:
+            return None
+        return Tokens(self.id, shown, 0, lengths=self._lengths.share((), len(shown)))
 
     def _new(self, emit: str) -> str:
         """`emit` without what was shown before the answer was continued."""
@@ -386,7 +386,6 @@ def _build(
         engine.graphed, engine.eager_because = _graphs(engine)
     progress(Progress("warming up", 0, 0))
     engine.warm_up()
-    engine.measure(pinned=options.draft_tokens > 0)
     return engine
 
 
@@ -475,7 +474,7 @@ def _info(
     if device.type == "cuda":
         ours = engine.target.nbytes + drafter.nbytes + cache_bytes
         other_bytes = max(0, torch.cuda.memory_reserved(device) - ours) + OUTSIDE
-    plain = engine.baseline.plain if engine.baseline is not None else None
+    plain = engine.plain
     return ModelInfo(
         pair=installed.pair.name,
         target=f"{installed.pair.title} ({installed.build.source})",

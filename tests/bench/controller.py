@@ -26,11 +26,6 @@ CASES = [(text, "honest") for text in TEXTS]
 CASES += [("switching", "random"), ("switching", "inverted"), ("chat", "random")]
 
 
-def pooled(runs: list[sim.Run]) -> float:
-    """The speed-up over all runs together."""
-    return float(sum(r.plain_ms.sum() for r in runs) / sum(r.ms.sum() for r in runs))
-
-
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -45,12 +40,14 @@ def main() -> None:
             traces = [
                 sim.trace(TEXTS[text], args.tokens, seed, confidence) for seed in range(args.seeds)
             ]
-            pinned = {n: pooled([sim.fixed(rig, trace, n) for trace in traces]) for n in sim.WIDTHS}
+            pinned = {
+                n: sim.pooled([sim.fixed(rig, trace, n) for trace in traces]) for n in sim.WIDTHS
+            }
             best = max(pinned, key=lambda n: pinned[n])
             row = f"{text:11} {confidence:10}  {pinned[best]:5.2f} ({best:2} rows)"
             for late in (True, False):
                 runs = [sim.controlled(sim.controller(rig, late), rig, trace) for trace in traces]
-                row += f"  {pooled(runs):7.2f}  {min(run.worst() for run in runs):5.2f}"
+                row += f"  {sim.pooled(runs):7.2f}  {min(run.worst() for run in runs):5.2f}"
             print(row, flush=True)
 
 

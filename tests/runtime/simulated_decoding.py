@@ -240,6 +240,11 @@ class Run:
         return float(((plain[end] - plain[begin]) / (ms[end] - ms[begin])).min())
 
 
+def pooled(runs: Sequence[Run]) -> float:
+    """The speed-up over plain decoding of all runs together."""
+    return float(sum(run.plain_ms.sum() for run in runs) / sum(run.ms.sum() for run in runs))
+
+
 def fixed(rig: Rig, drafts: Trace, width: int) -> Run:
     """Always `width` rows; 1 is plain decoding."""
     steps: list[tuple[int, float, float]] = []

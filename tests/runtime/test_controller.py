@@ -11,9 +11,9 @@ from dflash_chat.runtime import controller as words
 from dflash_chat.runtime.controller import Controller
 from dflash_chat.runtime.costs import Costs, CostTable
 from tests.runtime import simulated_decoding as sim
-from tests.runtime.simulated_decoding import RIGS, Rig, Run, Trace
+from tests.runtime.simulated_decoding import RIGS, Rig, Run, Trace, pooled
 
-MOE = RIGS[:2]
+MOE = RIGS[:3]  # where rows cost
 TEXTS = ("chat", "mixed", "code")
 LATE = pytest.mark.parametrize("late", [True, False], ids=["late", "now"])
 CASES = [
@@ -74,10 +74,15 @@ def test_steady_text_runs_within_3_percent_of_the_best_pinned_width(
     assert _of_best_fixed(rig, text, "honest", late) > 0.97
 
 
-@pytest.mark.parametrize("confidence", ["honest", "inverted"])
-@pytest.mark.parametrize("rig", MOE, ids=str)
-def test_text_that_switches_beats_every_pinned_width(rig: Rig, confidence: str) -> None:
-    assert _of_best_fixed(rig, "switching", confidence, late=False) > 1.0
+@LATE
+@pytest.mark.parametrize("rig", MOE[:2], ids=str)
+def test_text_that_switches_beats_every_pinned_width(rig: Rig, late: bool) -> None:
+    """Little can be won one step late: knowing the text's character itself would win 3 to 4 %."""
+    traces = [sim.trace(TEXTS, 8000, seed) for seed in range(3)]
+    ours = pooled([sim.controlled(sim.controller(rig, late), rig, drafts) for drafts in traces])
+    for width in sim.WIDTHS:
+        pinned = pooled([sim.fixed(rig, drafts, width) for drafts in traces])
+        assert ours > pinned * (1.0 if late else 1.08)
 
 
 @LATE
@@ -86,7 +91,7 @@ def test_text_that_switches_beats_every_pinned_width(rig: Rig, confidence: str) 
 def test_text_that_switches_never_falls_behind_the_best_pinned_width(
     rig: Rig, confidence: str, late: bool
 ) -> None:
-    """One step late, or with all widths costing the same, there is next to nothing to win."""
+    """Where all widths cost the same, the widest cannot be beaten, only equalled."""
     assert _of_best_fixed(rig, "switching", confidence, late) > 0.97
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from dflash_chat.runtime import costs
 from dflash_chat.runtime.costs import Costs, CostTable
 
 TABLE = CostTable((1, 2, 4), (1024, 8192), (1.0, 2.0), ((4.0, 6.0), (5.0, 7.0), (8.0, 10.0)))
-RIG = {"gpu": "NVIDIA H200", "driver": "580.1", "pair": "smollm2-135m", "build": "bf16"}
 
 
 def test_times_are_linear_between_the_measured_contexts_and_beyond_the_last() -> None:
@@ -95,28 +92,6 @@ def test_what_is_no_table_is_refused(data: dict[str, object]) -> None:
         CostTable.from_dict(data)
 
 
-def test_a_table_is_kept_per_rig_and_a_broken_file_counts_as_none(tmp_path: Path) -> None:
-    assert costs.load(tmp_path, RIG) is None
-    folder = tmp_path / "new"
-    costs.save(folder, RIG, TABLE)
-    assert costs.load(folder, RIG) == TABLE
-    assert costs.load(folder, RIG | {"driver": "581.0"}) is None
-    (file,) = folder.iterdir()
-    for text in ("", "[]", "{}", file.read_text()[:-20], '{"rig": {}, "costs": {}}'):
-        file.write_text(text)
-        assert costs.load(folder, RIG) is None
-
-
-def test_a_failed_save_leaves_the_old_table_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    costs.save(tmp_path, RIG, TABLE)
-
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("json.dump", full)
-    with pytest.raises(OSError, match="disk full"):
-        costs.save(tmp_path, RIG, TABLE)
-    assert costs.load(tmp_path, RIG) == TABLE
-    assert len(list(tmp_path.iterdir())) == 1
+def test_where_nothing_was_measured_all_passes_cost_the_same() -> None:
+    at = Costs(CostTable.even((1, 2, 3))).at(500)
+    assert (at.plain_ms, at.draft_ms, at.drafted_ms) == (1, 1, (2, 2, 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,8 @@ from dflash_chat.hub import Installed
 from dflash_chat.planner import Wishes
 from dflash_chat.runtime import fitting, memory
 from dflash_chat.runtime.api import EngineOptions
-from dflash_chat.runtime.width import WidthChooser
+from dflash_chat.runtime.controller import Controller
+from dflash_chat.runtime.costs import Costs, CostTable
 
 GIB = 2**30
 CARD = Gpu(0, "GPU-1", "NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB, None, (8, 9), "580.1")
@@ -66,21 +66,47 @@ def test_a_cpu_and_wide_activations_are_left_as_they_are(
     assert fitting.planned(installed, EngineOptions(), card, dtype) == EngineOptions()
 
 
-def test_measured_costs_are_kept_for_the_next_plan(installed: Installed) -> None:
-    chooser = WidthChooser([4.0, 5.5, math.inf, 7.0, math.inf], 1.0)
-    engine = cast(Any, SimpleNamespace(graphed=SimpleNamespace(chooser=chooser)))
-    fitting.keep_costs(installed, engine, CARD)
+class Measured:
+    """Of an engine what `fitting.measure` needs; counts how often it measures."""
+
+    target = SimpleNamespace(kernels="ours")
+    draft_tokens = 3
+    table = CostTable((1, 2, 4), (64,), (1.0,), ((5.0,), (5.5,), (7.0,)))
+
+    def __init__(self, graphed: bool = True) -> None:
+        self.graphed = SimpleNamespace(widths=[1, 2, 4]) if graphed else None
+        self.measured: list[CostTable | None] = []
+
+    def measure(self, pinned: bool, known: CostTable | None = None) -> None:
+        self.measured.append(known)
+        self.controller = Controller(Costs(known or self.table), 3, late=True)
+
+
+def test_measured_costs_are_kept_for_the_next_plan_and_the_next_start(
+    installed: Installed,
+) -> None:
+    for known in (None, Measured.table):
+        engine = Measured()
+        fitting.measure(installed, cast(Any, engine), EngineOptions(), CARD)
+        assert engine.measured == [known]
     kept = calibration.read(Key(CARD.name, "580.1", "gemma-4-26b-a4b", "int4"))
     assert kept is not None
-    assert kept.verify_ms == {1: 5.0, 2: 5.5, 4: 7.0}  # a step of one row drafts nothing
+    assert kept.verify_ms == {1: 5.0, 2: 5.5, 4: 7.0}
     assert kept.draft_ms == 1.0
     made = planner.plan(installed.pair, Wishes("int4"), CARD, measured=calibration.read)
     assert made.measured
     assert made.costs is not None
     assert made.costs.plain == 200
+    coarser = Measured()
+    fitting.measure(installed, cast(Any, coarser), EngineOptions(head="fp8"), CARD)
+    assert coarser.measured == [None]
 
 
-@pytest.mark.parametrize("graphed", [None, SimpleNamespace(chooser=None)])
-def test_where_nothing_was_measured_nothing_is_kept(installed: Installed, graphed: object) -> None:
-    fitting.keep_costs(installed, cast(Any, SimpleNamespace(graphed=graphed)), CARD)
+@pytest.mark.parametrize(("graphed", "card"), [(False, CARD), (True, None)])
+def test_without_graphs_or_a_card_every_start_measures(
+    installed: Installed, graphed: bool, card: Gpu | None
+) -> None:
+    engine = Measured(graphed)
+    fitting.measure(installed, cast(Any, engine), EngineOptions(), card)
+    assert engine.measured == [None]
     assert not calibration.file().exists()

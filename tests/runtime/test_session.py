@@ -18,7 +18,6 @@ from dflash_chat.runtime.api import (
     SamplingParams,
     Tokens,
 )
-from dflash_chat.runtime.baseline import Baseline, Plain
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.session import Session
 from tests.runtime import tiny
@@ -126,21 +125,21 @@ def test_held_back_text_comes_with_the_tokens_it_is_of() -> None:
 
 def test_the_first_token_brings_the_prompts_timing_and_the_end_the_speed_up() -> None:
     session = session_of(engine())
-    session.engine.baseline = baseline = Baseline(Plain(4.0, 0))
+    session.engine.measure()
     (first, *rest), finished = tokens_of(session)
     assert first.timing is not None
     assert 0 < first.timing.prefill_s <= first.timing.ttft_s == finished.timing.ttft_s
     assert all(event.timing is None for event in rest)
     assert finished.timing.prefill_s == first.timing.prefill_s
-    assert baseline.plain is not None
-    assert finished.timing.ar_tok_s == baseline.plain.tok_s
-    assert finished.timing.speedup == finished.timing.tok_s / baseline.plain.tok_s
+    assert session.engine.plain is not None
+    assert finished.timing.ar_tok_s == session.engine.plain.tok_s
+    assert finished.timing.speedup == finished.timing.tok_s / finished.timing.ar_tok_s
 
 
 def test_a_plain_answer_measures_plain_decoding_and_an_unmeasured_one_claims_nothing() -> None:
     session = session_of(engine())
     assert tokens_of(session)[1].timing.speedup == 0
-    session.engine.baseline = Baseline(Plain(1e9, 0))
+    session.engine.measure()
     timing = tokens_of(session, draft=False)[1].timing
     assert timing.ar_tok_s > 1
     assert timing.speedup == timing.tok_s / timing.ar_tok_s

@@ -20,18 +20,17 @@ pytest.importorskip("triton")
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine, Prefilled
 from dflash_chat.runtime.engine import Step as Committed
-from dflash_chat.runtime.fused import MAX_ROWS
-from dflash_chat.runtime.graphed import GraphedSteps, Passes
+from dflash_chat.runtime.graphed import KEPT, GraphedSteps, Passes
 from dflash_chat.runtime.quant import cpu
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
-from dflash_chat.runtime.width import WidthChooser
+from dflash_chat.runtime.width import MAX_ROWS
 from tests.runtime import tiny
+from tests.runtime.any_width import AnyWidth
 from tests.runtime.kernels import pairs
 from tests.runtime.kernels.conftest import DEVICE
 from tests.runtime.kernels.pairs import BLOCK, TAPS, VOCAB
 from tests.runtime.kernels.plain_step import PlainStep
 from tests.runtime.kernels.truth import relative_error
-from tests.runtime.test_lossless import NowAndThen
 
 PROMPT = [5, 9, 2, 33, 17, 8]
 GREEDY = SamplingParams(max_tokens=20)
@@ -73,17 +72,6 @@ class Scripted:
             at = (done + torch.arange(BLOCK - 1, device=DEVICE)).clamp(max=len(self._answer) - 1)
             wrong = torch.arange(BLOCK - 1, device=DEVICE) >= right
             self._state.ids[1:BLOCK] = (self._answer[at] + wrong) % VOCAB
-
-
-class AnyWidth(WidthChooser):
-    """Every width in turn, whatever pays."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__([1.0] * most, 1.0)
-        self._draws, self._most = random.Random(3), most
-
-    def choose(self, chances: object) -> int:
-        return self._draws.randint(1, self._most)
 
 
 def on_graphs(kind: str, capacity: int = 96, k: int = 3, kernels: bool = False) -> Engine:
@@ -184,18 +172,34 @@ def test_a_request_may_pin_how_many_are_drafted(pinned: int, llamas: tuple[Engin
     assert {step.stats.drafted for step in steps if step.stats} == {min(pinned, 3)}
 
 
+@pytest.mark.parametrize("name", ["greedily", "sampled"])
+@pytest.mark.parametrize("late", [True, False], ids=["late", "now"])
 def test_widths_that_change_at_random_do_not_change_the_answer(
-    llamas: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+    late: bool, name: str, llamas: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor do drafts that wait for the host, are not verified, or pause for many plain steps."""
     graphed, other = llamas
-    assert graphed.graphed is not None
-    monkeypatch.setattr(graphed.graphed, "chooser", AnyWidth(4))
-    monkeypatch.setattr(graphed.graphed, "baseline", NowAndThen())
-    steps = tiny.run(graphed, PROMPT, GREEDY)
-    assert tiny.tokens(steps) == tiny.tokens(tiny.run(other, PROMPT, GREEDY))
-    assert {step.stats.drafted for step in steps if step.stats} == {0, 1, 2, 3}
-    assert {step.stats.drafted for step in steps if step.stats and step.stats.probe} == {0}
-    consistent(graphed)
+    greedily = name == "greedily"  # the interpreted sampling kernel is slow
+    params = replace(GREEDY, max_tokens=80) if greedily else replace(SETTINGS[name], max_tokens=12)
+    want = tiny.tokens(tiny.run(other, PROMPT, params))
+    kinds: list[tuple[bool, int]] = []
+    for seed in range(4 if greedily else 1):
+        controller = AnyWidth((1, 2, 3, 4), late, seed)
+        monkeypatch.setattr(graphed, "controller", controller)
+        assert tiny.tokens(tiny.run(graphed, PROMPT, params)) == want
+        consistent(graphed)
+        kinds += controller.kinds
+        steps = graphed.generate(PROMPT, params)  # cut off anywhere
+        for _ in range(3 + 5 * seed):
+            next(steps)
+        steps.close()
+        consistent(graphed)
+    if not greedily:
+        return
+    assert set(kinds) >= {(False, 1), (True, 2), (True, 3), (True, 4)}
+    assert ((True, 1) in kinds) == (not late)
+    longest = max(len(run) for run in "".join("dp"[not d] for d, _ in kinds).split("d"))
+    assert longest > KEPT, "no plain run filled what is kept"
 
 
 def test_turns_of_every_kind_leave_no_hole_in_the_drafters_context(
@@ -241,14 +245,11 @@ def test_measuring_leaves_the_answer_as_it_was() -> None:
     graphed = on_graphs("llama")
     with torch.inference_mode():
         graphed.measure()
-    assert graphed.graphed is not None
-    chooser = graphed.graphed.chooser
-    assert chooser is not None
-    assert len(chooser.verify_ms) == 4
-    assert graphed.baseline is graphed.graphed.baseline is not None
-    assert graphed.baseline.plain is not None
-    assert graphed.baseline.plain.ms > 0
-    assert graphed.baseline.plain.context_tokens == 96 - 2 * MAX_ROWS
+    table = graphed.controller.costs.table
+    assert table.widths == (1, 2, 3, 4)
+    assert table.contexts == (96 - 2 * MAX_ROWS,)
+    assert graphed.plain is not None
+    assert graphed.plain.ms > 0
     ours, theirs = (tiny.tokens(tiny.run(e, PROMPT, GREEDY)) for e in (graphed, eager("llama")))
     assert ours == theirs
 

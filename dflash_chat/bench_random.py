@@ -26,6 +26,8 @@ def run(args: RandomBenchArgs) -> int:
         raise UsageError("--context must be at least 16")
     if args.accept_length and not 1 <= args.accept_length <= 16:
         raise UsageError("--accept-length lies between 1 and 16")
+    if args.sweep and args.accept_length:
+        raise UsageError("--sweep takes --accept-curve, or the three curves of the notes")
     import torch  # comes in here, not before
 
     if not torch.cuda.is_available():
@@ -51,14 +53,14 @@ def run(args: RandomBenchArgs) -> int:
 
     try:
         if args.sweep:
-            asked = traces.Trace.of(Law(args.accept_length, first, ratio))
             known = {
                 "chat": traces.Trace.of(traces.CHAT),
                 "mixed": traces.Trace.of(traces.MIXED),
                 "code": traces.Trace.of(traces.CODE),
                 "switching": traces.Trace.switching((traces.CHAT, traces.MIXED, traces.CODE)),
             }
-            chosen = {"asked": asked} if first or args.accept_length else known
+            asked = traces.Trace.of(Law(first=first, ratio=ratio)) if first else None
+            chosen = {f"a1 {first}, r {ratio}": asked} if asked else known
             report = traces.run(args.pair, args.quant, args.context, chosen, args.options, say)
         else:
             report = measure.run(

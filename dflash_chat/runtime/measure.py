@@ -68,10 +68,6 @@ class Law:
             out.append(n)
         return out
 
-    def chances(self, drafts: int) -> list[float]:
-        """Of each drafted token to be accepted if all before it are."""
-        return [self.first, *[self.ratio] * (drafts - 1)]
-
 
 @dataclass(frozen=True)
 class Subject:

@@ -2,12 +2,15 @@
 controller that chooses one each step.
 
 The step is the real one with its graphs, its host and its caches; only how many drafts count, what
-confidence the drafter shows, and where the router sends a row come from a law. The confidence is
-the law's own chance, so it tells the kind of text but nothing of a single block.
+confidence the drafter shows, and where the router sends a row come from a law. A drafted token is
+right, if all before it are, with its own chance p ~ Beta(2m, 2(1 - m)), m = a1 for the first and r
+for the others, so that slot i survives with a1 · r^(i-1) on average. The confidence is an
+overconfident, noisy reading of it: sigmoid(0.5 + 1.2 logit p + 0.5 z), z standard normal.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +30,7 @@ from dflash_chat.runtime.step import Graphs
 from dflash_chat.runtime.width import MAX_ROWS
 
 DRAFTS = 15
-TOKENS = 1000  # of an answer
+TOKENS = 2000  # of an answer
 CHAT, MIXED, CODE = (Law(first=a1, ratio=r) for a1, r in ((0.75, 0.80), (0.82, 0.86), (0.92, 0.93)))
 
 
@@ -41,22 +44,34 @@ class Trace:
     @classmethod
     def of(cls, law: Law, seed: int = 0) -> Trace:
         """One kind of text."""
-        return cls(law.script(seed=seed), [law.chances(MAX_ROWS)] * SCRIPT_STEPS)
+        draws = random.Random(seed)
+        steps = [_block(law, draws) for _ in range(SCRIPT_STEPS)]
+        return cls([right for right, _ in steps], [sure for _, sure in steps])
 
     @classmethod
     def switching(cls, laws: Sequence[Law], seed: int = 0) -> Trace:
         """Kinds of text that change after 50 to 300 tokens."""
         draws = random.Random(seed)
-        scripts = [iter(law.script(2 * SCRIPT_STEPS, seed)) for law in laws]
         accepted: list[int] = []
         confidence: list[Sequence[float]] = []
         while len(accepted) < SCRIPT_STEPS:
             kind, left = draws.randrange(len(laws)), draws.randint(50, 300)
             while left > 0:
-                accepted.append(next(scripts[kind]))
-                confidence.append(laws[kind].chances(MAX_ROWS))
+                right, sure = _block(laws[kind], draws)
+                accepted.append(right)
+                confidence.append(sure)
                 left -= accepted[-1] + 1
         return cls(accepted[:SCRIPT_STEPS], confidence[:SCRIPT_STEPS])
+
+
+def _block(law: Law, draws: random.Random) -> tuple[int, list[float]]:
+    """How many of a block's drafts are right in a row, and how sure the drafter is of each."""
+    means = [law.first, *[law.ratio] * (MAX_ROWS - 1)]
+    chances = [min(max(draws.betavariate(2 * m, 2 - 2 * m), 1e-9), 1 - 1e-9) for m in means]
+    wrong = [draws.random() >= chance for chance in chances]
+    logits = [math.log(chance / (1 - chance)) for chance in chances]
+    sure = [1 / (1 + math.exp(-(0.5 + 1.2 * x + draws.gauss(0, 0.5)))) for x in logits]
+    return wrong.index(True) if True in wrong else MAX_ROWS, sure
 
 
 class Dictated:

@@ -23,7 +23,12 @@ from textual.widgets import Static
 
 from dflash_chat.chat import Conversation
 from dflash_chat.keeper import Keeper
-from dflash_chat.runtime.api import Progress, StepStats, Tokens
+from dflash_chat.runtime.api import Load, Progress, SamplingParams, StepStats, Tokens
+from dflash_chat.runtime.client import EngineClient
+from dflash_chat.settings import DEFAULT_PAIR
+from dflash_chat.ui.answer import AnswerTurn
+from dflash_chat.ui.app import ChatApp
+from dflash_chat.ui.chat_screen import ChatScreen
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.xray import XrayScreen
 from tests.saved import branched
@@ -33,6 +38,7 @@ FOLDER = Path(__file__).parents[2] / "screenshots"
 FONT = "DejaVu Sans Mono"
 
 QUESTION = "Write a ring buffer in Python, and say what it costs."
+REAL_QUESTION = "Why is the sky blue?"
 ANSWER = """\
 A **ring buffer** keeps two indices into one list, so that *both ends* cost the same:
 
@@ -223,20 +229,40 @@ async def take(name: str, folder: Path) -> None:
     """Write one picture."""
     width, height = PICTURES[name][0]
     async with scene(name) as chat:
-        svg = chat.app.export_screenshot(title=f"dflash-chat {width}×{height}")
-    (folder / f"{name}.svg").write_text(svg)
+        draw(chat.app, folder / f"{name}.svg", f"dflash-chat {width}×{height}")
+
+
+async def take_real(folder: Path) -> None:
+    """Write the picture of the default pair really answering, with this machine's figures."""
+    client = EngineClient()
+    screen = ChatScreen(client, Load(DEFAULT_PAIR), SamplingParams(max_tokens=300))
+    app = ChatApp(client, screen)
+    async with app.run_test(size=(120, 40)) as pilot:
+        screen.post_message(Prompt.Submitted(REAL_QUESTION, REAL_QUESTION))
+        while screen.dialogue.last_finished is None or screen.query_one(AnswerTurn).behind:
+            await pilot.pause(0.1)
+        screen.show_numbers()
+        await pilot.pause()
+        draw(app, folder / "real.svg", f"{DEFAULT_PAIR}, really")
+
+
+def draw(app: ChatApp, file: Path, title: str) -> None:
+    """Write what is on the screen."""
+    svg = app.export_screenshot(title=title)
+    file.write_text(svg)
     try:
         resvg = importlib.import_module("resvg_py")
     except ImportError:
         return
     png = resvg.svg_to_bytes(svg_string=svg.replace("Fira Code", FONT), font_family=FONT)
-    (folder / f"{name}.png").write_bytes(bytes(png))
+    file.with_suffix(".png").write_bytes(bytes(png))
 
 
 async def main(folder: Path) -> None:
     """Write all pictures."""
     for name in PICTURES:
         await take(name, folder)
+    await take_real(folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.widgets import Input, OptionList
 
 from dflash_chat import export
@@ -345,6 +346,16 @@ async def test_a_chat_is_found_and_opened(tmp_path: Path, three: list[Conversati
         assert chat.client.asked[-1].messages[-1] == Message("user", "More?")
         assert len(chat.client.asked[-1].messages) == 5
     assert stored(tmp_path).id == three[1].id
+
+
+async def test_two_enters_at_once_open_one_chat(tmp_path: Path, three: list[Conversation]) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.sessions()
+        for _ in range(2):
+            chat.app.post_message(events.Key("enter", None))
+        await chat.settle()
+        assert chat.app.screen is chat.screen
+        assert chat.current.id in [each.id for each in three]
 
 
 async def test_a_chat_brings_its_settings_and_says_who_answers_now(tmp_path: Path) -> None:

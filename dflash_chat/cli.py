@@ -17,7 +17,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dflash_chat import __version__, completion
+from dflash_chat import __version__, completion, sessions
 from dflash_chat.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -37,6 +37,7 @@ from dflash_chat.settings import (
 )
 
 if TYPE_CHECKING:
+    from dflash_chat.chat import Conversation
     from dflash_chat.pairs import Pair
 
 _EXIT_CODES = """\
@@ -45,7 +46,7 @@ exit codes:
   1    something else went wrong
   2    wrong usage
   3    no access: token missing or wrong, terms not accepted
-  4    unknown model, or not installed and not to be fetched
+  4    unknown model or chat, or not installed and not to be fetched
   5    does not fit, or no supported GPU
   6    disk full or not writable
   7    the engine crashed
@@ -141,13 +142,26 @@ def build_parser() -> argparse.ArgumentParser:
         const="",
         help="answer one prompt on stdout and exit; what comes through stdin is put before it",
     )
-    _add_model(parser, DEFAULT_PAIR)
+    opening = parser.add_mutually_exclusive_group()
+    opening.add_argument(
+        "--continue", action="store_true", dest="continue_", help="go on with the latest chat"
+    )
+    opening.add_argument("--resume", metavar="ID", help="go on with a saved chat")
+    opening.add_argument(
+        "--replay", metavar="FILE", type=Path, help="play an exported chat at true speed, no model"
+    )
+    _add_model(parser, None)
     parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
     _add_options(parser)
     _add_quant(parser, None)
     parser.add_argument("--seed", metavar="N", help="same as -o seed=N")
     parser.add_argument("--no-draft", action="store_true", help="plain decoding, for comparison")
-    parser.add_argument("--stats", action="store_true", help="with --once: figures on stderr")
+    parser.add_argument(
+        "--plain", action="store_true", help="chat line by line, without drawing on the screen"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="with --once or --plain: figures on stderr"
+    )
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
 
     commands = parser.add_subparsers(
@@ -214,6 +228,8 @@ def build_parser() -> argparse.ArgumentParser:
     law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
     law.add_argument("--accept-curve", metavar="A1,R", type=_curve, default=(0.0, 0.0))
 
+    saved = _command(commands, "sessions", sessions.list_all, "saved chats")
+    sessions.add_actions(saved, _confirm)
     about = "what may keep this machine from chatting; exit code 1 if something fails"
     doctor = _command(commands, "doctor", _doctor, about)
     doctor.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
@@ -234,7 +250,7 @@ def _command(
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "-m",
         "--model",
@@ -298,32 +314,79 @@ def _named(name: str, settings: Settings) -> Pair:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    if args.once is not None or not _is_terminal(sys.stdin):
+    reopening = args.continue_ or args.resume is not None or args.replay
+    if reopening and args.once is not None:
+        raise UsageError("--once asks nothing of a saved chat")
+    if args.once is not None or (not reopening and not _is_terminal(sys.stdin)):
         return _once(args)
-    if not _is_terminal(sys.stderr):
+    if not _is_terminal(sys.stdin):
+        raise UsageError("the chat needs a terminal to type in", hint="do not redirect stdin")
+    from dflash_chat import terminals
+
+    in_lines = args.plain or terminals.only_lines(os.environ)
+    if not in_lines and not _is_terminal(sys.stderr):
         raise UsageError(
             "the chat is drawn on stderr, and stderr is not a terminal",
-            hint="do not redirect it, or use --once",
+            hint="do not redirect it, or use --plain or --once",
         )
-    if args.stats or args.json:
-        raise UsageError("--stats and --json need --once")
-    pair, settings = _chosen(args.model, parse_options(_options(args)))
-    settings = replace(settings, sampling=parse_options(_options(args), pair.sampling).sampling)
+    if args.json or (args.stats and not in_lines):
+        raise UsageError("--json needs --once, --stats needs --once or --plain")
+    if args.replay:
+        return _replay(args)
+    chat, given = _reopened(args), parse_options(_options(args))
+    name = args.model or (chat and chat.pair) or DEFAULT_PAIR
+    if chat is not None and name == chat.pair:
+        given = replace(given, quant=given.quant or chat.build)
+    pair, settings = _chosen(name, given)
+    sampling = chat.params if chat else pair.sampling
+    settings = replace(settings, sampling=parse_options(_options(args), sampling).sampling)
+    if chat is not None and args.system is not None:
+        chat.system = args.system
     system = pair.system if args.system is None else args.system
-    from dflash_chat.ui import app
+    draft = not args.no_draft and (chat is None or chat.draft)
+    if in_lines:
+        from dflash_chat import plain
 
+        return plain.run(pair.name, settings, system, draft, args.stats, chat)
+    from dflash_chat import config
+    from dflash_chat.ui import app
+    from dflash_chat.ui.actions import ACTIONS
+    from dflash_chat.ui.completion import themes
+
+    keys = {action.id: action.keys for action in ACTIONS if action.keys}
     return app.run(
+        config=config.load(config.config_file(), keys, themes()),
         pair=pair.name,
         quant=settings.quant,
         options=settings.engine,
         params=settings.sampling,
         system=system,
-        draft=not args.no_draft,
+        draft=draft,
+        chat=chat,
     )
 
 
+def _reopened(args: argparse.Namespace) -> Conversation | None:
+    """The saved chat that `--continue` or `--resume` names."""
+    if not (args.continue_ or args.resume is not None):
+        return None
+    from dflash_chat.store import Store
+
+    with Store() as store:
+        return store.load(store.latest() if args.continue_ else store.find(args.resume))
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from dflash_chat import replay
+
+    recording = replay.read(args.replay)
+    from dflash_chat.ui import replay_screen
+
+    return replay_screen.run(recording)
+
+
 def _once(args: argparse.Namespace) -> int:
-    pair, settings = _chosen(args.model, parse_options(_options(args)))
+    pair, settings = _chosen(args.model or DEFAULT_PAIR, parse_options(_options(args)))
     from dflash_chat import once
 
     prompt = args.once or ""
@@ -364,7 +427,7 @@ def _bench(args: argparse.Namespace) -> int:
         return _bench_random(args)
     if args.limit < 0:
         raise UsageError("--limit must not be negative")
-    pair, settings = _chosen(args.model, parse_options(_options(args)))
+    pair, settings = _chosen(args.model or DEFAULT_PAIR, parse_options(_options(args)))
     wanted = BenchArgs(pair.name, args.prompts, settings, args.limit, args.json, args.sweep)
     if args.sweep:
         from dflash_chat import sweep

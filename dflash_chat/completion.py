@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 from dflash_chat.settings import KEYS
 
@@ -19,14 +20,14 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
 
 
 def words(parser: argparse.ArgumentParser) -> list[str]:
-    """Commands, then options, of the top level."""
+    """Commands, then options, of one level."""
     return [*_commands(parser), *_flags(parser)]
 
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:
     """Every option of every level."""
-    levels = (parser, *_commands(parser).values())
-    return list(dict.fromkeys(flag for level in levels for flag in _flags(level)))
+    below = (flag for command in _commands(parser).values() for flag in flags(command))
+    return list(dict.fromkeys([*_flags(parser), *below]))
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -43,7 +44,7 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def _after_command(name: str, command: argparse.ArgumentParser) -> str:
     """Words that may follow a command, as shell text."""
-    after = list(_flags(command))
+    after = words(command)
     if name in ("pull", "rm", "show"):
         after.append("$(dflash-chat list -q 2>/dev/null)")
     return " ".join([*after, *(SHELLS if name == "completion" else ())])
@@ -60,8 +61,9 @@ _dflash_chat() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" words
   case "$previous" in
     -m|--model) words="$(dflash-chat list -q 2>/dev/null)" ;;
+    --resume) words="$(dflash-chat sessions -q 2>/dev/null)" ;;
     -o) words="{" ".join(f"{key}=" for key in KEYS)}"; compopt -o nospace ;;
-    --prompts) COMPREPLY=($(compgen -f -- "$word")); return ;;
+    --prompts|--replay|--to) COMPREPLY=($(compgen -f -- "$word")); return ;;
     --once|-s|--system|--seed|--max-tokens|--limit|--quant) return ;;
     *) case "${{COMP_WORDS[1]}}" in
 {cases}
@@ -95,6 +97,8 @@ def _fish(parser: argparse.ArgumentParser) -> str:
         here = f"__fish_seen_subcommand_from {name}"
         if name in ("pull", "rm", "show"):
             lines.append(f"complete -c dflash-chat -n '{here}' -a '(dflash-chat list -q)'")
+        if below := _commands(command):
+            lines.append(f"complete -c dflash-chat -n '{here}' -a '{' '.join(below)}'")
         if name == "completion":
             lines.append(f"complete -c dflash-chat -n '{here}' -a '{' '.join(SHELLS)}'")
         lines += _fish_options(command, here)
@@ -112,9 +116,11 @@ def _fish_options(parser: argparse.ArgumentParser, condition: str) -> Iterator[s
         values = ""
         if action.dest == "model":
             values = " -x -a '(dflash-chat list -q)'"
+        elif action.dest == "resume":
+            values = " -x -a '(dflash-chat sessions -q)'"
         elif action.dest == "options":
             values = f" -x -a '{' '.join(f'{key}=' for key in KEYS)}'"
-        elif action.dest == "prompts":
+        elif action.type is Path:
             values = " -r -F"
         elif action.choices:
             values = f" -x -a '{' '.join(map(str, action.choices))}'"

@@ -45,7 +45,7 @@ def run(args: OnceArgs) -> int:
     )
     pieces: list[str] = []
     finished: Finished | None = None
-    with _InterruptAsCancel() as cancelled:
+    with InterruptAsCancel() as cancelled:
         for event in session.generate(request, cancelled):
             if isinstance(event, Tokens):
                 pieces.append(event.text)
@@ -116,7 +116,7 @@ def _plain_words(timing: Timing) -> str:
     return f" · plain {timing.ar_tok_s:.1f} tok/s, measured {when}, {behind}"
 
 
-class _InterruptAsCancel:
+class InterruptAsCancel:
     """The first Ctrl+C ends the answer after the block in flight, the second ends the program."""
 
     def __enter__(self) -> Callable[[], bool]:

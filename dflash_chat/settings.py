@@ -195,6 +195,50 @@ def _number(key: str, text: str, limits: _Number) -> float | int:
     return value
 
 
+def sampling_option(option: str, sampling: SamplingParams) -> SamplingParams:
+    """`sampling` with one `key=value` changed. Raises UsageError, for what is fixed while a pair is
+    loaded, too.
+    """
+    key, equals, _ = option.partition("=")
+    if not equals:
+        raise UsageError("/set needs a key and a value.", "For example /set temperature=0.7")
+    settings = parse_options([option], sampling)
+    if settings != Settings(settings.sampling):
+        raise UsageError(
+            f"{key} is fixed while a pair is loaded.",
+            f"Give it at the start: dflash-chat -o {option}",
+        )
+    return settings.sampling
+
+
+def draft_choice(word: str, most: int, pinned: int) -> tuple[bool, int]:
+    """Whether `/draft WORD` drafts, and how many tokens, 0 for as many as pay.
+
+    `most` is what the drafter proposes; `pinned` what the engine was loaded with, 0 if it has
+    measured what pays. Raises UsageError.
+    """
+    word = word.lower()
+    if word.isascii() and word.isdigit() and 1 <= int(word) <= most:
+        return True, int(word)
+    if word not in ("on", "off", "auto"):
+        raise UsageError(
+            f"/draft is on, off, auto or a number from 1 to {most}.", "For example /draft auto"
+        )
+    if word == "auto" and pinned:
+        raise UsageError(
+            f"The engine was started with k={pinned} and has not measured what pays.",
+            "Start it without -o k.",
+        )
+    return word != "off", 0
+
+
+def draft_choice_words(draft: bool, tokens: int) -> str:
+    """A choice of `draft_choice` in words."""
+    if not draft:
+        return "off"
+    return f"{tokens} tokens in every pass" if tokens else "on"
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """The hint after a misspelt word: the nearest three, or all there are."""
     names = list(known)

@@ -7,13 +7,15 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from dflash_chat import __version__, bench_random, cli, completion, errors
+from dflash_chat.chat import Conversation
+from dflash_chat.config import Config
 from dflash_chat.errors import (
     EXIT_DISK,
     EXIT_INTERRUPTED,
@@ -25,6 +27,8 @@ from dflash_chat.errors import (
 )
 from dflash_chat.runtime.api import EngineOptions, SamplingParams
 from dflash_chat.settings import KEYS, BenchArgs, OnceArgs, RandomBenchArgs
+from dflash_chat.store import Store
+from tests.saved import branched, essence
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -64,6 +68,7 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Runners:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Streams named in the set are terminals; all of them at first."""
     terminals = {"stdin", "stderr"}
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
         cli, "_is_terminal", lambda s: (s is sys.stdin and "stdin" in terminals)
         or (s is sys.stderr and "stderr" in terminals),
@@ -218,6 +223,41 @@ def test_the_chat_refuses_a_redirected_screen(
     assert cli.main([]) == EXIT_USAGE
     assert runners.chats == []
     assert "stderr is not a terminal" in capsys.readouterr().err
+
+
+def test_a_wrong_key_in_the_configuration_is_named(
+    runners: Runners, terminal: set[str], own_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = own_folders / "config" / "dflash-chat" / "config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text('[keys]\nhelpp = "f7"\n')
+    assert cli.main([]) == EXIT_USAGE
+    assert "did you mean help?" in capsys.readouterr().err
+    file.write_text('theme = "nord"\n[keys]\nhelp = "f7"\n')
+    assert cli.main([]) == EXIT_OK
+    (got,) = runners.chats
+    assert got["config"] == Config("nord", {"help": "f7"})
+
+
+@pytest.mark.parametrize(("term", "argv"), [("dumb", []), ("xterm", ["--plain"])])
+def test_a_chat_in_lines(
+    runners: Runners,
+    terminal: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    term: str,
+    argv: list[str],
+) -> None:
+    taken: list[tuple[object, ...]] = []
+    module = ModuleType("dflash_chat.plain")
+    vars(module)["run"] = lambda *given: taken.append(given) or EXIT_OK
+    monkeypatch.setitem(sys.modules, "dflash_chat.plain", module)
+    monkeypatch.setattr(sys.modules["dflash_chat"], "plain", module, False)
+    monkeypatch.setenv("TERM", term)
+    assert cli.main([*argv, "-s", "Be kind.", "--stats"]) == EXIT_OK
+    ((pair, settings, *rest),) = taken
+    assert (pair, rest) == ("smollm2-135m", ["Be kind.", True, True, None])
+    assert settings.sampling == SamplingParams(temperature=0.2, top_p=0.9)
+    assert runners.chats == []
 
 
 # ── errors and exit codes ───────────────────────────────────────────────────────────────────────
@@ -388,3 +428,70 @@ _dflash_chat; printf '%s\\n' "${{COMPREPLY[@]}}"
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert done.stdout.split() == expected, done.stderr
+
+
+# ── saved chats ─────────────────────────────────────────────────────────────────────────────────
+
+
+def a_saved_chat(pair: str = "smollm2-135m") -> Conversation:
+    chat = branched()
+    chat.pair = pair
+    with Store() as store:
+        store.save(chat)
+    return chat
+
+
+@pytest.mark.parametrize("how", ["--continue", "--resume"])
+def test_a_saved_chat_is_gone_on_with_as_it_was_set(
+    runners: Runners, terminal: set[str], how: str
+) -> None:
+    chat = a_saved_chat()
+    argv = [how] if how == "--continue" else [how, chat.id[:4]]
+    assert cli.main([*argv, "-o", "top_k=5"]) == EXIT_OK
+    (given,) = runners.chats
+
+    assert given["pair"] == "smollm2-135m"
+    assert given["params"] == replace(chat.params, top_k=5)
+    assert given["draft"] is False
+    reopened = given["chat"]
+    assert isinstance(reopened, Conversation)
+    assert (reopened.id, reopened.system) == (chat.id, "Be brief.")
+    assert essence(reopened) == essence(chat)
+
+
+def test_a_new_system_prompt_replaces_the_saved_one(runners: Runners, terminal: set[str]) -> None:
+    a_saved_chat()
+    assert cli.main(["--continue", "--system", "Be long."]) == EXIT_OK
+    reopened = runners.chats[0]["chat"]
+    assert isinstance(reopened, Conversation)
+    assert reopened.system == "Be long."
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["--continue"], EXIT_UNKNOWN_MODEL, "there is no chat to continue"),
+        (["--resume", "abc"], EXIT_UNKNOWN_MODEL, "there is no chat 'abc'"),
+        (["--continue", "--resume", "abc"], EXIT_USAGE, "not allowed with"),
+        (["--continue", "--once", "Hi"], EXIT_USAGE, "--once asks nothing of a saved chat"),
+        (["--replay", "/no/such"], errors.EXIT_OTHER, "/no/such cannot be read"),
+    ],
+)
+def test_what_cannot_be_reopened_is_said(
+    runners: Runners,
+    terminal: set[str],
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    code: int,
+    words: str,
+) -> None:
+    assert cli.main(argv) == code
+    assert words in capsys.readouterr().err
+    assert runners.chats == []
+
+
+def test_a_saved_chat_needs_a_terminal(runners: Runners, terminal: set[str]) -> None:
+    a_saved_chat()
+    terminal.remove("stdin")
+    assert cli.main(["--continue"]) == EXIT_USAGE
+    assert runners.chats == []

@@ -22,9 +22,10 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "access", "bench", "chat", "cli", "completion", "doctor", "errors", "fetch", "gpu",
-            "here", "hub", "listing", "once", "pairs", "plan", "progress", "pull", "repository",
-            "runtime.api", "runtime.client", "runtime.worker", "settings", "sweep",
+            "access", "bench", "chat", "cli", "completion", "doctor", "errors", "export", "fetch",
+            "gpu", "here", "hub", "keeper", "listing", "once", "pairs", "plan", "progress",
+            "pull", "record", "replay", "repository", "runtime.api", "runtime.client",
+            "runtime.worker", "sessions", "settings", "store", "sweep",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),
@@ -72,6 +73,8 @@ def test_the_ui_side_imports_nothing_heavy(module: str) -> None:
         ["--version"],
         ["list"],
         ["list", "--json"],
+        ["sessions"],
+        ["sessions", "search", "sky"],
         ["show", "gpt-oss"],
         ["plan"],
         ["completion", "bash"],

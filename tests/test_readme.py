@@ -72,13 +72,14 @@ def test_the_exit_codes_are_all_there() -> None:
 
 def test_every_file_of_the_map_exists() -> None:
     (plan,) = re.findall(r"^```\n(models\.toml.*?)^```", README, re.M | re.S)
-    folder = ROOT
+    folders = [ROOT, ROOT / "dflash_chat", ROOT]  # by depth
     for line in plan.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        folder = {0: ROOT, 1: ROOT / "dflash_chat", 2: ROOT / "dflash_chat" / "runtime"}[depth]
         names = [name for name in re.findall(r"\b[\w.]+(?:\.py|/)(?!\S)", line) if "→" not in name]
         for name in names:
-            assert (folder / name).exists(), name
+            assert (folders[depth] / name).exists(), name
+            if depth == 1:
+                folders[2] = folders[1] / name
 
 
 def test_the_links_lead_somewhere() -> None:

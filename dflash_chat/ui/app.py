@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import ClassVar
 
 from textual.app import App, SystemCommand
+from textual.await_complete import AwaitComplete
+from textual.binding import Binding, BindingType
+from textual.command import CommandPalette
 from textual.screen import Screen
 
+from dflash_chat.chat import Conversation
+from dflash_chat.config import Config
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
 from dflash_chat.runtime.client import EngineClient
-from dflash_chat.ui import pace
+from dflash_chat.ui import pace, terminal
+from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
 
 
-class ChatApp(App[None]):
-    """One chat with one engine. `on_started` is called once the engine's process runs."""
+class Palette(CommandPalette):
+    """Textual's palette, which fails when a page of a list is asked for that is not drawn yet, and
+    when Enter comes twice."""
+
+    def dismiss(self, result: None = None) -> AwaitComplete:
+        """Close, once."""
+        return super().dismiss(result) if self.is_active else AwaitComplete()
+
+    def _action_command_list(self, action: str) -> None:
+        with contextlib.suppress(KeyError):
+            super()._action_command_list(action)
+
+
+class ChatApp(App[None], inherit_bindings=False):
+    """One chat with one engine. `on_started` is called once the engine's process runs. `theme` ""
+    leaves the usual one."""
 
     CSS_PATH = "app.tcss"
     TITLE = "dflash-chat"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding(action.keys, action.method, action.name, id=action.id, priority=True)
+        for action in in_scope(APP)
+    ]
 
     def __init__(
         self,
         client: EngineClient,
         chat: ChatScreen,
         on_started: Callable[[], None] = lambda: None,
+        theme: str = "",
     ) -> None:
+        no_color = os.environ.get("NO_COLOR")
         super().__init__()
+        if no_color is not None:
+            os.environ["NO_COLOR"] = no_color  # Textual took it out; the engine and editors want it
+        if theme:
+            self.theme = theme
         self._client = client
         self._chat = chat
         self._on_started = on_started
@@ -41,8 +76,15 @@ class ChatApp(App[None]):
         """The chat."""
         return self._chat
 
+    def action_command_palette(self) -> None:
+        """Show the palette, unless it is shown."""
+        if not any(isinstance(screen, CommandPalette) for screen in self.screen_stack):
+            self.push_screen(Palette(id="--command-palette"))
+
     def on_mount(self) -> None:
         """What can wait comes after the first paint."""
+        self.set_keymap(self._chat.keymap)
+        self._chat.tell(terminal.SAVE_TITLE)
         self.call_after_refresh(self._settle)
 
     async def _settle(self) -> None:
@@ -53,20 +95,22 @@ class ChatApp(App[None]):
 
     async def on_unmount(self) -> None:
         """Take the engine along."""
+        self._chat.tell(terminal.RESTORE_TITLE)
         await self._client.close()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The palette: every action of the chat, then Textual's own commands."""
+        """The palette: what the chat can do, then Textual's own commands."""
+        own = [action for action in ACTIONS if action.scope not in (PROMPT, TURN)]
         if isinstance(screen, ChatScreen):
-            yield SystemCommand("New chat", "Forget this chat", screen.action_new_chat)
-            yield SystemCommand("Stop", "Stop the answer", screen.action_stop)
-            yield SystemCommand("Retry", "Ask again after a failure", screen.action_retry)
-            yield SystemCommand("Panel", "Show or hide the numbers", screen.action_toggle_panel)
-            if screen.check_action("xray", ()):
-                yield SystemCommand("X-ray", "The answer by block and origin", screen.action_xray)
-            yield SystemCommand("To the end", "Follow the answer", screen.action_follow)
-            yield SystemCommand("Keys and commands", "Help", screen.action_help)
-        yield from super().get_system_commands(screen)
+            for action in own:
+                if action.id != "palette":
+                    words = f"{action.does} · {action.usage}" if action.command else action.does
+                    yield SystemCommand(action.name, words, partial(screen.choose, action))
+        yield from (
+            command
+            for command in super().get_system_commands(screen)
+            if command.title not in ("Quit", "Theme", "Keys")
+        )
 
 
 def _import_what_answers_need() -> None:
@@ -87,11 +131,17 @@ def run(
     params: SamplingParams,
     system: str,
     draft: bool,
+    config: Config,
+    chat: Conversation | None = None,
 ) -> int:
-    """Chat until the person quits; the exit code."""
+    """Chat until the person quits, in a new chat or in `chat`; the exit code."""
     gc.disable()  # until the first paint
-    client = EngineClient()
-    chat = ChatScreen(client, Load(pair, quant, options), params, system, draft)
-    app = ChatApp(client, chat, pace.give_way)
-    app.run()
-    return app.return_code or chat.exit_code
+    client, keeper = EngineClient(), Keeper()
+    load = Load(pair, quant, options)
+    screen = ChatScreen(client, load, params, system, draft, config.keys, keeper, chat)
+    app = ChatApp(client, screen, pace.give_way, config.theme)
+    try:
+        app.run()
+    finally:
+        keeper.close()
+    return app.return_code or screen.exit_code

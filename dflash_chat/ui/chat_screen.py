@@ -1,85 +1,66 @@
-"""One conversation: prompt → engine → events → widgets; stopping, errors, crashes and retries.
+"""The chat on screen: layout, clocks, words, sending and stopping.
 
-The only file that talks to the engine client. It owns what is going on (loading, answering, down);
-widgets only draw. Text is drawn a few times a second and numbers at 5 Hz at most, from what has
-arrived meanwhile.
+What goes on with the engine is the dialogue's business; which keys and commands there are stands in
+actions.py, what they do with turns, saved chats, settings and views in the files that end in
+_actions.py. Text is drawn a few times a second and numbers at 5 Hz at most.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from dataclasses import replace
+from typing import ClassVar
 
 from textual import work
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.screen import Screen
 
+from dflash_chat import attach
 from dflash_chat.chat import Conversation
-from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK, UsageError, UserError
-from dflash_chat.runtime.api import (
-    Cancel,
-    EngineOptions,
-    Event,
-    Failed,
-    Finished,
-    Generate,
-    Hello,
-    Load,
-    ModelInfo,
-    Prefill,
-    Progress,
-    Ready,
-    SamplingParams,
-    Tokens,
-)
-from dflash_chat.runtime.client import EngineClient, EngineDied
-from dflash_chat.settings import parse_options
-from dflash_chat.ui import commands, pace
+from dflash_chat.errors import UserError
+from dflash_chat.keeper import Keeper
+from dflash_chat.record import Record
+from dflash_chat.runtime.api import Load, Progress, SamplingParams
+from dflash_chat.runtime.client import EngineClient
+from dflash_chat.ui import commands, editor, pace, terminal
+from dflash_chat.ui.actions import (
+    ACTIONS,
+    APP,
+    BY_ID,
+    CHAT,
+    COMMANDS,
+    TURN,
+    Action,
+    Keymap,
+    in_scope,
+    key_words,
+    keys_of,
+)  # fmt: skip
 from dflash_chat.ui.bars import bar
-from dflash_chat.ui.help_screen import HelpScreen
+from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.key_bar import KeyBar
-from dflash_chat.ui.meter import Meter
+from dflash_chat.ui.menu import Menu
 from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.saved_actions import SavedActions
+from dflash_chat.ui.setting_actions import SettingActions
 from dflash_chat.ui.side_panel import SidePanel, StatusLine
-from dflash_chat.ui.transcript import AnswerTurn, Card, Transcript, UserTurn
+from dflash_chat.ui.transcript import Card, Transcript, UserTurn
+from dflash_chat.ui.view_actions import ViewActions
 from dflash_chat.ui.words import Words
-from dflash_chat.ui.xray import XrayScreen
 
 NUMBERS_S = 1 / 5
 WIDTHS = [(0, "-tiny"), (60, "-narrow"), (96, "-wide")]
 
-_ENDINGS = {
-    "cancelled": "stopped · ",
-    "length": "cut at max_tokens · ",
-    "context": "context is full · ",
-}
 
-KEYS: list[BindingType] = [
-    Binding("enter", "send", "Send", id="send"),
-    Binding("escape", "stop", "Stop", id="stop", priority=True),
-    Binding("ctrl+r", "retry", "Retry", id="retry", priority=True),
-    Binding("f1", "help", "Help", id="help"),
-    Binding("ctrl+q", "app.quit", "Quit", id="quit", priority=True),
-    Binding("ctrl+n", "new_chat", "New chat", id="new", priority=True),
-    Binding("f2", "toggle_panel", "Panel", id="panel"),
-    Binding("f3", "xray", "X-ray", id="xray"),
-    Binding("ctrl+j", "newline", "Newline", id="newline"),
-    Binding("ctrl+c", "copy_or_stop", "Copy", id="copy", show=False, priority=True),
-    Binding("pageup", "page(-1)", "Page up", id="page_up", show=False, priority=True),
-    Binding("pagedown", "page(1)", "Page down", id="page_down", show=False, priority=True),
-    Binding("ctrl+up", "line(-1)", "Line up", id="line_up", show=False, priority=True),
-    Binding("ctrl+down", "line(1)", "Line down", id="line_down", show=False, priority=True),
-    Binding("end", "follow", "To the end", id="follow", show=False, priority=True),
-]
-
-
-class ChatScreen(Screen[None]):
+class ChatScreen(SavedActions, SettingActions, ViewActions):
     """The chat and its panel."""
 
     HORIZONTAL_BREAKPOINTS = WIDTHS
-    BINDINGS = KEYS
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding(action.keys, action.call or action.id, action.name, id=action.id, priority=True)
+        for action in in_scope(CHAT)
+    ]
 
     def __init__(
         self,
@@ -88,27 +69,22 @@ class ChatScreen(Screen[None]):
         params: SamplingParams,
         system: str = "",
         draft: bool = True,
+        keymap: Keymap | None = None,
+        keeper: Keeper | None = None,
+        chat: Conversation | None = None,
     ) -> None:
         super().__init__()
-        self._client = client
-        self._load = load
-        self._params = params
-        self._draft = draft
-        self._chat = Conversation(system)
-        self._meter = Meter()
-        self._info: ModelInfo | None = None
-        self._progress = Progress("starting the engine", 0, 0)
-        self._down = False  # the engine is dead, or refused to load
-        self._generation = 0
-        self._answer: AnswerTurn | None = None  # the one being written
-        self._drawing: list[AnswerTurn] = []  # those with text left to draw
-        self._stopping = False  # it was asked to end
+        record = Record(chat or Conversation(system), keeper)
+        self.dialogue = Dialogue(client, load, params, draft, record)
+        self.dialogue.ended = self._ring
+        self.keymap: Keymap = keymap or {}
         self._numbers_due = 0.0
-        self._text: list[str] = []  # of the answer being written
-        self._waiting: deque[UserTurn] = deque()
-        self._retry_after: UserTurn | None = None  # the question whose answer failed
-        self._asked: UserTurn | None = None
-        self.exit_code = EXIT_OK
+        self._told = ""
+
+    @property
+    def exit_code(self) -> int:
+        """What the program should return."""
+        return self.dialogue.exit_code
 
     def compose(self) -> ComposeResult:
         """Title, chat and panel, footer."""
@@ -119,329 +95,262 @@ class ChatScreen(Screen[None]):
             with Vertical(id="chat"):
                 yield Transcript()
                 yield Words(id="hint")
-                yield Prompt()
+                menu = Menu()
+                yield menu
+                yield Prompt(menu, self.keymap)
                 yield StatusLine()
             yield SidePanel()
         yield KeyBar()
 
     def on_mount(self) -> None:
         """Start the clocks and load the pair."""
-        self._client.send(self._load)
+        self.dialogue.transcript = self.query_one(Transcript)
+        self.dialogue.start()
         self.query_one(Prompt).focus()
         self.set_interval(pace.FRAME_S, self._frame)
         self.show_numbers()
 
     # ── clocks ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _frame(self) -> None:
-        for event in self._client.drain():
-            await self._take(event)
-        for answer in self._drawing:
-            answer.draw()
+    def _frame(self) -> None:
+        self.dialogue.frame()
         if time.monotonic() >= self._numbers_due:
             self.show_numbers()
-        self._drawing = [
-            answer for answer in self._drawing if answer.behind or self._is_open(answer)
-        ]
-
-    def _is_open(self, answer: AnswerTurn) -> bool:
-        return answer is self._answer
 
     def show_numbers(self) -> None:
         """Bring everything but the transcript up to date."""
         now = time.monotonic()
         self._numbers_due = now + NUMBERS_S
+        dialogue = self.dialogue
+        info, pinned = dialogue.info, dialogue.draft_tokens
+        if info is not None and pinned:
+            info = replace(info, draft_tokens=pinned)
         for panel in (self.query_one(SidePanel), self.query_one(StatusLine)):
             if panel.display:
-                panel.show_numbers(self._meter, self._info, self._draft, now)
+                panel.show_numbers(dialogue.meter, info, dialogue.draft, now)
+        self.query_one(Transcript).count(0)
+        state = self._state_words()
         self.query_one("#title", Words).show(self._title_words())
-        self.query_one("#state", Words).show(self._state_words())
+        self.query_one("#state", Words).show(state)
         self.query_one("#hint", Words).show(self._hint_words())
         self.query_one(KeyBar).show(self._useful_keys())
+        self._tell_title(f"{state} · {dialogue.load.pair} · dflash-chat")
 
-    def _useful_keys(self) -> list[Binding]:
-        """The bindings worth a place in the footer now."""
-        shown = [key for key in KEYS if isinstance(key, Binding) and key.show]
-        return [key for key in shown if self.check_action(key.action, ())]
+    def _useful_keys(self) -> list[tuple[str, str]]:
+        """Keys worth a place in the footer now, and what they do."""
+        at_turn = self.query_one(Transcript).cursor is not None
+        shown = [action for action in ACTIONS if action.footer]
+        if at_turn:
+            shown = [*in_scope(TURN), *(a for a in shown if a.scope in (CHAT, APP))]
+        return [
+            (key_words(keys_of(action, self.keymap), short=True), self._words_now(action))
+            for action in shown
+            if (action.scope == TURN) <= at_turn and self.check_action(action.method, ())
+        ]
+
+    def _words_now(self, action: Action) -> str:
+        """What the action would do now."""
+        if action.id == "code":
+            cursor = self.query_one(Transcript).cursor
+            return "continue" if self.dialogue.can_continue(cursor) else "copy code"
+        if action.id == "stop" and not self.dialogue.answer:
+            return "Take back" if self._stoppable() == "waiting" else "Close"
+        if action.id == "again" and (self.dialogue.retry_after or self.dialogue.down):
+            return "Retry"
+        return action.name
 
     def _title_words(self) -> str:
-        words = ["dflash-chat", self._load.pair]
-        if self._info is not None:
-            words += [self._info.dtype, self._info.device]
+        words = ["dflash-chat", self.dialogue.load.pair]
+        if info := self.dialogue.info:
+            words += [info.dtype, info.device]
         return " · ".join(words)
 
     def _state_words(self) -> str:
-        if self._down:
+        if self.dialogue.down:
             return "○ engine down"
-        if self._info is None:
+        if self.dialogue.info is None:
             return "○ loading"
-        if self._answer is None:
+        if self.dialogue.answer is None:
             return "● ready"
-        return "● stopping" if self._stopping else "● answering"
+        return "● stopping" if self.dialogue.stopping else "● answering"
 
     def _hint_words(self) -> str:
-        if self._down:
-            return "Ctrl+R starts the engine again"
-        if self._info is None:
-            return progress_words(self._progress)
-        if not self.query_one(Transcript).following:
-            return "↓ more below · End"
-        if self._retry_after and not self._answer:
-            return "Ctrl+R asks again"
+        transcript = self.query_one(Transcript)
+        words = [self._hint()]
+        if not transcript.following:
+            new = transcript.unseen_tokens
+            words.insert(
+                0, f"↓ {f'{new} new' if new else 'more below'} · {self.key_words('follow')}"
+            )
+        return " · ".join(filter(None, words))
+
+    def _hint(self) -> str:
+        """What helps most now."""
+        typed, again = self.query_one(Prompt).text, self.key_words("again")
+        if typed.startswith("/") and (command := COMMANDS.get(typed.split(None, 1)[0].lower())):
+            return f"{command.usage} · {command.does}"
+        if "@" in typed and (included := attach.sizes(typed)):
+            return "includes " + ", ".join(included)
+        if self.query_one(Transcript).cursor is not None and not self.query_one(KeyBar).display:
+            return " · ".join(" ".join(pair) for pair in self._useful_keys())
+        if self.dialogue.down:
+            return f"{again} starts the engine again"
+        if self.dialogue.info is None:
+            return progress_words(self.dialogue.progress)
+        if problem := self.dialogue.record.problem:
+            return f"not saved: {problem}"
+        if self.dialogue.retry_after and not self.dialogue.busy:
+            return f"{again} asks again"
         return ""
 
-    # ── events ──────────────────────────────────────────────────────────────────────────────────
+    def key_words(self, id_: str) -> str:
+        """The keys of an action, as they are now."""
+        return key_words(keys_of(BY_ID[id_], self.keymap))
 
-    async def _take(self, event: Event | EngineDied) -> None:
-        match event:
-            case Hello():
-                self._progress = Progress("loading", 0, 0)
-            case Progress():
-                self._progress = event
-            case Ready():
-                self._info = event.info
-                self._meter.loaded(event.info)
-                self._next()
-            case EngineDied():
-                await self._crashed(event)
-            case Failed(id=0):
-                self._refused_to_load(event)
-            case Prefill() | Tokens() | Finished() | Failed() if event.id == self._generation:
-                self._take_answer(event)
-            case _:
-                pass  # of an answer that was given up
+    def _tell_title(self, words: str) -> None:
+        if words != self._told:
+            self._told = words
+            self.tell(terminal.title(words))
 
-    def _take_answer(self, event: Prefill | Tokens | Finished | Failed) -> None:
-        answer = self._answer
-        assert answer is not None, event
-        match event:
-            case Prefill():
-                self._meter.read(event)
-                answer.say(f"reading the prompt · {event.done} of {event.total}")
-            case Tokens():
-                if not self._text:
-                    answer.say("")
-                self._meter.take(event, time.monotonic())
-                answer.trace.take(event)
-                self._text.append(event.text)
-                answer.write(event.text)
-            case Finished():
-                self._meter.finish(event)
-                self._close_answer(numbers_words(event))
-                self._next()
-            case Failed():
-                self._close_answer("failed · " + event.message)
-                self._retry_after = self._asked
-                details = tuple(event.trace.splitlines()[-6:])
-                self._show(Card("The engine could not answer", _sentences(event), details, "error"))
+    def _ring(self, seconds: float) -> None:
+        """An answer is done after so long: call a person who looks elsewhere."""
+        if seconds >= terminal.CALL_AFTER_S and not self.app.app_focus:
+            self.tell(terminal.call("The answer is done"))
 
-    def _close_answer(self, words: str) -> None:
-        """The answer being written is complete, as far as it came."""
-        if self._answer is None:
-            return
-        self._answer.finish(words)
-        self._answer = None
-        self._chat.answer("".join(self._text))
+    def tell(self, sequence: str) -> None:
+        """Say something to the terminal that is no part of the picture."""
+        if driver := self.app._driver:
+            driver.write(sequence)
 
-    def _refused_to_load(self, failed: Failed) -> None:
-        self._down = True
-        self.exit_code = failed.exit_code
-        details = tuple(failed.trace.splitlines()[-6:])
-        self._show(Card(f"{self._load.pair} was not loaded", _sentences(failed), details, "error"))
+    # ── what is sent ────────────────────────────────────────────────────────────────────────────
 
-    async def _crashed(self, died: EngineDied) -> None:
-        had_loaded, self._info = self._info is not None, None
-        if self._answer:
-            self._retry_after = self._asked
-            self._close_answer("the engine stopped here")
-        if had_loaded:
-            body = f"Why: {died.reason}.\nThe chat is kept. The engine is being started again"
-            body += "; Ctrl+R asks the last question again." if self._retry_after else "."
-            self._restart()
-        else:
-            self._down = True
-            self.exit_code = EXIT_ENGINE_CRASHED
-            body = f"Why: {died.reason}, before the pair was loaded.\nCtrl+R tries again."
-        self._show(Card("The engine stopped", body, died.log_lines, "error"))
-
-    @work(exclusive=True)
-    async def _restart(self) -> None:
-        self._down = False
-        self._info = None
-        self._progress = Progress("starting the engine", 0, 0)
-        self._meter.clear()
-        await self._client.restart()
-        self._client.send(self._load)
-
-    # ── asking ──────────────────────────────────────────────────────────────────────────────────
-
-    def on_prompt_submitted(self, message: Prompt.Submitted) -> None:
+    async def on_prompt_submitted(self, message: Prompt.Submitted) -> None:
         """A message or a command; messages wait until the engine is free."""
         try:
-            command = commands.parse(message.text)
+            command = commands.parse(message.shown)
             if command:
-                self._obey(command)
+                await self.perform(command.action, command.argument)
                 return
+            files = attach.files(message.shown)
         except UserError as error:
-            self._show(Card("Not understood", f"{error.message}\n{error.hint}".strip()))
+            prompt = self.query_one(Prompt)
+            prompt.put("\n".join(filter(None, (message.shown, prompt.text))))
+            self.dialogue.show(Card("Not understood", f"{error.message}\n{error.hint}".strip()))
             return
-        turn = UserTurn(message.text)
-        self._waiting.append(turn)
-        self._show(turn)
-        self._next()
+        turn = UserTurn(message.shown, attach.below(message.text, files), [str(f) for f in files])
+        if replaced := self.end_editing():
+            self.dialogue.ask_again(replaced, instead=turn)
+        else:
+            self.dialogue.ask(turn)
 
-    def _next(self) -> None:
-        """Ask the next waiting question, if the engine is free."""
-        if self._info is None or self._answer or not self._waiting:
+    async def perform(self, action: Action, argument: str = "") -> None:
+        """Do it, if it can be done now. Raises UserError."""
+        if action.scope == APP:
+            await self.app.run_action(f"app.{action.method}")
+        elif not self.check_action(action.method, ()):
+            self.dialogue.show(Card(action.name, f"{action.usage} has nothing to do now."))
+        else:
+            method = getattr(self, f"action_{action.method}")
+            method(argument) if action.argument else method()
+
+    async def choose(self, action: Action) -> None:
+        """What the palette does: perform it, or ask for the argument in the prompt."""
+        if action.needs_argument:
+            self.query_one(Prompt).put_in(action.command + " ")
             return
-        turn = self._waiting.popleft()
-        turn.waiting(False)
-        self._chat.ask(turn.text)
-        self._generate(turn)
+        try:
+            await self.perform(action)
+        except UserError as error:
+            self.notify(error.message, markup=False)
 
-    def _generate(self, turn: UserTurn) -> None:
-        self._generation += 1
-        self._retry_after = None
-        self._asked = turn
-        self._stopping = False
-        self._text = []
-        self._meter.begin()
-        self._answer = AnswerTurn()
-        self._answer.say("reading the prompt")
-        self._drawing.append(self._answer)
-        before = self._waiting[0] if self._waiting else None
-        self.query_one(Transcript).append(self._answer, before)
-        messages = self._chat.messages()
-        self._client.send(Generate(self._generation, messages, self._params, self._draft))
-
-    def _show(self, widget: UserTurn | Card) -> None:
-        transcript = self.query_one(Transcript)
-        transcript.append(widget)
-        transcript.follow()
-
-    def _obey(self, command: commands.Command) -> None:
-        argument = command.argument
-        match command.name:
-            case "/help":
-                self.action_help()
-            case "/clear":
-                self.action_new_chat()
-            case "/xray":
-                if self.check_action("xray", ()):
-                    self.action_xray()
-            case "/quit":
-                self.app.exit()
-            case "/system":
-                self._chat.system = argument
-                self._show(Card("System prompt", argument or "none"))
-            case "/draft":
-                self._draft = argument == "on"
-                self._show(Card("Drafting", f"{argument}, from the next answer on"))
-            case "/set":
-                self._set(argument)
-
-    def _set(self, option: str) -> None:
-        settings = parse_options([option], self._params)
-        if (settings.engine, settings.quant) != (EngineOptions(), ""):
-            raise UsageError(
-                f"{option.partition('=')[0]} is fixed while a pair is loaded.",
-                "Give it at the start: dflash-chat -o " + option,
-            )
-        self._params = settings.sampling
-        self._show(Card("Setting", f"{option}, from the next answer on"))
+    @work(exclusive=True, group="editor")
+    async def action_editor(self) -> None:
+        """Write the message in an editor of one's own."""
+        prompt = self.query_one(Prompt)
+        if self.dialogue.busy:
+            self.notify("The editor opens once the answer is done")
+            return
+        try:
+            with self.app.suspend():
+                text = editor.edit(prompt.unfolded(prompt.text))
+        except SuspendNotSupported:
+            self.notify("This terminal cannot be lent to an editor")
+        except UserError as error:
+            self.notify(f"{error.message} {error.hint}".strip(), markup=False)
+        else:
+            if text != prompt.unfolded(prompt.text):
+                prompt.put(text)
 
     # ── actions ─────────────────────────────────────────────────────────────────────────────────
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that would do nothing now are left to the prompt, and out of the footer."""
+        dialogue = self.dialogue
         if action == "stop":
-            return self._answer is not None or bool(self._waiting)
-        if action == "retry":
-            return self._down or (self._retry_after is not None and self._answer is None)
+            return bool(self._stoppable())
+        if action == "again":
+            return dialogue.down or (not dialogue.busy and bool(dialogue.questions))
+        if action == "continue_answer":
+            return dialogue.can_continue(self.last_answer)
+        if action == "compare":
+            return dialogue.info is not None and not dialogue.busy and bool(dialogue.questions)
         if action == "xray":
-            return bool(self.query(AnswerTurn))
+            return self.seen_answer is not None
+        if action == "sessions":
+            return dialogue.record.keeper is not None
+        if action == "branch":
+            return not (dialogue.busy or dialogue.waiting) and self.fork is not None
+        if action == "undo_turn":
+            return bool(dialogue.questions)
         if action == "follow":
-            return self.query_one(Prompt).at_line_end
+            at_turn = self.query_one(Transcript).cursor is not None
+            return at_turn or self.query_one(Prompt).at_line_end
         return True
 
-    def action_send(self) -> None:
-        """Send the prompt."""
-        self.query_one(Prompt).submit()
-
-    def action_newline(self) -> None:
-        """Break the line in the prompt."""
-        self.query_one(Prompt).newline()
+    def _stoppable(self) -> str:
+        """What Esc ends now: the answer first, then what lies over the prompt, then the queue."""
+        if self.dialogue.answer:
+            return "answer"
+        if self.query_one(Prompt).offering:
+            return "menu"
+        if self.query_one(Transcript).cursor is not None:
+            return "cursor"
+        if self.editing is not None:
+            return "editing"
+        return "waiting" if self.dialogue.waiting else ""
 
     def action_stop(self) -> None:
-        """Stop the answer; without one, take the last waiting message back into the prompt."""
-        if self._answer:
-            self._stopping = True
-            self._client.send(Cancel(self._generation))
-        elif self._waiting:
-            turn = self._waiting.pop()
-            turn.remove()
-            self.query_one(Prompt).text = turn.text
+        """Stop the answer; else close what is open; else take a waiting message back."""
+        match self._stoppable():
+            case "answer":
+                self.dialogue.stop()
+            case "menu":
+                self.query_one(Prompt).dismiss_menu()
+            case "cursor":
+                self.leave_cursor()
+            case "editing":
+                self.end_editing()
+            case "waiting":
+                turn = self.dialogue.waiting.pop()
+                turn.remove()
+                self.take_back(turn)
 
     def action_copy_or_stop(self) -> None:
         """Copy what is selected; else stop; else say how to quit."""
         selected = self.query_one(Prompt).selected_text or self.get_selected_text()
         if selected:
-            self.app.copy_to_clipboard(selected)
             self.clear_selection()
-            self.notify("Copied")
-        elif self._answer:
-            self.action_stop()
+            self.copy_text(selected, "the selection")
+        elif self.dialogue.answer:
+            self.dialogue.stop()
         else:
-            self.notify("Ctrl+Q quits")
+            self.notify(f"{self.key_words('quit')} quits")
 
-    def action_retry(self) -> None:
-        """Start a dead engine, or ask the failed question again."""
-        if self._down:
-            self._restart()
-        elif self._retry_after:
-            self._chat.retract_answer()
-            self._waiting.appendleft(self._retry_after)
-            self._chat.turns.pop()  # asked again by _next
-            self._next()
-
-    @work(exclusive=True, group="new")
-    async def action_new_chat(self) -> None:
-        """Forget this chat and start another."""
-        if self._answer:
-            self._client.send(Cancel(self._generation))
-        self._generation += 1  # what still comes of the old answer is nobody's
-        self._answer = self._retry_after = self._asked = None
-        self._drawing.clear()
-        self._waiting.clear()
-        self._chat = Conversation(self._chat.system)
-        self._meter.clear()
-        await self.query_one(Transcript).clear()
-
-    def action_toggle_panel(self) -> None:
-        """Show or hide the numbers."""
-        self.toggle_class("-bare")
-
-    def action_xray(self) -> None:
-        """Show the last answer by block and origin."""
-        self.app.push_screen(XrayScreen(self.query(AnswerTurn).last().trace))
-
-    def action_help(self) -> None:
-        """Show keys and commands."""
-        self.app.push_screen(HelpScreen())
-
-    def action_page(self, direction: int) -> None:
-        """Scroll the chat by a page."""
-        transcript = self.query_one(Transcript)
-        (transcript.scroll_page_up if direction < 0 else transcript.scroll_page_down)(animate=False)
-
-    def action_line(self, direction: int) -> None:
-        """Scroll the chat by a line."""
-        transcript = self.query_one(Transcript)
-        (transcript.scroll_up if direction < 0 else transcript.scroll_down)(animate=False)
-
-    def action_follow(self) -> None:
-        """Go to the end and follow the answer again."""
-        self.query_one(Transcript).follow()
+    def action_new_chat(self) -> None:
+        """Leave this chat and start another."""
+        self.end_editing()
+        self.leave_cursor()
+        self.dialogue.new_chat()
 
 
 def progress_words(progress: Progress) -> str:
@@ -451,21 +360,3 @@ def progress_words(progress: Progress) -> str:
     share = progress.done / progress.total
     megabytes = f"{progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB"
     return f"{progress.stage} {bar(share, 20)} {share:4.0%} · {megabytes}"
-
-
-def numbers_words(finished: Finished) -> str:
-    """The line under an answer."""
-    usage, timing, spec = finished.usage, finished.timing, finished.spec
-    words = [
-        f"cached {usage.cached}",
-        f"read {usage.prompt - usage.cached}",
-        f"ttft {timing.ttft_s * 1000:.0f} ms",
-        f"{timing.tok_s:.0f} tok/s",
-    ]
-    if spec.steps:
-        words.append(f"tau {spec.tau:.1f}")
-    return _ENDINGS.get(finished.reason, "") + " · ".join(words)
-
-
-def _sentences(failed: Failed) -> str:
-    return f"{failed.message}\n{failed.hint}".strip()

@@ -6,23 +6,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from dflash_chat.errors import UsageError
-
-USAGE = {
-    "/help": "/help             this list",
-    "/clear": "/clear            start a new chat",
-    "/system": "/system TEXT      set the system prompt; without TEXT none",
-    "/draft": "/draft on|off     draft with the small model, or decode plainly",
-    "/set": "/set key=value    temperature, top_p, top_k, seed, max_tokens …",
-    "/xray": "/xray             the last answer by block and origin",
-    "/quit": "/quit             leave",
-}
+from dflash_chat.ui.actions import COMMANDS, Action
 
 
 @dataclass(frozen=True)
 class Command:
     """One command and what follows it."""
 
-    name: str
+    action: Action
     argument: str
 
 
@@ -30,14 +21,15 @@ def parse(line: str) -> Command | None:
     """The command in `line`, None if it is an ordinary message. Raises UsageError with a hint."""
     if not line.startswith("/") or line.startswith("//"):
         return None
-    name, _, argument = line.partition(" ")
+    name, argument = ([*line.split(None, 1), ""])[:2]
     name, argument = name.lower(), argument.strip()
-    if name not in USAGE:
-        near = get_close_matches(name, USAGE, n=1)
+    action = COMMANDS.get(name)
+    if action is None:
+        near = get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else "/help lists them."
         raise UsageError(f"There is no command {name}.", hint)
-    if name == "/draft" and argument not in ("on", "off"):
-        raise UsageError("/draft is either on or off.", "Type /draft on or /draft off.")
-    if name == "/set" and "=" not in argument:
-        raise UsageError("/set needs a key and a value.", "For example /set temperature=0.7")
-    return Command(name, argument)
+    if action.needs_argument and not argument:
+        raise UsageError(f"{name} needs something behind it.", f"Type {action.usage}")
+    if argument and not action.argument:
+        raise UsageError(f"{name} takes nothing behind it.", f"Type {name} alone.")
+    return Command(action, argument)

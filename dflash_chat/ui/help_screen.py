@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -12,23 +13,21 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from dflash_chat.runtime.api import GLOSSARY
-from dflash_chat.ui.commands import USAGE
+from dflash_chat.ui.actions import ACTIONS, COMMANDS, TURN, Keymap, key_words, keys_of
 
-KEYS = """\
-Enter             send
-Ctrl+J            newline (Shift+Enter where the terminal reports it)
-Esc               stop the answer; what came stays
-Ctrl+C            copy the selection, else stop
-Ctrl+R            ask again after a failure
-Ctrl+N            new chat
-PageUp PageDown   scroll, also Ctrl+Up and Ctrl+Down
-End               to the end, and follow the answer again
-F2                show or hide the numbers
-F3                X-ray: the last answer by block and origin
-Ctrl+P            all commands
-Ctrl+Q            quit"""
+WIDTH = 66  # cells of a line where there is room
 
-NUMBERS = "\n".join(f"{word:17} {meaning}" for word, meaning in GLOSSARY.items())
+ALSO = """\
+Tab                  take the menu's word; Up and Down choose
+Up, Down             at the prompt's edges: what was sent before
+Up in an empty one   edit the last message
+@file                a file's text goes along with the message
+Shift+drag           select with the terminal's own mouse"""
+
+NUMBERS = "\n".join(
+    fill(f"{word:20} {meaning}", WIDTH, subsequent_indent=" " * 21)
+    for word, meaning in GLOSSARY.items()
+)
 
 
 class HelpScreen(ModalScreen[None]):
@@ -36,13 +35,25 @@ class HelpScreen(ModalScreen[None]):
 
     BINDINGS: ClassVar = [Binding("escape,f1,enter,q", "dismiss", "Close", id="close_help")]
 
+    def __init__(self, keymap: Keymap) -> None:
+        super().__init__()
+        self._keymap = keymap
+
     def compose(self) -> ComposeResult:
-        """Three lists."""
+        """Four lists."""
         with VerticalScroll(id="help") as box:
             box.border_title = "Help"
             for title, body in (
-                ("Keys", KEYS),
-                ("Commands", "\n".join(USAGE.values())),
+                ("Keys", f"{self._keys(turn=False)}\n{ALSO}"),
+                ("On a turn (Alt+Up)", self._keys(turn=True)),
+                ("Commands", "\n".join(f"{a.usage:20} {a.does}" for a in COMMANDS.values())),
                 ("Numbers", NUMBERS),
             ):
                 yield Static(Content.styled(title, "bold") + f"\n{body}\n")
+
+    def _keys(self, turn: bool) -> str:
+        return "\n".join(
+            f"{key_words(keys_of(action, self._keymap)):20} {action.does}"
+            for action in ACTIONS
+            if action.keys and (action.scope == TURN) is turn
+        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from textual.binding import Binding
 from textual.content import Content
 from textual.widgets import Static
 
@@ -21,17 +20,12 @@ class KeyBar(Static):
         super().__init__()
         self._shown: list[tuple[str, str]] = []
 
-    def show(self, bindings: Iterable[Binding]) -> None:
-        """Draw the keys of `bindings`."""
-        keys = [(_name(binding.key), binding.description) for binding in bindings]
+    def show(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Draw keys, each with what it does; the first ones matter most."""
+        keys = list(keys)
         while keys and len(GAP.join(f"{key} {words}" for key, words in keys)) > self.size.width:
             keys.pop()
         if keys != self._shown:
             self._shown = keys
             parts = [Content.styled(key, "bold") + f" {words}" for key, words in keys]
             self.update(Content(GAP).join(parts))
-
-
-def _name(key: str) -> str:
-    """The key as a footer says it: ctrl+n → ^N."""
-    return {"escape": "Esc", "enter": "Enter"}.get(key, key.replace("ctrl+", "^").upper())

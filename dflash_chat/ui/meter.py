@@ -114,6 +114,8 @@ class Meter:
         """Take the engine's own sums; they replace ours."""
         self._finished = event
         self.spec, self._timing = event.spec, event.timing
+        if (tok_s := event.timing.ar_tok_s) and self.plain:
+            self._baseline = Baseline(Plain(1000 / tok_s, self.plain.context_tokens))
         self._recent.clear()
 
     def now_tok_s(self, now: float) -> float:

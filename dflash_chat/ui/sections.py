@@ -102,7 +102,7 @@ def block_lines(view: View, level: int) -> list[str]:
         lines += _legend([f"{name} {ms:.1f}" for name, ms in zip(names, parts, strict=True)])
     most = f" of {view.info.draft_tokens + 1}" if view.info else ""
     spec = view.meter.spec
-    lines.append(f"width {last.width}{most}, mean {spec.drafted / spec.steps + 1:.1f}")
+    lines.append(f"width {last.width}{most}, mean {spec.drafted / max(spec.steps, 1) + 1:.1f}")
     if level > 1:
         figures = f"lately {view.meter.figures}" if view.meter.figures else ""
         for words in (last.why, figures):

@@ -1,159 +1,58 @@
-"""The turns of one chat on screen: questions, streamed answers, notes and cards.
+"""The turns of one chat on screen: questions, answers and cards, and the cursor that points at one.
 
-An answer is drawn in two zones: closed chunks, a few to a widget, which never change again, and a
-tail that is redrawn with every frame and whose size is bounded. A frame takes a bounded piece of
-what has arrived, so a burst shows a little later instead of freezing the screen.
+Knows nothing of the engine. What an answer looks like is in answer.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+from textual import events
 from textual.app import ComposeResult
+from textual.binding import Binding
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.geometry import Size
+from textual.message import Message
 from textual.reactive import Reactive
-from textual.selection import Selection
-from textual.visual import Visual
 from textual.widget import Widget
 from textual.widgets import Static
 
-from dflash_chat.ui import pace
-from dflash_chat.ui.markdown import Flow, plain, render
-from dflash_chat.ui.origins import Trace
-from dflash_chat.ui.splitter import Chunk, Splitter
+from dflash_chat.chat import Turn
+from dflash_chat.ui.actions import TURN, in_scope
+from dflash_chat.ui.answer import CONTROLS, AnswerTurn
 
-FRAME_CHARS = 2000
-BLOCK_CHARS = 1500
-
-# What a model writes must not reach the terminal as a control sequence.
-_CONTROLS: dict[int, str] = dict.fromkeys(
-    (*range(0x20), 0x7F, *range(0x80, 0xA0)), "\N{REPLACEMENT CHARACTER}"
-)
-_CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
-
-
-class Block(Widget):
-    """Closed chunks of an answer, until they are `BLOCK_CHARS` together."""
-
-    # The default asks for a second layout after each that changed a size; nothing here needs it.
-    virtual_size = Reactive(Size(0, 0))
-
-    def __init__(self, chunk: Chunk | None = None) -> None:
-        super().__init__()
-        self._flow = Flow(())
-        self._chars = 0
-        if chunk:
-            self._flow = render(chunk)
-            self._chars = len(chunk.text)
-            self.set_class(chunk.continued, "-continued")
-
-    def takes(self, chunk: Chunk) -> bool:
-        """Add a chunk, if there is room for it."""
-        if self._chars + len(chunk.text) > BLOCK_CHARS:
-            return False
-        self._flow.extend(render(chunk), gap=not chunk.continued)
-        self._chars += len(chunk.text)
-        self.refresh(layout=True)
-        return True
-
-    def render(self) -> Visual:
-        """The laid-out chunk."""
-        return self._flow
-
-    def get_selection(self, selection: Selection) -> tuple[str, str] | None:
-        """Selected text as it was written, not as it was wrapped."""
-        return self._flow.extract(selection), "\n"
-
-
-class Tail(Block):
-    """The open chunk of an answer that is still being written."""
-
-    def show(self, chunk: Chunk | None) -> None:
-        """Draw `chunk`; tables stay as written until their columns are known."""
-        self.display = chunk is not None
-        if chunk is None:
-            return
-        self._flow = plain(chunk.text) if chunk.kind == "table" else render(chunk, False)
-        self.set_class(chunk.continued, "-continued")
-        self._flow.step = pace.SCROLL_ROWS
-        width, height = self.content_size
-        self.refresh(layout=not width or self._flow.height(width) != height)
-
-
-class AnswerTurn(Vertical):
-    """One answer and the line of numbers under it."""
-
-    virtual_size = Reactive(Size(0, 0))  # see Block
-    COMPONENT_CLASSES: ClassVar = {
-        "strong", "em", "strike", "code", "fence", "link", "target", "rule", "bullet", "quote-bar",
-        "h1", "h2", "h3", "h4", "h5", "h6",
-    }  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trace = Trace()  # what X-ray shows of it
-        self._splitter = Splitter()
-        self._pending = ""
-        self._note: str | None = None
-        self._tail = Tail()
-        self._last: Block | None = None
-        self._tail.display = False
-        self._line = Static(Content(""), classes="numbers")
-
-    def compose(self) -> ComposeResult:
-        """The tail, and the line of numbers."""
-        yield self._tail
-        yield self._line
-
-    def say(self, words: str) -> None:
-        """Put words where the numbers will be."""
-        self._line.update(Content(words))
-
-    def write(self, text: str) -> None:
-        """Take text; `draw` shows it."""
-        self._pending += text.translate(_CONTROLS)
-
-    def finish(self, words: str) -> None:
-        """No text follows; `words` go below once all of it is drawn."""
-        self._note = words
-
-    @property
-    def behind(self) -> bool:
-        """Whether `draw` has something left to do."""
-        return bool(self._pending) or self._note is not None
-
-    def draw(self) -> None:
-        """Draw one frame."""
-        if not self.behind or not self.is_mounted:
-            return
-        text, self._pending = self._pending[:FRAME_CHARS], self._pending[FRAME_CHARS:]
-        closed = self._splitter.feed(text)
-        if self._note is not None and not self._pending:
-            closed += self._splitter.finish()
-            self.say(self._note)
-            self._note = None
-        with self.app.batch_update():
-            for chunk in closed:
-                if not (self._last and self._last.takes(chunk)):
-                    self._last = Block(chunk)
-                    self.mount(self._last, before=self._tail)
-            self._tail.show(self._splitter.tail)
+SHOWN_CHARS = 8000
+WELCOME = """\
+Type a message and press Enter; it goes out as soon as the engine is ready.
+Esc stops an answer and keeps what came. F1 lists keys and commands."""
 
 
 class UserTurn(Static):
-    """What the person said; `waiting` while it has not been sent."""
+    """What the person said; `waiting` while it has not been sent.
 
-    def __init__(self, text: str) -> None:
+    `shown` is what was typed, `text` what is sent: pastes unfolded and files added, which `notes`
+    says in words. `turn` is its place in the conversation once it was sent. It is shown up to a
+    length that can be drawn at once.
+    """
+
+    def __init__(self, shown: str, text: str = "", notes: Sequence[str] = ()) -> None:
         super().__init__()
-        self.text = text
+        self.shown, self.text = shown, text or shown
+        self.turn: Turn | None = None
+        self._notes = tuple(notes)
         self.waiting(True)
 
     def waiting(self, waiting: bool) -> None:
         """Mark the turn as sent or not yet sent."""
-        note = Content.styled("\nwaits for the engine", "dim") if waiting else Content("")
-        self.update(Content(self.text.translate(_CONTROLS)) + note)
+        self.waits = waiting
+        notes = [*self._notes, *(["waits for the engine"] if waiting else [])]
+        below = Content.styled("\n" + "\n".join(notes), "dim") if notes else Content("")
+        more = len(self.shown) - SHOWN_CHARS
+        if more > 0:
+            below = Content.styled(f"\n… {more} characters more", "dim") + below
+        self.update(Content(self.shown[:SHOWN_CHARS].translate(CONTROLS)) + below)
         self.set_class(waiting, "-waiting")
 
 
@@ -170,11 +69,6 @@ class Card(Static):
         self.border_title = Content(title)
 
 
-WELCOME = """\
-Type a message and press Enter; it goes out as soon as the engine is ready.
-Esc stops an answer and keeps what came. F1 lists keys and commands."""
-
-
 class Turns(Vertical):
     """What the transcript scrolls."""
 
@@ -182,9 +76,29 @@ class Turns(Vertical):
 
 
 class Transcript(VerticalScroll, can_focus=False):
-    """All turns; follows the newest text unless the person has scrolled up."""
+    """All turns; follows the newest text unless the person has scrolled up.
 
+    It takes the focus only while its cursor points at a turn; what is typed then still goes to the
+    prompt.
+    """
+
+    BINDINGS: ClassVar = [
+        Binding(action.keys, f"screen.{action.method}", action.name, id=action.id, priority=True)
+        for action in in_scope(TURN)
+    ]
     virtual_size = Reactive(Size(0, 0))  # see Block
+
+    class Typed(Message):
+        """The person went on typing while the cursor was on a turn."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cursor: UserTurn | AnswerTurn | None = None
+        self.unseen_tokens = 0  # that came since the end was last in view
 
     def compose(self) -> ComposeResult:
         """The turns fill the view at least: an anchored view would push fewer to its bottom."""
@@ -203,6 +117,8 @@ class Transcript(VerticalScroll, can_focus=False):
     def _welcome(self) -> Static:
         return Static(Content(WELCOME), id="welcome")
 
+    # ── the view ────────────────────────────────────────────────────────────────────────────────
+
     @property
     def following(self) -> bool:
         """Whether the end is in view."""
@@ -212,9 +128,83 @@ class Transcript(VerticalScroll, can_focus=False):
         """Go to the end and stay there."""
         self.anchor()
 
-    async def clear(self) -> None:
+    def count(self, tokens: int) -> None:
+        """So many tokens were added at the end."""
+        self.unseen_tokens = 0 if self.following else self.unseen_tokens + tokens
+
+    def to_top_of(self, turn: Widget) -> None:
+        """Scroll to the first line of a turn."""
+        self.scroll_to_widget(turn, top=True, animate=False, immediate=True)
+
+    # ── turns and the cursor ────────────────────────────────────────────────────────────────────
+
+    @property
+    def turns(self) -> list[UserTurn | AnswerTurn]:
+        """Questions that were sent and their answers, first one first."""
+        return [
+            child
+            for child in self.query_one(Turns).children
+            if isinstance(child, UserTurn | AnswerTurn) and child.display and not child.waits
+        ]
+
+    def question_of(self, turn: UserTurn | AnswerTurn) -> UserTurn | None:
+        """The question itself, or what the answer answers."""
+        turns = self.turns
+        before = turns[: turns.index(turn) + 1] if turn in turns else []
+        return next((each for each in reversed(before) if isinstance(each, UserTurn)), None)
+
+    def point(self, turn: UserTurn | AnswerTurn | None) -> None:
+        """Put the cursor on a turn, or take it away."""
+        if self.cursor is not None:
+            self.cursor.remove_class("-cursor")
+        self.cursor = turn
+        self.can_focus = turn is not None
+        if turn is not None:
+            turn.add_class("-cursor")
+            self.focus(scroll_visible=False)
+            self.to_top_of(turn)
+
+    def step(self, direction: int) -> bool:
+        """Move the cursor by a turn; False below the last one."""
+        turns = self.turns
+        at = turns.index(self.cursor) if self.cursor in turns else len(turns)
+        at = max(at + direction, 0)
+        if at >= len(turns):
+            return False
+        self.point(turns[at])
+        return True
+
+    def cut_from(self, turn: Widget, below: bool = False) -> None:
+        """Remove a turn and all that stands below it but messages that wait; with `below`, keep the
+        turn."""
+        children = [child for child in self.query_one(Turns).children if child.display]
+        if turn not in children:
+            return
+        after = children[children.index(turn) + below :]
+        gone = [w for w in after if not (isinstance(w, UserTurn) and w.waits)]
+        if self.cursor in gone:
+            self.point(None)
+        self.query_one(Turns).remove_children(gone)
+
+    def clear(self) -> None:
         """Remove all turns."""
+        self.point(None)
         turns = self.query_one(Turns)
-        await turns.remove_children()
-        await turns.mount(self._welcome())
+        turns.remove_children([child for child in turns.children if child.id != "welcome"])
+        if not turns.query("#welcome"):
+            turns.mount(self._welcome())
+        self.unseen_tokens = 0
         self.anchor()
+
+    # ── what is typed while the cursor is here ──────────────────────────────────────────────────
+
+    def on_key(self, event: events.Key) -> None:
+        """A character that is no key of ours is the beginning of a message."""
+        if event.is_printable and event.character:
+            event.stop()
+            self.post_message(self.Typed(event.character))
+
+    def on_paste(self, event: events.Paste) -> None:
+        """So is a paste."""
+        event.stop()
+        self.post_message(self.Typed(event.text))

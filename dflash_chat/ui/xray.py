@@ -143,19 +143,19 @@ class XrayScreen(Screen[None]):
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
-        self._trace = trace
+        self.trace = trace
 
     def compose(self) -> ComposeResult:
         """The blocks, the current one's figures, and what marks and keys mean."""
         yield Words(id="xray-title")
-        yield XrayView(self._trace)
+        yield XrayView(self.trace)
         yield Words(id="xray-figures")
         yield Words(id="xray-legend")
         yield Words(id="xray-keys")
 
     def on_mount(self) -> None:
         """Show what there is and look for more."""
-        self._trace.news()
+        self.trace.news()
         self.query_one("#xray-legend", Words).show(LEGEND)
         self.query_one("#xray-keys", Words).show(KEYS)
         self.query_one(XrayView).focus()
@@ -170,8 +170,8 @@ class XrayScreen(Screen[None]):
         """Bring everything up to date."""
         view = self.query_one(XrayView)
         view.take_news()
-        blocks = self._trace.blocks
-        spec = self._trace.spec
+        blocks = self.trace.blocks
+        spec = self.trace.spec
         title = f"X-ray · {len(blocks)} blocks"
         if spec.steps:
             title += f" · tau {spec.tau:.2f} · full blocks {spec.full_blocks:.0%}"
@@ -180,5 +180,5 @@ class XrayScreen(Screen[None]):
 
     def _show_figures(self) -> None:
         current = self.query_one(XrayView).current
-        lines = figures(self._trace.blocks, current)
+        lines = figures(self.trace.blocks, current)
         self.query_one("#xray-figures", Words).show("\n".join(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,23 @@ def test_the_pieces_by_token_add_up_to_the_answer_and_plain_passes_to_a_speed_up
     assert trace.spec == finished.spec
     assert finished.timing.speedup == finished.timing.tok_s / finished.timing.ar_tok_s
     assert 0 < finished.timing.prefill_s < finished.timing.ttft_s
+
+
+def test_a_stopped_answer_is_continued_with_the_ids_that_wrote_it(exact: Session) -> None:
+    question = _ask("Explain in three sentences why the sky is blue.")
+    params = SamplingParams(temperature=0.7, seed=11, max_tokens=60)
+    whole, _, _ = _answer(exact, question, params=params)
+    part, first, _ = _answer(exact, question, params=replace(params, max_tokens=23))
+    request = Generate(
+        2, (question, Message("assistant", part)), replace(params, max_tokens=37),
+        continue_last=True,
+    )  # fmt: skip
+    *events, second = exact.generate(request, lambda: False)
+    assert isinstance(second, Finished)
+    assert part + "".join(event.text for event in events if isinstance(event, Tokens)) == whole
+    # The whole prefix was there but its last token, which a prompt always reads.
+    assert second.usage.prompt == first.usage.prompt + 23
+    assert second.usage.cached == second.usage.prompt - 1
 
 
 def test_a_seed_fixes_the_answer(quick: Session) -> None:

@@ -50,10 +50,10 @@ def text_of(kind: str, length: int) -> str:
 def inside(kind: str, rate: int, report: str) -> None:
     """Run the app and write the figures to the file `report`."""
     from dflash_chat.runtime.api import Load, Prefill, SamplingParams, Spec, StepStats, Tokens
+    from dflash_chat.ui.answer import AnswerTurn
     from dflash_chat.ui.app import ChatApp
     from dflash_chat.ui.chat_screen import ChatScreen
     from dflash_chat.ui.prompt import Prompt
-    from dflash_chat.ui.transcript import AnswerTurn
     from tests.ui.fake_client import FakeClient
 
     client = FakeClient()
@@ -114,10 +114,12 @@ def inside(kind: str, rate: int, report: str) -> None:
 # ── outside ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def in_pty(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+def in_pty(
+    command: list[str], rows: int = ROWS, columns: int = COLUMNS
+) -> tuple[subprocess.Popen[bytes], int]:
     """Start `command` in a pty of its own."""
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     env = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env)
     os.close(slave)

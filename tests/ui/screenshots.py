@@ -12,19 +12,33 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
-from dflash_chat.runtime.api import StepStats, Tokens
+from textual.widgets import Static
+
+from dflash_chat.chat import Conversation
+from dflash_chat.keeper import Keeper
+from dflash_chat.runtime.api import Load, Progress, SamplingParams, StepStats, Tokens
+from dflash_chat.runtime.client import EngineClient
+from dflash_chat.settings import DEFAULT_PAIR
+from dflash_chat.ui.answer import AnswerTurn
+from dflash_chat.ui.app import ChatApp
+from dflash_chat.ui.chat_screen import ChatScreen
 from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.xray import XrayScreen
+from tests.saved import branched
 from tests.ui.test_chat_flow import Chat, open_chat
 
 FOLDER = Path(__file__).parents[2] / "screenshots"
 FONT = "DejaVu Sans Mono"
 
 QUESTION = "Write a ring buffer in Python, and say what it costs."
+REAL_QUESTION = "Why is the sky blue?"
 ANSWER = """\
 A **ring buffer** keeps two indices into one list, so that *both ends* cost the same:
 
@@ -94,12 +108,83 @@ async def xray(pictured: Chat) -> None:
         pictured.client.emit(Tokens(1, "".join(taken), len(taken), stats, lengths))
     await pictured.settle()
     await pictured.pilot.press("f3", "home", "tab")
+    assert isinstance(pictured.app.screen, XrayScreen)
+    pictured.app.screen.show_news()
 
 
 async def xray_light(pictured: Chat) -> None:
     """The same in a light theme."""
     pictured.app.theme = "textual-light"
     await xray(pictured)
+
+
+async def loading(pictured: Chat) -> None:
+    """A message waits while the weights come."""
+    pictured.client.emit(Progress("reading weights", 31_000_000, 93_000_000))
+    await pictured.type("Are you there?")
+
+
+async def help_(pictured: Chat) -> None:
+    """Keys and commands over the chat."""
+    await chat(pictured)
+    await pictured.pilot.press("f1")
+
+
+async def sessions(pictured: Chat) -> None:
+    """Saved chats, one of them found by its words."""
+    await pictured.load()
+    keeper = pictured.screen.dialogue.record.keeper
+    assert keeper is not None
+    with keeper.store() as store:
+        for question, said in (("Write a ring buffer.", ANSWER), ("Capital of France?", SHORT)):
+            talk = Conversation(pair="smollm2-135m")
+            talk.ask(question)
+            talk.answer(said)
+            store.save(talk, talk.turns)
+    await pictured.pilot.press("ctrl+o", "slash", *"seine")
+
+
+async def reopened(pictured: Chat) -> None:
+    """A saved chat with branches, after a restart."""
+    await pictured.load()
+    pictured.screen.dialogue.open(branched())
+    await pictured.settle()
+
+
+async def menu(pictured: Chat) -> None:
+    """A command is being typed."""
+    await chat(pictured)
+    prompt = pictured.screen.query_one(Prompt)
+    prompt.put("/t")
+    await pictured.settle()
+    await pictured.pilot.press("down")
+
+
+async def turn(pictured: Chat) -> None:
+    """The cursor stands on a stopped answer that began with a thought."""
+    await pictured.load()
+    await pictured.type(QUESTION)
+    spec = pictured.client.stream(
+        "<think>\nTwo indices, or one and a count?\n</think>\n\n" + ANSWER
+    )
+    pictured.client.finish(spec, prompt=109, reason="cancelled")
+    await pictured.settle()
+    await pictured.pilot.press("alt+up")
+
+
+async def compare(pictured: Chat) -> None:
+    """The same prompt with and without drafting."""
+    await pictured.load()
+    await pictured.type(QUESTION)
+    pictured.client.answer(SHORT)
+    await pictured.settle()
+    await pictured.pilot.press("f9")
+    pictured.client.answer(ANSWER)
+    await pictured.settle()
+    pictured.client.finish(pictured.client.stream(ANSWER, draft=False))
+    verdict = pictured.app.screen.query_one("#verdict", Static)
+    while "identical" not in str(verdict.content):
+        await pictured.settle()
 
 
 async def light(pictured: Chat) -> None:
@@ -116,29 +201,68 @@ PICTURES: dict[str, tuple[tuple[int, int], Callable[[Chat], Awaitable[None]]]] =
     "light": ((120, 40), light),
     "xray": ((80, 24), xray),
     "xray-light": ((120, 40), xray_light),
+    "tiny": ((50, 20), chat),
+    "loading": ((80, 24), loading),
+    "help": ((120, 40), help_),
+    "sessions": ((80, 24), sessions),
+    "reopened": ((80, 24), reopened),
+    "menu": ((80, 24), menu),
+    "turn": ((80, 24), turn),
+    "compare": ((120, 40), compare),
 }
+
+
+@asynccontextmanager
+async def scene(name: str) -> AsyncIterator[Chat]:
+    """The app in the state of one picture; what it saves is gone afterwards."""
+    size, play = PICTURES[name]
+    with TemporaryDirectory() as folder:
+        keeper = Keeper(Path(folder))
+        async with open_chat(size, keeper=keeper) as chat:
+            await play(chat)
+            await chat.settle()
+            yield chat
+        keeper.close()
 
 
 async def take(name: str, folder: Path) -> None:
     """Write one picture."""
-    size, scene = PICTURES[name]
-    async with open_chat(size) as chat:
-        await scene(chat)
-        await chat.settle()
-        svg = chat.app.export_screenshot(title=f"dflash-chat {size[0]}×{size[1]}")
-    (folder / f"{name}.svg").write_text(svg)
+    width, height = PICTURES[name][0]
+    async with scene(name) as chat:
+        draw(chat.app, folder / f"{name}.svg", f"dflash-chat {width}×{height}")
+
+
+async def take_real(folder: Path) -> None:
+    """Write the picture of the default pair really answering, with this machine's figures."""
+    client = EngineClient()
+    screen = ChatScreen(client, Load(DEFAULT_PAIR), SamplingParams(max_tokens=300))
+    app = ChatApp(client, screen)
+    async with app.run_test(size=(120, 40)) as pilot:
+        screen.post_message(Prompt.Submitted(REAL_QUESTION, REAL_QUESTION))
+        while screen.dialogue.last_finished is None or screen.query_one(AnswerTurn).behind:
+            await pilot.pause(0.1)
+        screen.show_numbers()
+        await pilot.pause()
+        draw(app, folder / "real.svg", f"{DEFAULT_PAIR}, really")
+
+
+def draw(app: ChatApp, file: Path, title: str) -> None:
+    """Write what is on the screen."""
+    svg = app.export_screenshot(title=title)
+    file.write_text(svg)
     try:
         resvg = importlib.import_module("resvg_py")
     except ImportError:
         return
     png = resvg.svg_to_bytes(svg_string=svg.replace("Fira Code", FONT), font_family=FONT)
-    (folder / f"{name}.png").write_bytes(bytes(png))
+    file.with_suffix(".png").write_bytes(bytes(png))
 
 
 async def main(folder: Path) -> None:
     """Write all pictures."""
     for name in PICTURES:
         await take(name, folder)
+    await take_real(folder)
 
 
 if __name__ == "__main__":

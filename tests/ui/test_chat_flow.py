@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 from textual.selection import SELECT_ALL, Selection
 
 from dflash_chat.errors import EXIT_ENGINE_CRASHED
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import (
     EngineOptions,
     Failed,
@@ -23,12 +24,13 @@ from dflash_chat.runtime.api import (
     SamplingParams,
     Tokens,
 )
+from dflash_chat.ui.answer import AnswerTurn, Block
 from dflash_chat.ui.app import ChatApp
 from dflash_chat.ui.chat_screen import ChatScreen
 from dflash_chat.ui.help_screen import HelpScreen
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.side_panel import SidePanel, StatusLine
-from dflash_chat.ui.transcript import AnswerTurn, Block, Card, Transcript, UserTurn
+from dflash_chat.ui.transcript import Card, Transcript, UserTurn
 from tests.ui.fake_client import INFO, FakeClient
 
 
@@ -47,7 +49,7 @@ class Chat:
     async def settle(self) -> None:
         """Wait until all that has arrived is drawn, numbers included."""
         for _ in range(200):
-            await self.pilot.pause(0.06)
+            await self.pilot.pause(0.03)
             if not self.client.waiting and not any(a.behind for a in self.screen.query(AnswerTurn)):
                 break
         self.screen.show_numbers()
@@ -61,6 +63,11 @@ class Chat:
     async def load(self, info: ModelInfo = INFO) -> None:
         self.client.ready(info)
         await self.settle()
+
+    @property
+    def block(self) -> Block:
+        """The first piece of an answer."""
+        return next(block for block in self.screen.query(Block) if block.size.height)
 
     @property
     def text(self) -> str:
@@ -83,11 +90,15 @@ class Chat:
 
 @asynccontextmanager
 async def open_chat(
-    size: tuple[int, int] = (120, 40), system: str = "", draft: bool = True
+    size: tuple[int, int] = (120, 40),
+    system: str = "",
+    draft: bool = True,
+    keymap: Mapping[str, str] | None = None,
+    keeper: Keeper | None = None,
 ) -> AsyncIterator[Chat]:
     client = FakeClient()
     load = Load("smollm2-135m", "", EngineOptions())
-    screen = ChatScreen(client, load, SamplingParams(), system, draft)
+    screen = ChatScreen(client, load, SamplingParams(), system, draft, keymap, keeper)
     app = ChatApp(client, screen)
     async with app.run_test(size=size) as pilot:
         chat = Chat(app, client, pilot)
@@ -417,7 +428,7 @@ async def test_ctrl_c_copies_what_is_selected(loaded: Chat) -> None:
     await loaded.type("One?")
     loaded.client.answer("Selected text\n")
     await loaded.settle()
-    block = next(iter(loaded.screen.query(Block)))
+    block = loaded.block
     loaded.screen.selections = {block: SELECT_ALL}
     await loaded.pilot.press("ctrl+c")
 
@@ -460,7 +471,7 @@ async def test_new_text_does_not_move_a_view_that_was_scrolled_up(loaded: Chat) 
     await loaded.settle()
 
     assert transcript.scroll_y == before
-    assert "more below" in loaded.shown("#hint")
+    assert "↓ 40 new · End" in loaded.shown("#hint")
 
 
 async def test_end_moves_the_cursor_while_it_is_inside_a_line(loaded: Chat) -> None:
@@ -517,7 +528,11 @@ async def test_set_command_changes_the_next_answer(loaded: Chat) -> None:
     [
         ("/hepl", "Did you mean /help?"),
         ("/nonsense", "/help lists them."),
-        ("/draft maybe", "/draft is either on or off."),
+        ("/draft maybe", "/draft is on, off, auto or a number from 1 to 7."),
+        ("/draft 8", "a number from 1 to 7"),
+        ("/theme darkish", "did you mean"),
+        ("/file nowhere.txt", "There is no file nowhere.txt."),
+        ("/clear now", "/clear takes nothing behind it."),
         ("/set temperature", "/set needs a key and a value."),
         ("/set warmth=1", "there is no option"),
         ("/set device=cuda", "fixed while a pair is loaded"),
@@ -611,10 +626,10 @@ async def test_long_answers_need_few_widgets(loaded: Chat, kind: str) -> None:
 async def test_one_frame_takes_a_bounded_piece(loaded: Chat, kind: str) -> None:
     await loaded.type("Long, please")
     answer = loaded.screen.query_one(AnswerTurn)
-    answer.write(LONG[kind])
+    answer.go_on(LONG[kind])
     answer.draw()
 
-    blocks = [block for block in answer.children if isinstance(block, Block)]
+    blocks = list(answer.query(Block))
     assert answer.behind
     assert len(blocks) < 20
 
@@ -624,7 +639,7 @@ async def test_a_wrapped_line_is_copied_as_one_line(loaded: Chat) -> None:
     await loaded.type("Long, please")
     loaded.client.answer(f"- {words}\n- second\n")
     await loaded.settle()
-    block = next(iter(loaded.screen.query(Block)))
+    block = loaded.block
     assert block.size.height > 2
 
     assert block.get_selection(SELECT_ALL) == (f"• {words}\n• second", "\n")
@@ -637,7 +652,7 @@ async def test_text_is_selected_with_the_mouse_and_copied(loaded: Chat) -> None:
     await loaded.type("One?")
     loaded.client.answer("Select these words, please.\n\n- and these")
     await loaded.settle()
-    block = next(iter(loaded.screen.query(Block)))
+    block = loaded.block
     await loaded.pilot.mouse_down(block, offset=(7, 0))
     await loaded.pilot.hover(block, offset=(4, 2))
     await loaded.pilot.mouse_up(block, offset=(4, 2))

@@ -1,0 +1,69 @@
+"""What happens on the chat screen, told to the conversation and its keeper.
+
+The screen calls one method for each thing that happens; this file alone decides what is saved when.
+Knows no widgets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dflash_chat.chat import Conversation, Turn
+from dflash_chat.keeper import Keeper
+from dflash_chat.runtime.api import Finished, Load, ModelInfo, Prefill, SamplingParams, Tokens
+from dflash_chat.store import StoreError
+
+
+@dataclass
+class Record:
+    """One conversation on screen; without a keeper nothing is saved."""
+
+    chat: Conversation
+    keeper: Keeper | None = None
+    writing: Turn | None = None  # the answer that is being written
+
+    def begin(
+        self, answer: Turn, load: Load, info: ModelInfo | None, params: SamplingParams, draft: bool
+    ) -> None:
+        """A question is about to be sent, to be answered in `answer`: it is saved first."""
+        chat, self.writing = self.chat, answer
+        chat.pair, chat.build, chat.info = load.pair, load.quant, info
+        chat.params, chat.draft = params, draft
+        if self.keeper:
+            self.keeper.keep_now(chat, *chat.turns[-2:])
+
+    def take(self, event: Prefill | Tokens) -> None:
+        """The answer grows by this."""
+        assert self.writing is not None, event
+        self.writing.trace.append(event)
+        if self.keeper and isinstance(event, Tokens):
+            self.keeper.writing(self.chat, self.writing)
+
+    def end(self, finished: Finished | None) -> None:
+        """The answer is over; `finished` None: without the engine's figures."""
+        turn, self.writing = self.writing, None
+        if turn is not None:
+            turn.figures = finished
+            if self.keeper:
+                self.keeper.keep(self.chat, turn)
+
+    def changed(self) -> None:
+        """The system prompt or the active path is another one now."""
+        if self.keeper and self.chat.tree:
+            self.keeper.keep(self.chat)
+
+    def trace(self, turn: Turn) -> list[Prefill | Tokens]:
+        """All steps of an answer. Raises StoreError."""
+        return self.keeper.trace(turn) if self.keeper else turn.trace
+
+    def events(self, turn: Turn) -> list[Tokens]:
+        """What the engine sent for an answer, none if that cannot be read."""
+        try:
+            return [event for event in self.trace(turn) if isinstance(event, Tokens)]
+        except StoreError:
+            return []
+
+    @property
+    def problem(self) -> str:
+        """Why the chat is not saved, "" if it is."""
+        return self.keeper.problem if self.keeper else ""

@@ -1,0 +1,276 @@
+"""One answer on screen: its thought, its text as it streams in, and the line of numbers under it.
+
+Text is drawn in two zones: closed chunks, a few to a widget, which never change again, and a tail
+that is redrawn with every frame and whose size is bounded. A frame takes a bounded piece of what
+has arrived, so a burst shows a little later instead of freezing the screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.geometry import Size
+from textual.reactive import Reactive
+from textual.selection import Selection
+from textual.visual import Visual
+from textual.widget import Widget
+from textual.widgets import Static
+
+from dflash_chat.chat import STREAMING, Turn
+from dflash_chat.runtime.api import Finished, Spec, Tokens
+from dflash_chat.thinking import ThoughtSplitter
+from dflash_chat.ui import pace
+from dflash_chat.ui.markdown import Flow, plain, render
+from dflash_chat.ui.origins import Trace
+from dflash_chat.ui.splitter import Chunk, Splitter
+from dflash_chat.ui.words import Words
+
+FRAME_CHARS = 2000
+BLOCK_CHARS = 1500
+
+# What a model writes must not reach the terminal as a control sequence.
+CONTROLS: dict[int, str] = dict.fromkeys(
+    (*range(0x20), 0x7F, *range(0x80, 0xA0)), "\N{REPLACEMENT CHARACTER}"
+)
+CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
+
+_ENDINGS = {
+    "cancelled": "stopped · ",
+    "length": "cut at max_tokens · ",
+    "context": "context is full · ",
+}
+
+
+class Block(Widget):
+    """Closed chunks of an answer, until they are `BLOCK_CHARS` together."""
+
+    # The default asks for a second layout after each that changed a size; nothing here needs it.
+    virtual_size = Reactive(Size(0, 0))
+
+    def __init__(self, chunk: Chunk | None = None) -> None:
+        super().__init__()
+        self._flow = Flow(())
+        self._chars = 0
+        if chunk:
+            self._flow = render(chunk)
+            self._chars = len(chunk.text)
+            self.set_class(chunk.continued, "-continued")
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Add a chunk, if there is room for it."""
+        if self._chars + len(chunk.text) > BLOCK_CHARS:
+            return False
+        self._flow.extend(render(chunk), gap=not chunk.continued)
+        self._chars += len(chunk.text)
+        self.refresh(layout=True)
+        return True
+
+    def render(self) -> Visual:
+        """The laid-out chunk."""
+        return self._flow
+
+    def get_selection(self, selection: Selection) -> tuple[str, str] | None:
+        """Selected text as it was written, not as it was wrapped."""
+        return self._flow.extract(selection), "\n"
+
+
+class Tail(Block):
+    """The open chunk of an answer that is still being written."""
+
+    def show(self, chunk: Chunk | None) -> None:
+        """Draw `chunk`; tables stay as written until their columns are known."""
+        self.display = chunk is not None
+        if chunk is None:
+            return
+        self._flow = plain(chunk.text) if chunk.kind == "table" else render(chunk, False)
+        self.set_class(chunk.continued, "-continued")
+        self._flow.step = pace.SCROLL_ROWS
+        width, height = self.content_size
+        self.refresh(layout=not width or self._flow.height(width) != height)
+
+
+class Zones(Vertical):
+    """Text that streams in. Draws nothing while it is hidden; nothing is lost by that."""
+
+    virtual_size = Reactive(Size(0, 0))  # see Block
+
+    def __init__(self, classes: str = "") -> None:
+        super().__init__(classes=classes)
+        self._splitter = Splitter()
+        self._pending = ""
+        self._ended = False
+        self._tail = Tail()
+        self._tail.display = False
+        self._last: Block | None = None
+
+    def compose(self) -> ComposeResult:
+        """The tail; blocks come before it."""
+        yield self._tail
+
+    def write(self, text: str) -> None:
+        """Take text; `draw` shows it."""
+        self._pending += text.translate(CONTROLS)
+
+    def end(self) -> None:
+        """No text follows."""
+        self._ended = True
+
+    @property
+    def behind(self) -> bool:
+        """Whether `draw` has something left to do."""
+        return self.display and (bool(self._pending) or self._ended)
+
+    def draw(self) -> None:
+        """Draw one frame."""
+        if not self.behind or not self.is_mounted:
+            return
+        text, self._pending = self._pending[:FRAME_CHARS], self._pending[FRAME_CHARS:]
+        closed = self._splitter.feed(text)
+        if self._ended and not self._pending:
+            closed += self._splitter.finish()
+            self._ended = False
+        with self.app.batch_update():
+            for chunk in closed:
+                if not (self._last and self._last.takes(chunk)):
+                    self._last = Block(chunk)
+                    self.mount(self._last, before=self._tail)
+            self._tail.show(self._splitter.tail)
+
+
+class AnswerTurn(Vertical):
+    """The answer `turn`: its thought, folded away unless asked for, its text and its numbers."""
+
+    virtual_size = Reactive(Size(0, 0))  # see Block
+    waits = False  # an answer is written at once
+    COMPONENT_CLASSES: ClassVar = {
+        "strong", "em", "strike", "code", "fence", "link", "target", "rule", "bullet", "quote-bar",
+        "h1", "h2", "h3", "h4", "h5", "h6",
+    }  # fmt: skip
+
+    def __init__(self, turn: Turn, unfolded: bool = False) -> None:
+        super().__init__()
+        self.turn = turn
+        self.trace: Trace | None = None  # what X-ray shows of it, once it was asked for
+        self._unfolded = unfolded
+        self._thoughts = ThoughtSplitter()
+        self._note: str | None = None
+        self._thought_words = Words(classes="thought-words")
+        self._thought = Zones("thought")
+        self._thought_words.display = self._thought.display = False
+        self._thought_tokens, self._thought_spec = 0, Spec()
+        self._zones = Zones()
+        self._line = Static(Content(""), classes="numbers")
+
+    def compose(self) -> ComposeResult:
+        """The thought's line, the thought, the text, and the line of numbers."""
+        yield self._thought_words
+        yield self._thought
+        yield self._zones
+        yield self._line
+
+    def say(self, words: str) -> None:
+        """Put words where the numbers will be."""
+        self._line.update(Content(words))
+
+    def take(self, event: Tokens) -> None:
+        """Take what the engine says: it becomes text of `turn`, which `draw` shows."""
+        self._split(self._counted(event))
+        if self.trace:
+            self.trace.take(event)
+
+    def go_on(self, text: str) -> None:
+        """Take text as it was sent, marks of thoughts included."""
+        self._split(self._thoughts.feed(text))
+
+    def _split(self, pieces: list[tuple[bool, str]]) -> None:
+        for is_thought, text in pieces:
+            if is_thought:
+                self.turn.thinking += text
+                self._think(text)
+            else:
+                self.turn.content += text
+                self._zones.write(text)
+
+    def restore(self, events: Iterable[Tokens], words: str) -> None:
+        """Show what `turn` holds; its thought is counted as the engine told it."""
+        for event in events:
+            self._counted(event)
+        if self.turn.thinking:
+            self._think(self.turn.thinking)
+        self._zones.write(self.turn.content)
+        self._end(words)
+
+    def _think(self, text: str) -> None:
+        self._thought_words.display = True
+        self._thought.display = self._unfolded
+        self._thought.write(text)
+
+    def _counted(self, event: Tokens) -> list[tuple[bool, str]]:
+        """The pieces of its text; tokens of the thought are counted."""
+        thinking = self._thoughts.thinking
+        pieces = self._thoughts.feed(event.text)
+        if thinking or self._thoughts.thinking:
+            self._thought_tokens += event.tokens
+            if event.stats:
+                self._thought_spec = self._thought_spec.add(event.stats)
+        return pieces
+
+    def unfold(self, unfolded: bool) -> None:
+        """Show or hide the thought."""
+        self._unfolded = unfolded
+        self._thought.display = unfolded and self._thought_words.display
+
+    def finish(self, words: str) -> None:
+        """No text follows; `words` go below once all of it is drawn."""
+        self._split(self._thoughts.finish())
+        self._end(words)
+
+    def _end(self, words: str) -> None:
+        self._note = words
+        self._thought.end()
+        self._zones.end()
+
+    @property
+    def behind(self) -> bool:
+        """Whether `draw` has something left to do."""
+        return self._thought.behind or self._zones.behind or self._note is not None
+
+    def draw(self) -> None:
+        """Draw one frame."""
+        if not self.is_mounted:
+            return
+        self._thought.draw()
+        self._zones.draw()
+        if self._thought_words.display:
+            self._thought_words.show(self._thought_line())
+        if self._note is not None and not self._zones.behind:
+            self.say(self._note)
+            self._note = None
+
+    def _thought_line(self) -> str:
+        """The thought in one line: how long, how well drafted, whether it is open."""
+        goes_on = self.turn.state == STREAMING and not self.turn.content
+        words = [f"{'▾' if self._unfolded else '▸'} {'thinking …' if goes_on else 'thought'}"]
+        if self._thought_tokens:
+            words.append(f"{self._thought_tokens} tokens")
+        if self._thought_spec.steps:
+            words.append(f"tau {self._thought_spec.tau:.1f}")
+        return " · ".join(words)
+
+
+def numbers_words(finished: Finished) -> str:
+    """The line under an answer."""
+    usage, timing, spec = finished.usage, finished.timing, finished.spec
+    words = [
+        f"cached {usage.cached}",
+        f"read {usage.prompt - usage.cached}",
+        f"ttft {timing.ttft_s * 1000:.0f} ms",
+        f"{timing.tok_s:.0f} tok/s",
+    ]
+    if spec.steps:
+        words.append(f"tau {spec.tau:.1f}")
+    return _ENDINGS.get(finished.reason, "") + " · ".join(words)

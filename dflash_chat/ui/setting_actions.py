@@ -1,0 +1,111 @@
+"""Commands with an argument, and those that show something: settings, drafting, files, theme.
+
+A part of the chat screen.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from textual.screen import Screen
+
+from dflash_chat import attach, export
+from dflash_chat.errors import DiskError, UsageError
+from dflash_chat.settings import draft_choice, draft_choice_words, sampling_option, suggest
+from dflash_chat.ui.bars import grouped
+from dflash_chat.ui.completion import themes
+from dflash_chat.ui.dialogue import Dialogue
+from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.transcript import Card
+
+_MOST_DRAFTED = 63  # while nothing is loaded that would say less
+
+
+class SettingActions(Screen[None]):
+    """What /set and its like do. Each raises UserError for what cannot be."""
+
+    dialogue: Dialogue
+
+    def action_system(self, argument: str = "") -> None:
+        """Set the system prompt."""
+        self.dialogue.chat.system = argument
+        self.dialogue.record.changed()
+        reread = " It is read anew from its beginning." if self.dialogue.chat.turns else ""
+        self._say("System prompt", (argument or "none") + ("\n" + reread.strip()) * bool(reread))
+
+    def action_set_option(self, argument: str = "") -> None:
+        """Change a sampling parameter."""
+        self.dialogue.params = sampling_option(argument, self.dialogue.params)
+        self._say("Setting", f"{argument}, from the next answer on")
+
+    def action_draft(self, argument: str = "") -> None:
+        """Drafting on, off, by what pays, or a fixed number of tokens."""
+        info = self.dialogue.info
+        most = info.block_size - 1 if info and info.block_size > 1 else _MOST_DRAFTED
+        pinned = self.dialogue.load.options.draft_tokens
+        draft, tokens = draft_choice(argument, most, pinned)
+        self.dialogue.draft, self.dialogue.draft_tokens = draft, tokens
+        self._say("Drafting", f"{draft_choice_words(draft, tokens)}, from the next answer on")
+
+    def action_model(self) -> None:
+        """Say what is loaded."""
+        info = self.dialogue.info
+        if info is None:
+            raise UsageError("Nothing is loaded yet.")
+        megabytes = {
+            "target": info.target_bytes, "drafter": info.drafter_bytes, "caches": info.cache_bytes,
+        }  # fmt: skip
+        self._say(
+            info.pair,
+            f"target   {info.target}\n"
+            f"drafter  {info.drafter or 'none'} · blocks of {info.block_size}\n"
+            f"on       {info.device} · {info.dtype} · {info.kernels}\n"
+            f"memory   "
+            + " · ".join(f"{name} {size / 1e6:.0f} MB" for name, size in megabytes.items())
+            + f"\ncontext  {grouped(info.context_tokens)} tokens",
+        )
+
+    def action_stats(self) -> None:
+        """Say the figures of the last answer."""
+        finished, info = self.dialogue.last_finished, self.dialogue.info
+        if finished is None or info is None:
+            raise UsageError("There is no answer yet.")
+        from dflash_chat.once import in_words
+
+        self._say("The last answer", in_words(finished, info.load_s))
+
+    def action_file(self, argument: str = "") -> None:
+        """Name a file in the prompt; it is read when the message is sent."""
+        file = attach.read(argument)
+        prompt = self.query_one(Prompt)
+        space = " " if prompt.text and not prompt.text[-1].isspace() else ""
+        prompt.put_in(space + attach.quoted(argument) + " ")
+        self.notify(str(file), markup=False)
+
+    def action_export(self, argument: str = "") -> None:
+        """Write the chat into a new file: with all branches and steps as .json, else Markdown."""
+        path = Path(argument).expanduser()
+        record = self.dialogue.record
+        if path.suffix.lower() == ".json":
+            text = json.dumps(export.to_json(record.chat, record.trace), ensure_ascii=False) + "\n"
+        else:
+            text = export.to_markdown(record.chat)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError as error:
+            raise UsageError(f"{argument} is there already.", "Choose another name.") from error
+        except OSError as error:
+            raise DiskError(f"{argument} cannot be written: {error.strerror}.") from error
+        self._say("Exported", str(path))
+
+    def action_theme(self, argument: str = "") -> None:
+        """Change the colours."""
+        name = argument.lower()
+        if name not in themes():
+            raise UsageError(f"There is no theme {argument!r}.", suggest(name, themes()))
+        self.app.theme = name
+
+    def _say(self, title: str, body: str) -> None:
+        self.dialogue.show(Card(title, body))

@@ -1,0 +1,182 @@
+"""What can be done with turns: the cursor, copying, continuing, editing, answering again.
+
+A part of the chat screen. What becomes of the conversation is the dialogue's business.
+"""
+
+from __future__ import annotations
+
+from textual import work
+from textual.screen import Screen
+
+from dflash_chat.ui import clipboard
+from dflash_chat.ui.answer import AnswerTurn
+from dflash_chat.ui.dialogue import Dialogue
+from dflash_chat.ui.markdown import code_blocks
+from dflash_chat.ui.prompt import Prompt
+from dflash_chat.ui.transcript import Transcript, UserTurn
+
+
+class TurnActions(Screen[None]):
+    """Actions on the turn under the cursor, or on the last one."""
+
+    dialogue: Dialogue
+    editing: UserTurn | None = None  # the question that the prompt's text will replace
+    _set_aside = ""  # what stood in the prompt before
+    _copied_block: tuple[AnswerTurn | None, int] = (None, -1)
+
+    @property
+    def last_answer(self) -> AnswerTurn | None:
+        """The last answer in the transcript."""
+        turns = self.query_one(Transcript).turns
+        return next((each for each in reversed(turns) if isinstance(each, AnswerTurn)), None)
+
+    # ── the cursor ──────────────────────────────────────────────────────────────────────────────
+
+    def action_turn(self, direction: int) -> None:
+        """Move the cursor; below the last turn it goes back to the prompt."""
+        if not self.query_one(Transcript).step(direction):
+            self.leave_cursor()
+
+    def leave_cursor(self) -> None:
+        """Give the keys back to the prompt."""
+        self.query_one(Transcript).point(None)
+        self.query_one(Prompt).focus()
+
+    def on_transcript_typed(self, message: Transcript.Typed) -> None:
+        """What is typed belongs into the prompt, wherever the cursor was."""
+        self.leave_cursor()
+        self.query_one(Prompt).put_in(message.text)
+
+    def action_answer_start(self) -> None:
+        """Go to the first line of the last answer."""
+        if self.last_answer:
+            self.query_one(Transcript).to_top_of(self.last_answer)
+
+    # ── copying ─────────────────────────────────────────────────────────────────────────────────
+
+    def copy_text(self, text: str, what: str) -> None:
+        """Copy, and say how."""
+        self.app.copy_to_clipboard(text)  # OSC 52, and our own Ctrl+V
+        self._hand_over(text, what)
+
+    @work(group="copy")
+    async def _hand_over(self, text: str, what: str) -> None:
+        way = await clipboard.copy(text)
+        self.notify(f"Copied {what} · {way or 'by the terminal (OSC 52)'}", markup=False)
+
+    def action_copy_turn(self) -> None:
+        """Copy the turn under the cursor as it was written."""
+        turn = self.query_one(Transcript).cursor
+        if turn is not None and turn.turn is not None:
+            what = "the message" if isinstance(turn, UserTurn) else "the answer"
+            self.copy_text(turn.turn.content, what)
+
+    def action_copy_answer(self, argument: str = "") -> None:
+        """Copy the last answer, or its last code block."""
+        answer = self.last_answer
+        if answer is None:
+            self.notify("There is no answer yet")
+        elif argument == "code":
+            self._copy_block(answer, -1)
+        else:
+            self.copy_text(answer.turn.content, "the answer")
+
+    def action_code(self) -> None:
+        """Continue the answer under the cursor if it was cut, else copy its next code block."""
+        turn = self.query_one(Transcript).cursor
+        if not isinstance(turn, AnswerTurn):
+            return
+        if self.dialogue.can_continue(turn):
+            self.leave_cursor()
+            self.dialogue.continue_(turn)
+            return
+        before, at = self._copied_block
+        self._copied_block = (turn, at + 1 if before is turn else 0)
+        self._copy_block(turn, self._copied_block[1])
+
+    def _copy_block(self, answer: AnswerTurn, at: int) -> None:
+        blocks = code_blocks(answer.turn.content)
+        if not blocks:
+            self.notify("There is no code in this answer")
+            return
+        at %= len(blocks)
+        self.copy_text(blocks[at], f"code block {at + 1} of {len(blocks)}")
+
+    # ── answering again ─────────────────────────────────────────────────────────────────────────
+
+    def action_again(self) -> None:
+        """Start a dead engine, or answer the last question again."""
+        if self.dialogue.down:
+            self.dialogue.restart()
+        elif question := self.dialogue.retry_after or self._last_question:
+            self.dialogue.ask_again(question)
+
+    @property
+    def _last_question(self) -> UserTurn | None:
+        return next(reversed(self.dialogue.questions), None)
+
+    def action_regenerate(self) -> None:
+        """Answer the turn under the cursor again."""
+        if question := self._question_at_cursor():
+            self.leave_cursor()
+            self.dialogue.ask_again(question)
+
+    def action_continue_answer(self) -> None:
+        """Go on with the last answer, if it was cut."""
+        if self.last_answer:
+            self.leave_cursor()
+            self.dialogue.continue_(self.last_answer)
+
+    def action_undo_turn(self) -> None:
+        """Take the last question back into the prompt; its answer stays as a branch."""
+        if question := self._last_question:
+            self.leave_cursor()
+            self.dialogue.forget_from(question)
+            self.take_back(question)
+
+    def take_back(self, question: UserTurn) -> None:
+        """Put a question before what stands in the prompt."""
+        prompt = self.query_one(Prompt)
+        prompt.put("\n".join(filter(None, (question.shown, prompt.text))))
+
+    # ── editing ─────────────────────────────────────────────────────────────────────────────────
+
+    def _question_at_cursor(self) -> UserTurn | None:
+        transcript = self.query_one(Transcript)
+        return transcript.question_of(transcript.cursor) if transcript.cursor else None
+
+    def action_edit(self) -> None:
+        """Edit the question at the cursor."""
+        if question := self._question_at_cursor():
+            self.leave_cursor()
+            self.edit_question(question)
+
+    def on_prompt_edit_last(self) -> None:
+        """Up in an empty prompt edits the last message."""
+        if question := self._last_question:
+            self.edit_question(question)
+        else:
+            self.query_one(Prompt).recall(-1)
+
+    def edit_question(self, question: UserTurn) -> None:
+        """Put a question into the prompt; sending it replaces the old one by a branch."""
+        prompt = self.query_one(Prompt)
+        if self.editing is None:
+            self._set_aside = prompt.text
+        self.editing = question
+        prompt.put(question.shown)
+        prompt.border_title = "editing · Esc leaves it as it was"
+
+    def end_editing(self, restore: bool = True) -> UserTurn | None:
+        """The question that was edited; what stood in the prompt before comes back."""
+        question, self.editing = self.editing, None
+        prompt = self.query_one(Prompt)
+        prompt.border_title = ""
+        if question is not None and restore:
+            prompt.put(self._set_aside)
+        self._set_aside = ""
+        return question
+
+    def on_prompt_recalled(self) -> None:
+        """Another message stands in the prompt: it will be sent as a new one."""
+        self.end_editing(restore=False)

@@ -26,11 +26,13 @@ def run(args: RandomBenchArgs) -> int:
         raise UsageError("--context must be at least 16")
     if args.accept_length and not 1 <= args.accept_length <= 16:
         raise UsageError("--accept-length lies between 1 and 16")
+    if args.sweep and args.accept_length:
+        raise UsageError("--sweep takes --accept-curve, or the three curves of the notes")
     import torch  # comes in here, not before
 
     if not torch.cuda.is_available():
         raise UsageError("--random-weights measures a CUDA device, and this torch sees none")
-    from dflash_chat.runtime import measure, memory, random_weights
+    from dflash_chat.runtime import measure, memory, random_weights, traces
     from dflash_chat.runtime.measure import Law
 
     random_weights.shapes(args.pair)  # an unknown name ends here
@@ -50,7 +52,20 @@ def run(args: RandomBenchArgs) -> int:
         sys.stderr.write(line + "\n")
 
     try:
-        report = measure.run(args.pair, args.quant, args.context, widths, laws, args.options, say)
+        if args.sweep:
+            known = {
+                "chat": traces.Trace.of(traces.CHAT),
+                "mixed": traces.Trace.of(traces.MIXED),
+                "code": traces.Trace.of(traces.CODE),
+                "switching": traces.Trace.switching((traces.CHAT, traces.MIXED, traces.CODE)),
+            }
+            asked = traces.Trace.of(Law(first=first, ratio=ratio)) if first else None
+            chosen = {f"a1 {first}, r {ratio}": asked} if asked else known
+            report = traces.run(args.pair, args.quant, args.context, chosen, args.options, say)
+        else:
+            report = measure.run(
+                args.pair, args.quant, args.context, widths, laws, args.options, say
+            )
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise

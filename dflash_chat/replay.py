@@ -137,17 +137,20 @@ def schedule(answer: Answer) -> list[tuple[float, Prefill | Tokens | Finished]]:
     """Each event with the seconds after the question at which it is due.
 
     The engine's own times decide, not those at which a screen saw the events: the first token comes
-    after `ttft_s`, and every pass takes its milliseconds, which are stretched to `decode_s`.
+    after `ttft_s`, and every pass takes its milliseconds, which are stretched to `decode_s` where
+    that is of the same passes (an answer that was gone on with has figures of its last part).
     """
     timing = answer.finished.timing
     chunks = sum(isinstance(event, Prefill) for event in answer.events)
-    total_s = sum(_pass_s(event) for event in answer.events)
-    stretch = timing.decode_s / total_s if timing.decode_s and total_s else 1.0
+    passes_s = [_pass_s(event) for event in answer.events if isinstance(event, Tokens)]
+    whole = answer.finished.spec.steps == sum(seconds > 0 for seconds in passes_s)
+    stretch = timing.decode_s / sum(passes_s) if whole and timing.decode_s and any(passes_s) else 1
     due: list[tuple[float, Prefill | Tokens | Finished]] = []
-    at = 0.0
+    at, chunk = 0.0, 0
     for event in answer.events:
         if isinstance(event, Prefill):
-            at = max(at, timing.ttft_s * (len(due) + 1) / (chunks + 1))
+            chunk += 1
+            at = max(at, timing.ttft_s * chunk / (chunks + 1))
         else:
             at = max(at, timing.ttft_s) + _pass_s(event) * stretch
         due.append((at, event))
@@ -167,6 +170,7 @@ class ReplayClient(EngineClient):
         self._clock = clock
         self._answers = deque(recording.answers)
         self._due: deque[tuple[float, Prefill | Tokens | Finished]] = deque()
+        self._playing = Answer("", (), _figures_of(()))
         self._ask_at: float | None = None
 
     async def start(self) -> None:
@@ -201,13 +205,14 @@ class ReplayClient(EngineClient):
                         )
                     )
                     return
-                events = schedule(self._answers.popleft())
-                self._due.extend((now + at, replace(e, id=number)) for at, e in events)
-            case Cancel() if self._due:
-                _, finished = self._due.pop()
-                assert isinstance(finished, Finished), finished
+                self._playing = self._answers.popleft()
+                due = schedule(self._playing)
+                self._due.extend((now + at, replace(event, id=number)) for at, event in due)
+            case Cancel(id=number) if self._due:
+                events = self._playing.events
+                played = events[: len(events) + 1 - len(self._due)]  # the figures were due, too
                 self._due.clear()
-                self._events.append(replace(finished, reason="cancelled"))
+                self._events.append(replace(_figures_of(played), id=number))
                 self._ask_at = now + PAUSE_S
 
     def drain(self) -> list[Event | EngineDied]:

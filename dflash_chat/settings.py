@@ -42,13 +42,16 @@ class OnceArgs:
 
 @dataclass(frozen=True)
 class BenchArgs:
-    """`dflash-chat bench`. `prompts` None takes the built-in ones; `limit` 0 takes all of them."""
+    """`dflash-chat bench`, or with `sweep` every width of a pass. `prompts` None takes the built-in
+    ones; `limit` 0 takes all of them.
+    """
 
     pair: str = DEFAULT_PAIR
     prompts: Path | None = None
     settings: Settings = Settings()
     limit: int = 0
     json: bool = False
+    sweep: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class RandomBenchArgs:
     """`dflash-chat bench --random-weights`. Acceptance is dictated: by a mean length (bonus
     included), or by a1 and r, position i being accepted with chance a1·r^i; both 0 takes the three
     lengths of the benchmark notes. `widths` empty takes every captured one. Of the `options`, those
-    that choose the format of the drafter and the heads count.
+    that choose the format of the drafter and the heads count. `sweep` runs whole answers instead:
+    plain, every width, and the controller.
     """
 
     pair: str
@@ -67,6 +71,7 @@ class RandomBenchArgs:
     accept_curve: tuple[float, float] = (0.0, 0.0)
     options: EngineOptions = EngineOptions()
     json: bool = False
+    sweep: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,11 @@ from dflash_chat.settings import DEFAULT_PAIR
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-snapshots` writes what the screens look like now; look at the difference."""
+    parser.addoption("--update-snapshots", action="store_true", help="write tests/ui/snapshots")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests where there is no CUDA device; torch is asked only if there are any."""
     marked = [item for item in items if "gpu" in item.keywords]

@@ -23,15 +23,23 @@ LIGHT = [
         f"dflash_chat.{name}"
         for name in (
             "access", "bench", "chat", "cli", "completion", "doctor", "errors", "export", "fetch",
-            "gpu", "here", "hub", "keeper", "listing", "once", "pairs", "plan", "progress", "pull",
-            "record", "replay", "repository", "runtime.api", "runtime.client", "runtime.worker",
-            "sessions", "settings", "store",
+            "gpu", "here", "hub", "keeper", "listing", "once", "pairs", "plan", "progress",
+            "pull", "record", "replay", "repository", "runtime.api", "runtime.client",
+            "runtime.worker", "sessions", "settings", "store", "sweep",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "safetensors", "triton"}
-ON_TRITON = {"kernels", "fused", "step", "measure", "kernel_weights"}  # folders and files
+ON_TRITON = {
+    "kernels",
+    "fused",
+    "step",
+    "measure",
+    "traces",
+    "graphed",
+    "kernel_weights",
+}  # folders and files
 RUNTIME = [
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
     for path in sorted(ROOT.glob("runtime/**/*.py"))

@@ -19,13 +19,12 @@ Plain Python, some microseconds a step. Knows neither tokens nor costs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, frexp
+from math import exp, frexp, log1p
 from operator import mul
 
 _PRIOR = 0.25  # chance of a miss before anything is known
 _PRIOR_TRIALS = 8.0  # what a prior is worth, in trials
 _MEMORY = 256.0  # trials after which older ones count half
-_SURE_MISS = 0.995  # hazards stay below
 
 _FACTORS = (0.35, 0.6, 1.0, 1.6, 3.0, 9.0)  # of the moment …
 _USUAL = (0.1, 0.25, 0.35, 0.25, 0.03, 0.02)  # … and how common they are
@@ -41,10 +40,12 @@ _MIDDLE = 0.5**0.5  # of an octave
 
 
 class _Table:
-    """Slow chances of a miss by key: prior and counts, of which older ones weigh less."""
+    """Slow hazards of a miss by key, -log(1 - chance), that add up over slots and may be
+    multiplied: prior and counts, of which older ones weigh less.
+    """
 
     def __init__(self, priors: Sequence[float]) -> None:
-        self.rates = list(priors)
+        self.hazards = [_hazard(prior) for prior in priors]
         self._priors = tuple(priors)
         self._misses = [0.0] * len(priors)
         self._trials = [0.0] * len(priors)
@@ -64,7 +65,8 @@ class _Table:
     def _learn(self, keys: Sequence[int]) -> None:
         for k in keys:
             prior = _PRIOR_TRIALS * self._priors[k]
-            self.rates[k] = (self._misses[k] + prior) / (self._trials[k] + _PRIOR_TRIALS)
+            rate = (self._misses[k] + prior) / (self._trials[k] + _PRIOR_TRIALS)
+            self.hazards[k] = _hazard(rate)
 
 
 class _SlotTable(_Table):
@@ -74,10 +76,14 @@ class _SlotTable(_Table):
 
     def _learn(self, keys: Sequence[int]) -> None:
         rate = _PRIOR
-        self.rates = [
-            rate := (misses + _PRIOR_TRIALS * rate) / (trials + _PRIOR_TRIALS)
+        self.hazards = [
+            _hazard(rate := (misses + _PRIOR_TRIALS * rate) / (trials + _PRIOR_TRIALS))
             for misses, trials in zip(self._misses, self._trials, strict=True)
         ]
+
+
+def _hazard(chance: float) -> float:
+    return -log1p(-chance)
 
 
 class _Moment:
@@ -130,22 +136,22 @@ class Acceptance:
         `confidence`: the drafter's probability of each token it drafted, in [0, 1], at most `slots`
         of them; only without `late`.
         """
-        slots, factor, belief = self._by_slot.rates, self._moment.factor, self.belief
+        slots, factor, belief = self._by_slot.hazards, self._moment.factor, self.belief
         if confidence is not None:
             factor *= 1.0 - belief
-            rates = self._by_doubt.rates
+            doubts = self._by_doubt.hazards
             hazards = [
-                factor * rate + belief * rates[_bin(sure)]
-                for rate, sure in zip(slots, confidence, strict=False)
+                factor * hazard + belief * doubts[_bin(sure)]
+                for hazard, sure in zip(slots, confidence, strict=False)
             ]
         else:
             if self._late and self._usual_doubt:
                 factor += belief * (self._outlook() - factor)
-            hazards = [factor * rate for rate in slots]
+            hazards = [factor * hazard for hazard in slots]
         survives = total = 1.0
         out = [1.0]
         for hazard in hazards:
-            survives *= 1.0 - (hazard if hazard < _SURE_MISS else _SURE_MISS)
+            survives *= exp(-hazard)
             total += survives
             out.append(total)
         return out
@@ -157,7 +163,7 @@ class Acceptance:
         if not drafted:
             return
         missed = accepted < drafted
-        slots = self._by_slot.rates
+        slots = self._by_slot.hazards
         passed = sum(slots[:accepted])
         slip = slots[accepted] if missed else 0.0
         if confidence is not None:
@@ -177,7 +183,7 @@ class Acceptance:
         factor = self._moment.factor
         likelihood = _likelihood(passed * factor, slip * factor)
         bins = [_bin(sure) for sure in confidence]
-        hazards = [self._by_doubt.rates[k] for k in bins]
+        hazards = [self._by_doubt.hazards[k] for k in bins]
         if not self._late:
             passed = sum(hazards[:accepted])
             slip = hazards[accepted] if missed else 0.0

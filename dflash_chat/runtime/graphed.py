@@ -107,7 +107,7 @@ class GraphedSteps:
             self._hidden[n] = step.forward(n)
 
         def choose(n: int) -> None:
-            accept.accept(state, step.argmax(self._hidden[n]), step.record)
+            accept.accept(state, step.argmax(self._hidden[n]), step.record, step.script)
 
         def draw(n: int) -> None:
             logits = step.logits(self._hidden[n])
@@ -338,6 +338,7 @@ class GraphedSteps:
             context_tokens=self.cache.length,
             why=decision.why,
             probe=decision.why == BASELINE,
+            figures=controller.told(decision),
         )
         draft_ms = stats.draft_ms if decision.draft else 0.0
         controller.observe(

@@ -46,7 +46,9 @@ Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows [T, C] → experts and
 
 @dataclass(frozen=True)
 class Law:
-    """How many drafted tokens each step accepts: by a mean length, or a1·r^i per position."""
+    """How many drafted tokens each step accepts: by a mean length, or the first with chance a1 and
+    each further one, if all before it were, with chance r.
+    """
 
     length: float = 0.0
     first: float = 0.0
@@ -61,7 +63,7 @@ class Law:
         out = []
         for _ in range(steps):
             n = 0
-            while n < 16 and chance.random() < self.first * self.ratio**n:
+            while n < 16 and chance.random() < (self.ratio if n else self.first):
                 n += 1
             out.append(n)
         return out
@@ -101,7 +103,7 @@ def build(
     cache = target.new_cache(capacity)
     for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):
         for tensor in tensors:
-            tensor.normal_(0, tensor.shape[-1] ** -0.25)
+            tensor.normal_(0, tensor.shape[-1] ** -0.5)  # longer keys would blow up rounding
     parts = TargetParts.of(target)
     step = Step(parts, cache, drafter, drafter_config.target_layer_ids)
     return Subject(target, drafter, cache, step)

@@ -7,6 +7,7 @@ has arrived, so a burst shows a little later instead of freezing the screen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -21,6 +22,7 @@ from textual.widgets import Static
 
 from dflash_chat.chat import STREAMING, Turn
 from dflash_chat.runtime.api import Finished, Spec, Tokens
+from dflash_chat.thinking import ThoughtSplitter
 from dflash_chat.ui import pace
 from dflash_chat.ui.markdown import Flow, plain, render
 from dflash_chat.ui.origins import Trace
@@ -154,6 +156,7 @@ class AnswerTurn(Vertical):
         self.turn = turn
         self.trace: Trace | None = None  # what X-ray shows of it, once it was asked for
         self._unfolded = unfolded
+        self._thoughts = ThoughtSplitter()
         self._note: str | None = None
         self._thought_words = Words(classes="thought-words")
         self._thought = Zones("thought")
@@ -173,21 +176,48 @@ class AnswerTurn(Vertical):
         """Put words where the numbers will be."""
         self._line.update(Content(words))
 
-    def write(self, text: str) -> None:
-        """Take text of the answer; `draw` shows it."""
-        self._zones.write(text)
+    def take(self, event: Tokens) -> None:
+        """Take what the engine says: it becomes text of `turn`, which `draw` shows."""
+        self._split(self._counted(event))
+        if self.trace:
+            self.trace.take(event)
 
-    def think(self, text: str) -> None:
-        """Take text of the thought before it."""
+    def go_on(self, text: str) -> None:
+        """Take text as it was sent, marks of thoughts included."""
+        self._split(self._thoughts.feed(text))
+
+    def _split(self, pieces: list[tuple[bool, str]]) -> None:
+        for is_thought, text in pieces:
+            if is_thought:
+                self.turn.thinking += text
+                self._think(text)
+            else:
+                self.turn.content += text
+                self._zones.write(text)
+
+    def restore(self, events: Iterable[Tokens], words: str) -> None:
+        """Show what `turn` holds; its thought is counted as the engine told it."""
+        for event in events:
+            self._counted(event)
+        if self.turn.thinking:
+            self._think(self.turn.thinking)
+        self._zones.write(self.turn.content)
+        self._end(words)
+
+    def _think(self, text: str) -> None:
         self._thought_words.display = True
         self._thought.display = self._unfolded
         self._thought.write(text)
 
-    def count_thought(self, event: Tokens) -> None:
-        """These tokens belong to the thought."""
-        self._thought_tokens += event.tokens
-        if stats := event.stats:
-            self._thought_spec = self._thought_spec.add(stats)
+    def _counted(self, event: Tokens) -> list[tuple[bool, str]]:
+        """The pieces of its text; tokens of the thought are counted."""
+        thinking = self._thoughts.thinking
+        pieces = self._thoughts.feed(event.text)
+        if thinking or self._thoughts.thinking:
+            self._thought_tokens += event.tokens
+            if event.stats:
+                self._thought_spec = self._thought_spec.add(event.stats)
+        return pieces
 
     def unfold(self, unfolded: bool) -> None:
         """Show or hide the thought."""
@@ -196,6 +226,10 @@ class AnswerTurn(Vertical):
 
     def finish(self, words: str) -> None:
         """No text follows; `words` go below once all of it is drawn."""
+        self._split(self._thoughts.finish())
+        self._end(words)
+
+    def _end(self, words: str) -> None:
         self._note = words
         self._thought.end()
         self._zones.end()

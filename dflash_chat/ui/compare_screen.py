@@ -53,7 +53,7 @@ class Run(Vertical):
             case Tokens():
                 self._words = "answering"
                 self.text += event.text
-                self.answer.write(event.text)
+                self.answer.take(event)
             case Finished():
                 self.finished = event
                 self._words = figures(event)

@@ -34,7 +34,7 @@ from dflash_chat.runtime.api import (
     Tokens,
 )
 from dflash_chat.runtime.client import EngineClient, EngineDied
-from dflash_chat.thinking import ThoughtSplitter
+from dflash_chat.thinking import split
 from dflash_chat.ui.answer import AnswerTurn, numbers_words
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.origins import Trace
@@ -76,9 +76,7 @@ class Dialogue:
         self.exit_code = EXIT_OK
         self._asked: UserTurn | None = None
         self._generation = 0
-        self._thoughts = ThoughtSplitter()
         self._reading = False  # nothing of the answer has come yet
-        self._raw = ""  # the last answer as the engine sent it, marks of thoughts included
         self._drawing: list[AnswerTurn] = []  # those with text left to draw
         self._guest: Guest | None = None  # takes the events of a request of its own
         self._one_restart = asyncio.Lock()
@@ -148,10 +146,8 @@ class Dialogue:
                     self._reading = False
                     answer.say("")
                 self.meter.take(event, time.monotonic())
-                self._write(answer, event)
+                answer.take(event)
                 self.record.take(event)
-                if answer.trace:
-                    answer.trace.take(event)
                 self.transcript.count(event.tokens)
             case Finished():
                 self.meter.finish(event)
@@ -164,31 +160,14 @@ class Dialogue:
                 details = tuple(event.trace.splitlines()[-6:])
                 self.show(Card("The engine could not answer", _sentences(event), details, "error"))
 
-    def _write(self, answer: AnswerTurn, event: Tokens) -> None:
-        thinking = self._thoughts.thinking
-        self._raw += event.text
-        self._fill(answer, self._thoughts.feed(event.text))
-        if thinking or self._thoughts.thinking:
-            answer.count_thought(event)
-
-    def _fill(self, answer: AnswerTurn, pieces: list[tuple[bool, str]]) -> None:
-        for is_thought, text in pieces:
-            if is_thought:
-                answer.turn.thinking += text
-                answer.think(text)
-            else:
-                answer.turn.content += text
-                answer.write(text)
-
     def _close_answer(self, words: str, state: str, finished: Finished | None = None) -> None:
         """The answer being written is complete, as far as it came."""
         answer, self.answer = self.answer, None
         if answer is None:
             return
-        self._fill(answer, self._thoughts.finish())
+        answer.finish(words)
         self.chat.end_answer(state)
         self.record.end(finished)
-        answer.finish(words)
         self.ended(time.monotonic() - self.answer_began)
 
     def _refused_to_load(self, failed: Failed) -> None:
@@ -270,13 +249,12 @@ class Dialogue:
         self.stopping = False
         self._reading = True
         self.answer_began = time.monotonic()
-        self._thoughts, self._raw = ThoughtSplitter(), begun
         self.meter.begin()
         self.answer = AnswerTurn(turn, self.unfolded)
         self.answer.say("reading the prompt")
         self._drawing.append(self.answer)
         turn.content = turn.thinking = ""
-        self._fill(self.answer, self._thoughts.feed(begun))
+        self.answer.go_on(begun)
         before = self.waiting[0] if self.waiting else None
         self.transcript.append(self.answer, before)
         self.record.begin(turn, self.load, self.info, self.params, self.draft)
@@ -316,10 +294,8 @@ class Dialogue:
 
     def _raw_of(self, turn: Turn) -> str:
         """An answer as the engine sent it, or without its thought if that is not known."""
-        if _same(self._raw, turn):
-            return self._raw
         sent = "".join(event.text for event in self.record.events(turn))
-        return sent if _same(sent, turn) else turn.content
+        return sent if split(sent) == (turn.thinking, turn.content) else turn.content
 
     def ask_again(self, question: UserTurn, instead: UserTurn | None = None) -> None:
         """Answer a question again, or `instead` of it another, on a branch of its own."""
@@ -379,17 +355,9 @@ class Dialogue:
             self.transcript.append(Past(turns, self._past_answer, self._past_words))
 
     def _past_answer(self, turn: Turn) -> AnswerTurn:
-        """An answer from the file, still to be drawn; its thought is counted as it was told."""
-        answer, thoughts = AnswerTurn(turn, self.unfolded), ThoughtSplitter()
-        for event in self.record.events(turn) if turn.thinking else ():
-            thinking = thoughts.thinking
-            thoughts.feed(event.text)
-            if thinking or thoughts.thinking:
-                answer.count_thought(event)
-        if turn.thinking:
-            answer.think(turn.thinking)
-        answer.write(turn.content)
-        answer.finish(self._past_words(turn))
+        """An answer from the file, still to be drawn."""
+        answer = AnswerTurn(turn, self.unfolded)
+        answer.restore(self.record.events(turn) if turn.thinking else (), self._past_words(turn))
         return answer
 
     def _past_words(self, turn: Turn) -> str:
@@ -410,13 +378,11 @@ class Dialogue:
         return messages if messages and messages[-1].role == "user" else ()
 
     def trace(self, answer: AnswerTurn) -> Trace:
-        """An answer by block and origin, from all steps that were kept of it. Raises StoreError."""
+        """An answer by block and origin, from all steps that were kept of it."""
         if answer.trace is None:
-            trace = Trace()
-            for event in self.record.trace(answer.turn):
-                if isinstance(event, Tokens):
-                    trace.take(event)
-            answer.trace = trace
+            answer.trace = Trace()
+            for event in self.record.events(answer.turn):
+                answer.trace.take(event)
         return answer.trace
 
     # ── thoughts, guests ────────────────────────────────────────────────────────────────────────
@@ -445,13 +411,6 @@ class Dialogue:
             self._generation += 1
             self._guest = None
         self.next()
-
-
-def _same(raw: str, turn: Turn) -> bool:
-    """Whether `raw` is the text of this answer."""
-    splitter = ThoughtSplitter()
-    pieces = splitter.feed(raw) + splitter.finish()
-    return "".join(text for _, text in pieces) == turn.thinking + turn.content and bool(raw)
 
 
 def _sentences(failed: Failed) -> str:

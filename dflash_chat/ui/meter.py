@@ -73,6 +73,7 @@ class Meter:
         self.spec = Spec()
         self.prefill: Prefill | None = None
         self.last: StepStats | None = None
+        self.figures = ""  # behind the width of a late step
         self._timing = Timing()
 
     def clear(self) -> None:
@@ -94,6 +95,7 @@ class Meter:
         if stats is None:
             return
         self.last = stats
+        self.figures = stats.figures or self.figures
         if self._baseline.take(stats):
             self._plain_at = now
         self.context_tokens = stats.context_tokens
@@ -112,6 +114,8 @@ class Meter:
         """Take the engine's own sums; they replace ours."""
         self._finished = event
         self.spec, self._timing = event.spec, event.timing
+        if (tok_s := event.timing.ar_tok_s) and self.plain:
+            self._baseline = Baseline(Plain(1000 / tok_s, self.plain.context_tokens))
         self._recent.clear()
 
     def now_tok_s(self, now: float) -> float:

@@ -164,8 +164,9 @@ class PlanScreen(Screen[Load | None]):
             ram = (free_ram() or -self._held) + self._held
         else:
             card = replace(card, free=card.free + self._held)
-        measured = (lambda _: None) if estimated else calibration.read
-        return planner.plan(self.pair, wishes, card, ram, measured)
+        if estimated:
+            return planner.plan(self.pair, wishes, card, ram)
+        return planner.plan(self.pair, wishes, card, ram, calibration.read)
 
     def _as_loaded(self, info: ModelInfo) -> Loaded | None:
         found = hub.installed(self.pair, self.load.quant)
@@ -176,11 +177,9 @@ class PlanScreen(Screen[Load | None]):
         except UserError:
             return None
         card = self._card
-        measured = None
-        if card is not None:
-            key = Key(card.name, card.driver, self.pair.name, plan.build.name)
-            measured = calibration.read(key)
-        return Loaded(plan, plan.costs, info, measured, None, None)
+        device = (card.name, card.driver) if card else ("", "")
+        known = calibration.read(Key(*device, self.pair.name, plan.build.name))
+        return Loaded(plan, plan.costs, info, known.costs, None, None)
 
     async def _plan(self) -> None:
         try:

@@ -114,7 +114,7 @@ class SessionsScreen(ModalScreen[Conversation | None]):
 
     def on_option_list_option_selected(self) -> None:
         """Open the chosen chat."""
-        if self._chosen is None:
+        if self._chosen is None or not self.is_current:  # a second Enter comes too late
             return
         with self._told(), self._open_store() as store:
             self.dismiss(store.load(self._chosen.id))
@@ -130,7 +130,7 @@ class SessionsScreen(ModalScreen[Conversation | None]):
         if isinstance(self.focused, Input):
             self.query_one("#session-title").display = False
             self._list.focus()
-        else:
+        elif self.is_current:
             self.dismiss(None)
 
     def action_search(self) -> None:

@@ -5,7 +5,6 @@ A part of the chat screen; changes nothing of the conversation.
 
 from __future__ import annotations
 
-from dflash_chat.store import StoreError
 from dflash_chat.ui.actions import Keymap
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.compare_screen import CompareScreen
@@ -34,12 +33,7 @@ class ViewActions(TurnActions):
     def action_xray(self) -> None:
         """Show an answer by block and origin."""
         if answer := self.seen_answer:
-            try:
-                trace = self.dialogue.trace(answer)
-            except StoreError as error:
-                self.notify(error.message, markup=False)
-                return
-            self.app.push_screen(XrayScreen(trace))
+            self.app.push_screen(XrayScreen(self.dialogue.trace(answer)))
 
     def action_compare(self) -> None:
         """Answer the last question with and without drafting."""

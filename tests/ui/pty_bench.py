@@ -114,10 +114,12 @@ def inside(kind: str, rate: int, report: str) -> None:
 # ── outside ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def in_pty(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+def in_pty(
+    command: list[str], rows: int = ROWS, columns: int = COLUMNS
+) -> tuple[subprocess.Popen[bytes], int]:
     """Start `command` in a pty of its own."""
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     env = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env)
     os.close(slave)

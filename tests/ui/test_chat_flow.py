@@ -626,7 +626,7 @@ async def test_long_answers_need_few_widgets(loaded: Chat, kind: str) -> None:
 async def test_one_frame_takes_a_bounded_piece(loaded: Chat, kind: str) -> None:
     await loaded.type("Long, please")
     answer = loaded.screen.query_one(AnswerTurn)
-    answer.write(LONG[kind])
+    answer.go_on(LONG[kind])
     answer.draw()
 
     blocks = list(answer.query(Block))

@@ -32,9 +32,10 @@ async def test_both_runs_ask_the_same_one_after_the_other() -> None:
         chat.screen.dialogue.params = SamplingParams(temperature=0.7)
         screen = await started(chat)
         assert len(chat.client.asked) == 2
-        chat.client.answer("The same text both times.")
+        chat.client.answer("<think>Well.</think>The same text both times.")
         await chat.settle()
-        chat.client.finish(chat.client.stream("The same text both times.", draft=False))
+        said = chat.client.stream("<think>Well.</think>The same text both times.", draft=False)
+        chat.client.finish(said)
         await chat.settle()
         first, second = chat.client.asked[1:]
 
@@ -47,6 +48,8 @@ async def test_both_runs_ask_the_same_one_after_the_other() -> None:
         columns = [str(words.content) for words in screen.query(".run-words").results(Words)]
         assert "tau 2." in columns[0]
         assert "tau 1.0" in columns[1]
+        thoughts = [str(words.content) for words in screen.query(".thought-words").results(Words)]
+        assert [words[:9] for words in thoughts] == ["▸ thought"] * 2
 
         await chat.pilot.press("escape")
         await chat.type("Two?")

@@ -131,10 +131,13 @@ def test_speed_up_is_the_answers_rate_over_a_plain_pass_of_the_same_chat() -> No
 
 def test_the_engines_own_speed_up_replaces_ours_at_the_end() -> None:
     meter = Meter()
+    meter.loaded(INFO)
     meter.take(step(2), 0.0)
     timing = Timing(tok_s=22.0, ar_tok_s=11.0, speedup=2.0)
     meter.finish(Finished(1, "stop", Usage(9, 0, 11), Spec(), timing))
     assert meter.speedup == 2.0
+    assert meter.plain is not None
+    assert meter.plain.tok_s == pytest.approx(11.0)
 
 
 def test_prefill_counts_what_was_not_cached() -> None:

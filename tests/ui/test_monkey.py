@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from textual import events
 
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Load
 from dflash_chat.ui import clipboard
 from dflash_chat.ui.actions import ACTIONS, COMMANDS
@@ -21,7 +22,7 @@ PRESSES = 10_000
 BATCH = 250
 SEED = 20261122
 LEAVES = {"quit", "editor"}  # these end the app, or lend the terminal away
-COVERS = ["f1", "f9", "ctrl+p"]  # these cover the chat, and most keys are for it
+COVERS = ["f1", "f3", "f9", "ctrl+p", "ctrl+o"]  # these cover the chat, and most keys are for it
 
 SPECIAL = [
     key
@@ -112,7 +113,8 @@ async def test_ten_thousand_keys_and_pastes(
     monkeypatch.setattr(clipboard, "ways", lambda environ: [])
     (tmp_path / "notes.txt").write_text("remember")
     dice = random.Random(SEED)
-    async with open_chat((90, 30)) as chat:
+    keeper = Keeper(tmp_path)
+    async with open_chat((90, 30), keeper=keeper) as chat:
         dialogue, prompt = chat.screen.dialogue, chat.screen.query_one(Prompt)
         asked: list[UserTurn] = []
         for name in ("ask", "ask_again"):

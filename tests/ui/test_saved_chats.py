@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.widgets import Input, OptionList
 
 from dflash_chat import export
@@ -26,6 +27,7 @@ from dflash_chat.ui.replay_screen import ReplayScreen
 from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.transcript import Card, Transcript, UserTurn
 from dflash_chat.ui.words import Words
+from dflash_chat.ui.xray import XrayScreen
 from tests.saved import branched, essence, recorded
 from tests.ui.fake_client import INFO, FakeClient
 from tests.ui.test_chat_flow import Chat
@@ -121,6 +123,39 @@ async def test_the_steps_of_an_answer_are_there_again(tmp_path: Path) -> None:
     assert "".join(getattr(event, "text", "") for event in trace) == turn.content
     assert turn.figures is not None
     assert sum(1 for event in trace if getattr(event, "stats", None)) == turn.figures.spec.steps
+
+
+async def test_x_ray_shows_a_reopened_answer_and_what_is_written_on(tmp_path: Path) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.type("Hello?")
+        chat.client.answer("Words and more words, and so", reason="cancelled")
+        await chat.settle()
+        await chat.pilot.press("f3")
+        seen = blocks(chat)
+
+    async with opened(tmp_path, stored(tmp_path)) as chat:
+        await chat.pilot.press("f3")
+        assert blocks(chat) == seen
+        assert seen[0] == ["Word"]
+        assert "".join(map("".join, seen)) == "Words and more words, and so"
+        await chat.pilot.press("f3", "alt+up", "c")
+        await chat.settle()
+        await chat.pilot.press("f3")
+        assert blocks(chat) == seen
+        chat.client.answer(" on, and on.")
+        await chat.settle()
+        assert blocks(chat)[: len(seen)] == seen
+        assert "".join(map("".join, blocks(chat))) == "Words and more words, and so on, and on."
+        assert xray(chat).trace.spec.steps == len(blocks(chat)) - 2  # a token of each prefill
+
+
+def xray(chat: Saved) -> XrayScreen:
+    assert isinstance(chat.app.screen, XrayScreen)
+    return chat.app.screen
+
+
+def blocks(chat: Saved) -> list[list[str]]:
+    return [[piece.text for piece in block.pieces] for block in xray(chat).trace.blocks]
 
 
 async def test_a_thought_is_there_again_with_its_figures_and_is_gone_on_with(
@@ -311,6 +346,16 @@ async def test_a_chat_is_found_and_opened(tmp_path: Path, three: list[Conversati
         assert chat.client.asked[-1].messages[-1] == Message("user", "More?")
         assert len(chat.client.asked[-1].messages) == 5
     assert stored(tmp_path).id == three[1].id
+
+
+async def test_two_enters_at_once_open_one_chat(tmp_path: Path, three: list[Conversation]) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.sessions()
+        for _ in range(2):
+            chat.app.post_message(events.Key("enter", None))
+        await chat.settle()
+        assert chat.app.screen is chat.screen
+        assert chat.current.id in [each.id for each in three]
 
 
 async def test_a_chat_brings_its_settings_and_says_who_answers_now(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class PlainStep:
             counter(), counter(), counter(), torch.zeros(MAX_ROWS),
         )  # fmt: skip
         self.features = torch.zeros(MAX_ROWS, len(taps) * pair.drafter.config.hidden_size)
-        self.record = accept.new_record(DEVICE)
+        self.record, self.script = accept.new_record(DEVICE), None
         self.head_shape = pair.target.lm_head.shape
         self.drafting = PlainDrafting(pair.drafter, self)
 

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine, Prefilled
+from dflash_chat.runtime.engine import Step as Committed
 from dflash_chat.runtime.graphed import KEPT, GraphedSteps, Passes
 from dflash_chat.runtime.quant import cpu
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
@@ -145,6 +146,30 @@ def test_seeded_answers_equal_eager_ones(name: str, llamas: tuple[Engine, Engine
     ours, theirs = (tiny.tokens(tiny.run(engine, PROMPT, params)) for engine in llamas)
     assert ours == theirs
     assert len(set(ours)) > 4, "a degenerate answer would prove nothing"
+
+
+@pytest.mark.parametrize("name", ["sampled", "penalised"])
+def test_a_cut_answer_goes_on_as_if_it_had_not_been_cut(
+    name: str, llamas: tuple[Engine, Engine]
+) -> None:
+    graphed, other = llamas
+    whole = tiny.tokens(tiny.run(other, PROMPT, replace(SETTINGS[name], max_tokens=9)))
+    begun = tiny.tokens(tiny.run(graphed, PROMPT, replace(SETTINGS[name], max_tokens=4)))
+    params = replace(SETTINGS[name], max_tokens=5)
+    prefilled, *steps = graphed.generate([*PROMPT, *begun], params, answered=len(begun))
+    rest = tiny.tokens([step for step in steps if isinstance(step, Committed)])
+    assert isinstance(prefilled, Prefilled)
+    assert prefilled.cached == len(PROMPT) + len(begun) - 1
+    assert begun + rest == whole
+    consistent(graphed)
+
+
+@pytest.mark.parametrize("pinned", [1, 3, 9])
+def test_a_request_may_pin_how_many_are_drafted(pinned: int, llamas: tuple[Engine, Engine]) -> None:
+    graphed, other = llamas
+    steps = [s for s in graphed.generate(PROMPT, GREEDY, True, pinned) if isinstance(s, Committed)]
+    assert tiny.tokens(steps) == tiny.tokens(tiny.run(other, PROMPT, GREEDY))
+    assert {step.stats.drafted for step in steps if step.stats} == {min(pinned, 3)}
 
 
 @pytest.mark.parametrize("name", ["greedily", "sampled"])

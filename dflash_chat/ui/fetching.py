@@ -31,7 +31,7 @@ async def command(*arguments: str) -> tuple[int, str]:
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            await process.communicate()
     assert process.returncode is not None
     return process.returncode, out.decode(errors="replace").strip()
 

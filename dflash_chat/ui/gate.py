@@ -74,7 +74,7 @@ async def ask(asked: list[HubSource], limit_s: float = PATIENCE_S) -> list[Acces
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            await process.communicate()
     return answers or [unreached("the hub could not be asked")]
 
 

@@ -47,6 +47,14 @@ SETTLE_S = 0.3  # a pair is asked about once the cursor rests on it
 RECHECK_S = 5.0
 
 
+class PairList(OptionList):
+    """What stands below takes and gives room; the cursor stays in view."""
+
+    def on_resize(self) -> None:
+        """Scroll to the cursor once the rows are laid out."""
+        self.call_after_refresh(self.scroll_to_highlight)
+
+
 class ModelsScreen(Screen[Load | None]):
     """Ends with what should be loaded, or None. `loaded` is what is, `held` the bytes that its
     engine holds. `begin` starts a pull, which outlives this screen.
@@ -78,14 +86,13 @@ class ModelsScreen(Screen[Load | None]):
         self._sure = ""  # what the same key once more does
         self._said: tuple[str, str] = ("", "")  # a pair, and how its last command ended
         self._fetching = pull.pair
-        self._height = 0  # of the list, when last drawn
 
     def compose(self) -> ComposeResult:
         """Title, list, what is to be known of the pair under the cursor, keys."""
         yield Words(id="models-title")
         yield Input(placeholder="filter", id="models-filter")
         yield Words(id="models-head")
-        yield OptionList(id="models-list")
+        yield PairList(id="models-list")
         with VerticalScroll(id="models-about", can_focus=False):
             yield Words(id="models-words")
         yield Words(id="models-keys")
@@ -170,9 +177,6 @@ class ModelsScreen(Screen[Load | None]):
             line = self._row(entry)
             if str(self._list.get_option_at_index(at).prompt) != line:
                 self._list.replace_option_prompt_at_index(at, Content(line))
-        if self._list.size.height != self._height:  # what stands below it took or gave room
-            self._height = self._list.size.height
-            self._list.scroll_to_highlight()
         chosen = self.chosen
         lines = self._about(chosen) if chosen else ["nothing of this name"] * bool(self._entries)
         self.query_one("#models-words", Words).show("\n".join(lines))

@@ -35,7 +35,16 @@ from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.plan_page import Loaded, Part
 from dflash_chat.ui.words import GAP, Words, flow, flowing
 
-KEYS = ("↑/↓ choice", "←/→ change", "0–9 type it", "a apply", "r reset", "j copy JSON", "Esc close")
+KEYS = (
+    "↑/↓ choice",
+    "←/→ change",
+    "0–9 type it",
+    "PageDown more",
+    "a apply",
+    "r reset",
+    "j copy JSON",
+    "Esc close",
+)
 REFRESH_S = 1.0
 QUANT, WIDTH, CONTEXT = range(3)
 T = TypeVar("T", str, int)
@@ -91,6 +100,8 @@ class PlanScreen(Screen[Load | None]):
         Binding("down", "choose(1)", "Choice below", id="plan_down"),
         Binding("left", "change(-1)", "Less", id="plan_less"),
         Binding("right", "change(1)", "More", id="plan_more"),
+        Binding("pageup", "page(-1)", "Page up", id="plan_page_up"),
+        Binding("pagedown", "page(1)", "Page down", id="plan_page_down"),
         Binding("a", "apply", "Load it so", id="plan_apply"),
         Binding("r", "reset", "As it was", id="plan_reset"),
         Binding("j", "copy_json", "Copy as JSON", id="plan_json"),
@@ -254,6 +265,11 @@ class PlanScreen(Screen[Load | None]):
         """Go to another of the three choices."""
         self._row, self._typed = (self._row + by) % 3, ""
         self._draw()
+
+    def action_page(self, by: int) -> None:
+        """Scroll."""
+        page = self.query_one("#plan-page", VerticalScroll)
+        (page.scroll_page_down if by > 0 else page.scroll_page_up)(animate=False)
 
     def action_change(self, by: int) -> None:
         """Take the next value that there is, or the one before."""

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from textual.strip import Strip
+from textual.widget import Widget
 
 from dflash_chat import gpu, hub, pairs
 from dflash_chat.access import Access, State
@@ -99,6 +101,10 @@ def about(chat: Chat) -> str:
     return str(models(chat).query_one("#models-words").content)  # type: ignore[attr-defined]
 
 
+def lines(widget: Widget) -> list[Strip]:
+    return widget.render_lines(widget.size.region)
+
+
 def told(chat: Chat) -> str:
     return "\n".join(note.message for note in chat.app._notifications)
 
@@ -188,6 +194,9 @@ async def test_it_fits_a_small_screen(unasked: None, size: tuple[int, int]) -> N
         assert max(map(len, rows(chat).values())) <= size[0]
         assert models(chat)._list.size.height >= 4
         assert rows(chat)["smollm2-135m"].endswith("loaded")
+        await chat.pilot.press("end")
+        await chat.pilot.pause()
+        assert "twin" in "\n".join(strip.text for strip in lines(models(chat)._list))
 
 
 # ── fetching, loading, removing ─────────────────────────────────────────────────────────────────

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from textual import events
 
+from dflash_chat.access import Access
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Load
-from dflash_chat.ui import clipboard
+from dflash_chat.ui import browser, clipboard, fetching, gate, models_screen
 from dflash_chat.ui.actions import ACTIONS, COMMANDS
 from dflash_chat.ui.prompt import FOLD_CHARS, Prompt
 from dflash_chat.ui.transcript import UserTurn
@@ -22,7 +23,15 @@ PRESSES = 10_000
 BATCH = 250
 SEED = 20261122
 LEAVES = {"quit", "editor"}  # these end the app, or lend the terminal away
-COVERS = ["f1", "f3", "f9", "ctrl+p", "ctrl+o"]  # these cover the chat, and most keys are for it
+COVERS = [
+    "f1",
+    "f3",
+    "f4",
+    "f8",
+    "f9",
+    "ctrl+p",
+    "ctrl+o",
+]  # these cover the chat, and most keys are for it
 
 SPECIAL = [
     key
@@ -107,10 +116,14 @@ def watch_prompt(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 async def test_ten_thousand_keys_and_pastes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(clipboard, "ways", lambda environ: [])
+    monkeypatch.setattr(gate, "ask", nobody)
+    monkeypatch.setattr(fetching, "COMMAND", ("false",))  # nothing is fetched or removed
+    monkeypatch.setattr(models_screen, "_hf", lambda: "")
+    monkeypatch.setattr(browser, "ways", lambda environ: [])
     (tmp_path / "notes.txt").write_text("remember")
     dice = random.Random(SEED)
     keeper = Keeper(tmp_path)
@@ -147,6 +160,11 @@ async def test_ten_thousand_keys_and_pastes(
         engine.go_on()
         await chat.settle()
         assert chat.client.asked[-1].messages[-1].content == "Still there?"
+
+
+async def nobody(*_: object) -> list[Access]:
+    """The hub is not asked."""
+    return []
 
 
 def recorded(does: Callable[..., None], asked: list[UserTurn]) -> Callable[..., None]:

@@ -235,6 +235,11 @@ async def test_it_fits_a_small_screen(big: None) -> None:
         for widget in chat.app.screen.query("#plan-page > *"):
             assert widget.region.width <= 50
         assert max(map(len, shown(chat, "why").splitlines())) <= 50
+        page = chat.app.screen.query_one("#plan-page")
+        await chat.pilot.press("pagedown")
+        assert page.scroll_y > 0
+        await chat.pilot.press("pageup")
+        assert page.scroll_y == 0
         await chat.pilot.press("f4")
         assert not isinstance(chat.app.screen, PlanScreen)
 

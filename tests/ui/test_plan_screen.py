@@ -74,9 +74,9 @@ def plan_screen(chat: Chat) -> PlanScreen:
 
 async def until(chat: Chat, condition: Callable[[], object]) -> None:
     for _ in range(500):
-        await chat.pilot.pause(0.01)
         if condition():
-            break
+            return
+        await chat.pilot.pause(0.01)
     assert condition()
 
 
@@ -111,7 +111,7 @@ def expected(wishes: Wishes = Wishes()) -> Plan:
     return planner.plan(pairs.find("big"), wishes, card, 0, calibration.read)
 
 
-async def test_bar_legend_and_reasons_are_the_planners(big: None) -> None:
+async def test_bar_legend_reasons_and_json_are_the_planners(big: None) -> None:
     async with opened() as chat:
         made = expected()
         bar, *legend = shown(chat, "memory").splitlines()
@@ -126,6 +126,9 @@ async def test_bar_legend_and_reasons_are_the_planners(big: None) -> None:
             assert " ".join(f"{why['choice']}: {why['because']}".split()) in reasons
             assert why["instead"] in reasons
         assert "RTX 4090" in shown(chat, "title")
+        await press(chat, "j")
+        await until(chat, lambda: chat.app.clipboard)
+        assert json.loads(chat.app.clipboard) == json.loads(json.dumps(as_json(made)))
 
 
 async def test_every_choice_changes_with_the_arrows_and_shows_its_effect(big: None) -> None:
@@ -191,13 +194,6 @@ async def test_it_is_loaded_as_planned_and_the_chat_goes_on(big: None) -> None:
         assert len(chat.client.asked) == 1  # it waits for the engine
         await chat.load(ON_CARD)
         assert [m.content for m in chat.client.asked[-1].messages] == ["One?", "First.", "Two?"]
-
-
-async def test_its_json_is_copied(big: None) -> None:
-    async with opened() as chat:
-        await press(chat, "j")
-        await until(chat, lambda: chat.app.clipboard)
-        assert json.loads(chat.app.clipboard) == json.loads(json.dumps(as_json(expected())))
 
 
 async def test_what_was_measured_stands_beside_the_estimates(big: None) -> None:

@@ -25,7 +25,7 @@ from textual.widgets.option_list import Option
 
 from dflash_chat import here, listing, removal
 from dflash_chat.access import READABLE
-from dflash_chat.errors import EXIT_ACCESS
+from dflash_chat.errors import EXIT_ACCESS, UserError
 from dflash_chat.here import Machine
 from dflash_chat.hub import ASK_ABOVE_BYTES
 from dflash_chat.progress import Step, size
@@ -119,7 +119,11 @@ class ModelsScreen(Screen[Load | None]):
 
     @work(exclusive=True, group="look")
     async def _look(self) -> None:
-        machine, words, found = await asyncio.to_thread(self._survey)
+        try:
+            machine, words, found = await asyncio.to_thread(self._survey)
+        except UserError as error:  # in a catalogue of one's own that was changed meanwhile
+            self.query_one("#models-title", Words).show(f"Models · {error.message}")
+            return
         before = {entry.name: entry.answers for entry in self._entries}
         for entry in found:
             entry.answers = before.get(entry.name)

@@ -36,7 +36,7 @@ class Entry:
     build: Build = field(init=False)  # the one that is installed, or that would be fetched
 
     def __post_init__(self) -> None:
-        planned = self.plan is not None and not self.row["installed"] and self.loads
+        planned = self.plan is not None and self.loads
         self.build = (
             self.plan.build if planned and self.plan else self.pair.build(self.row["build"])
         )
@@ -66,7 +66,8 @@ class Entry:
     @property
     def to_fetch(self) -> str:
         """The build to name when fetching; none where another may stand in if it is not there."""
-        return self.build.name if isinstance(self.build.source, HubSource) else ""
+        known = self.pair.kind == "catalogue" and isinstance(self.build.source, HubSource)
+        return self.build.name if known else ""
 
     @property
     def sources(self) -> list[HubSource]:
@@ -82,9 +83,14 @@ def entries(machine: Machine, also: str = "") -> list[Entry]:
             known.insert(0, pairs.find(also))
     rows = listing.rows(known)
     return [
-        Entry(pair, row, machine.plan(pair, row["build"] if row["installed"] else ""))
+        Entry(pair, row, machine.plan(pair, _settled(row)))
         for pair, row in zip(known, rows, strict=True)
     ]
+
+
+def _settled(row: dict[str, Any]) -> str:
+    """The build that the planner need not choose: it is here, or the package index has it."""
+    return str(row["build"]) if row["installed"] or row["source"] == "pypi" else ""
 
 
 def found(entry: Entry, words: str) -> bool:
@@ -163,7 +169,7 @@ def about(entry: Entry, loaded: bool, asking: bool) -> list[str]:
         return [*lines, f"it cannot be loaded yet: {listing.why_not(pair)}"]
     if plan is not None and not plan.fits:
         lines.append(f"✗ {shortage(plan)}; {remedy(plan)}")
-    elif plan is not None and plan.why and not entry.installed:
+    elif plan is not None and plan.why and not entry.installed and entry.to_fetch:
         lines.append(f"{plan.build.name}: {plan.why[0].because}")
     if loaded:
         lines.append("it is loaded")

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dflash_chat import hub, pairs
+from dflash_chat import hub, once, pairs
 from dflash_chat.errors import EXIT_OK, UsageError
 from dflash_chat.progress import Reporter
 from dflash_chat.runtime.api import (
@@ -30,6 +30,7 @@ from dflash_chat.runtime.api import (
 from dflash_chat.settings import BenchArgs
 
 if TYPE_CHECKING:
+    from dflash_chat.hub import Installed
     from dflash_chat.runtime.session import Session
 
 _SEED = 0  # sampled runs are repeatable unless -o seed says otherwise
@@ -37,46 +38,53 @@ _SEED = 0  # sampled runs are repeatable unless -o seed says otherwise
 
 @dataclass(frozen=True)
 class Way:
-    """Pooled figures of one way of decoding. `decode_s` covers `decoded` tokens."""
+    """Pooled figures of one way of decoding. `decode_s` covers `decoded` tokens, which would have
+    taken plain decoding `plain_s` by what each answer knew of it. `why` is the last step's.
+    """
 
     spec: Spec = field(default_factory=Spec)
     decoded: int = 0
     decode_s: float = 0.0
+    plain_s: float = 0.0
+    why: str = ""
 
     @property
     def tok_s(self) -> float:
         """Σ tokens ÷ Σ seconds."""
         return self.decoded / self.decode_s if self.decode_s else 0.0
 
+    @property
+    def ar_tok_s(self) -> float:
+        """Plain decoding by the plain passes among these answers; 0 where it is not known."""
+        return self.decoded / self.plain_s if self.plain_s else 0.0
+
+    @property
+    def step_ms(self) -> float:
+        """Σ milliseconds ÷ Σ passes."""
+        return 1000 * self.decode_s / self.spec.steps if self.spec.steps else 0.0
+
     def plus(self, finished: Finished) -> Way:
         """With one more answer."""
-        decoded = finished.usage.completion - 1  # the first token is prefill's
+        timing = finished.timing
+        decoded = max(0, finished.usage.completion - 1)  # the first token is prefill's
         return Way(
             self.spec.merge(finished.spec),
-            self.decoded + max(0, decoded),
-            self.decode_s + finished.timing.decode_s,
+            self.decoded + decoded,
+            self.decode_s + timing.decode_s,
+            self.plain_s + (decoded / timing.ar_tok_s if timing.ar_tok_s else 0.0),
+            finished.why or self.why,
         )
 
 
 def run(args: BenchArgs) -> int:
     """Run and print. Raises UsageError for a prompt file that cannot be used."""
-    prompts = read_prompts(args.prompts)[: args.limit or None]
-    with Reporter() as reporter:
-        installed = hub.ensure(pairs.find(args.pair), args.settings.quant, reporter)
-        from dflash_chat.runtime import session as runtime  # torch comes in here, not before
-
-        def loading(progress: Progress) -> None:
-            reporter(progress.stage, progress.done, progress.total)
-
-        session = runtime.Session.load(installed, args.settings.engine, loading)
-    sampling = args.settings.sampling
-    if sampling.temperature > 0 and sampling.seed is None:
-        sampling = replace(sampling, seed=_SEED)
+    prompts, sampling = chosen(args)
+    _, session = load(args)
     drafted, plain, identical = Way(), Way(), 0
     for number, prompt in enumerate(prompts):
         answers: dict[bool, tuple[str, Finished]] = {}
         for draft in (True, False) if number % 2 else (False, True):
-            answers[draft] = _answer(session, prompt, sampling, draft)
+            answers[draft] = answer(session, prompt, sampling, draft)
         drafted, plain = drafted.plus(answers[True][1]), plain.plus(answers[False][1])
         identical += answers[True][0] == answers[False][0]
         done = number + 1
@@ -90,10 +98,31 @@ def run(args: BenchArgs) -> int:
     return EXIT_OK
 
 
-def _answer(
-    session: Session, prompt: str, sampling: SamplingParams, draft: bool
+def chosen(args: BenchArgs) -> tuple[list[str], SamplingParams]:
+    """The prompts, and sampling that is the same in every run."""
+    sampling = args.settings.sampling
+    if sampling.temperature > 0 and sampling.seed is None:
+        sampling = replace(sampling, seed=_SEED)
+    return read_prompts(args.prompts)[: args.limit or None], sampling
+
+
+def load(args: BenchArgs) -> tuple[Installed, Session]:
+    """The pair, fetched if need be, in this process."""
+    with Reporter() as reporter:
+        installed = hub.ensure(pairs.find(args.pair), args.settings.quant, reporter)
+        from dflash_chat.runtime import session as runtime  # torch comes in here, not before
+
+        def loading(progress: Progress) -> None:
+            reporter(progress.stage, progress.done, progress.total)
+
+        return installed, runtime.Session.load(installed, args.settings.engine, loading)
+
+
+def answer(
+    session: Session, prompt: str, sampling: SamplingParams, draft: bool, draft_tokens: int = 0
 ) -> tuple[str, Finished]:
-    request = Generate(0, (Message("user", prompt),), sampling, draft)
+    """Text and figures of one answer; `draft_tokens` as in `Generate`."""
+    request = Generate(0, (Message("user", prompt),), sampling, draft, draft_tokens)
     pieces: list[str] = []
     for event in session.generate(request, lambda: False):
         if isinstance(event, Tokens):
@@ -122,6 +151,11 @@ def as_json(
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "spec": drafted.spec.to_json(),
+        "timing": {
+            "ar_tok_s": round(drafted.ar_tok_s, 2),
+            "speedup": round(drafted.tok_s / drafted.ar_tok_s, 4) if drafted.ar_tok_s else 0.0,
+        },
+        "why": drafted.why,
         "drafted_tok_s": round(drafted.tok_s, 2),
         "plain_tok_s": round(plain.tok_s, 2),
         "speedup": round(drafted.tok_s / plain.tok_s, 4) if plain.tok_s else 0.0,
@@ -133,7 +167,7 @@ def as_json(
 
 def in_words(report: dict[str, Any]) -> str:
     """The same for people."""
-    spec = report["spec"]
+    spec, live = report["spec"], report["timing"]
     passes = max(1, spec["steps"])
     bars = "\n".join(
         f"  {committed:2d} committed  {count / passes:6.1%}  {'█' * round(40 * count / passes)}"
@@ -146,9 +180,11 @@ def in_words(report: dict[str, Any]) -> str:
         f"tau        {spec['tau']:.3f} = {spec['tau'] - 1:.3f} drafted + 1   "
         f"({spec['steps']} verify passes, {spec['accept_rate']:.1%} of drafted tokens accepted)\n"
         f"{bars}\n"
+        f"widths     {once.width_words(spec['widths'])}; the last: {report['why'] or 'none'}\n"
         f"drafted    {report['drafted_tok_s']:.1f} tok/s\n"
         f"plain      {report['plain_tok_s']:.1f} tok/s\n"
-        f"speed-up   {report['speedup']:.3f}×\n"
+        f"speed-up   {report['speedup']:.3f}×   (by the plain passes among the drafted ones "
+        f"{live['speedup']:.3f}×, {live['ar_tok_s']:.1f} tok/s)\n"
         f"identical  {report['identical']} of {report['prompts']} answers"
     )
 

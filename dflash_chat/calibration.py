@@ -1,4 +1,4 @@
-"""What passes really took, kept between runs: measured costs replace `speed.py`'s estimates.
+"""What passes really took and accepted, kept between runs: it replaces `speed.py`'s estimates.
 
 One JSON file in the cache folder; an entry per card, driver, pair and build. Losing it costs
 nothing but estimates, so a file that cannot be read or written is no error. Knows the file; knows
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dflash_chat.hub import cache_dir
 from dflash_chat.runtime.costs import CostTable
-from dflash_chat.speed import Costs
+from dflash_chat.speed import Costs, Survival
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,9 @@ _CONTEXT = 2048  # tokens behind which a plan compares costs
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement holds for. `gpu` is the card's name, `driver` its version."""
+    """What a measurement holds for. `gpu` is the card's name, `driver` its version; without a name
+    it holds for this computer's processor.
+    """
 
     gpu: str
     driver: str
@@ -34,7 +38,26 @@ class Key:
     build: str
 
     def __str__(self) -> str:
-        return " | ".join((self.gpu, self.driver, self.pair, self.build))
+        return " | ".join((self.gpu or processor(), self.driver, self.pair, self.build))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was measured last: what passes take, and how far drafts survive; None was not."""
+
+    costs: Costs | None = None
+    survival: Survival | None = None
+
+
+@cache
+def processor() -> str:
+    """This computer's, by name."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if "model name" in line]
+    return f"CPU {next(iter(names), platform.machine())}"
 
 
 def file() -> Path:
@@ -42,12 +65,14 @@ def file() -> Path:
     return cache_dir() / "calibration.json"
 
 
-def read(key: Key) -> Costs | None:
-    """The costs measured last, whatever else they were measured with, or None. An entry without a
-    drafted pass is none.
+def read(key: Key) -> Known:
+    """What was measured last, whatever else it was measured with. Costs without a drafted pass are
+    none.
     """
-    table = _table(_entry(key))
-    return Costs.of(table, _CONTEXT) if table is not None and len(table.widths) > 1 else None
+    entry = _entry(key)
+    table = _table(entry)
+    costs = Costs.of(table, _CONTEXT) if table is not None and len(table.widths) > 1 else None
+    return Known(costs, _survival(entry))
 
 
 def table(key: Key, rig: str) -> CostTable | None:
@@ -60,8 +85,17 @@ def table(key: Key, rig: str) -> CostTable | None:
 
 def write(key: Key, rig: str, table: CostTable) -> None:
     """Keep this table; the rest of the file stays. A folder that cannot be written is left."""
+    _write(key, {"rig": rig, "costs": table.to_dict()})
+
+
+def write_survival(key: Key, survival: Survival) -> None:
+    """Keep what was accepted, beside the table."""
+    _write(key, {"acceptance": survival.to_dict()})
+
+
+def _write(key: Key, news: Mapping[str, Any]) -> None:
     entries = _entries()
-    entries[str(key)] = {"rig": rig, "costs": table.to_dict()}
+    entries[str(key)] = {**_entry(key), **news}
     target = file()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +117,13 @@ def _table(entry: Mapping[str, Any]) -> CostTable | None:
     try:
         return CostTable.from_dict(entry["costs"])
     except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _survival(entry: Mapping[str, Any]) -> Survival | None:
+    try:
+        return Survival.from_dict(entry["acceptance"])
+    except (KeyError, TypeError, ValueError):
         return None
 
 

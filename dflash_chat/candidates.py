@@ -15,7 +15,7 @@ from dflash_chat.entries import Build, Pair
 from dflash_chat.geometry import DrafterGeometry, TargetGeometry
 from dflash_chat.gpu import Gpu
 from dflash_chat.runtime.api import EngineOptions
-from dflash_chat.speed import CURVES, Costs, Formats
+from dflash_chat.speed import CURVES, HERE, Costs, Formats, Survival
 
 COMFORTABLE = 32_768  # tokens: a long conversation with a few files in it
 MEASURED_AT = 2048  # tokens of context that estimates of speed assume
@@ -93,7 +93,8 @@ class Plan:
 
     `free` counts the device's bytes before we come; `fits` says that `budget.total` is no more.
     `drafts` are the numbers of drafted tokens by kind of text, those that pay best unless one was
-    asked for, empty where nothing is known of speeds; `costs` are `measured`, or estimates.
+    asked for, empty where nothing is known of speeds; `costs` are `measured`, or estimates. With
+    `survival`, acceptance as it was measured, there is one kind: the text it was measured on.
     `missing` says what the runtime lacks to load this, or "".
     """
 
@@ -107,6 +108,7 @@ class Plan:
     kv_dtype: str = "bf16"
     drafts: dict[str, int] = field(default_factory=dict)
     costs: Costs | None = None
+    survival: Survival | None = None
     measured: bool = False
     missing: str = ""
     why: tuple[Why, ...] = ()
@@ -131,11 +133,15 @@ class Plan:
         """Whether it fits and can be loaded."""
         return self.fits and not self.missing
 
-    def tok_s(self, kind: str = "mixed") -> float:
-        """Tokens per second of this kind of text, drafted; 0 if unknown."""
+    def tok_s(self, kind: str = "") -> float:
+        """Tokens per second of this kind of text, drafted; 0 if unknown. Without a kind of what was
+        measured, or of mixed text.
+        """
         if self.costs is None:
             return 0.0
-        return self.costs.drafted(CURVES[kind], self.drafts[kind])
+        kind = kind or (HERE if self.survival else "mixed")
+        curve = self.survival or CURVES[kind]
+        return self.costs.drafted(curve, self.drafts[kind])
 
 
 # ── rules ───────────────────────────────────────────────────────────────────────────────────────

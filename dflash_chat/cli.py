@@ -214,6 +214,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", metavar="N", default=argparse.SUPPRESS, help="same as -o seed=N")
     bench.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
     bench.add_argument(
+        "--sweep", action="store_true", help="every number of drafted tokens, and the controller"
+    )
+    bench.add_argument(
         "--random-weights", metavar="PAIR", help="time the real step on published shapes (CUDA)"
     )
     _add_quant(bench, argparse.SUPPRESS)
@@ -414,7 +417,7 @@ def _bench_random(args: argparse.Namespace) -> int:
     return bench_random.run(
         RandomBenchArgs(
             args.random_weights, settings.quant or "bf16", args.context, args.widths,
-            args.accept_length, args.accept_curve, settings.engine, args.json,
+            args.accept_length, args.accept_curve, settings.engine, args.json, args.sweep,
         )
     )  # fmt: skip
 
@@ -425,9 +428,14 @@ def _bench(args: argparse.Namespace) -> int:
     if args.limit < 0:
         raise UsageError("--limit must not be negative")
     pair, settings = _chosen(args.model or DEFAULT_PAIR, parse_options(_options(args)))
+    wanted = BenchArgs(pair.name, args.prompts, settings, args.limit, args.json, args.sweep)
+    if args.sweep:
+        from dflash_chat import sweep
+
+        return sweep.run(wanted)
     from dflash_chat import bench
 
-    return bench.run(BenchArgs(pair.name, args.prompts, settings, args.limit, args.json))
+    return bench.run(wanted)
 
 
 def _pull(args: argparse.Namespace) -> int:

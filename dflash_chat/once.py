@@ -6,14 +6,22 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import FrameType
 
 from dflash_chat import hub, pairs
 from dflash_chat.errors import EXIT_INTERRUPTED, EXIT_OK
 from dflash_chat.progress import Reporter
-from dflash_chat.runtime.api import Finished, Generate, Message, ModelInfo, Progress, Tokens
+from dflash_chat.runtime.api import (
+    Finished,
+    Generate,
+    Message,
+    ModelInfo,
+    Progress,
+    Timing,
+    Tokens,
+)
 from dflash_chat.settings import OnceArgs
 
 
@@ -67,14 +75,17 @@ def as_json(text: str, finished: Finished, info: ModelInfo, load_s: float) -> di
         "finish_reason": finished.reason,
         "usage": vars(finished.usage),
         "spec": finished.spec.to_json(),
-        "timing": {key: round(value, 4) for key, value in vars(timing).items()},
+        "timing": {
+            key: value if value is None else round(value, 4) for key, value in vars(timing).items()
+        },
+        "why": finished.why,
         "pair": info.pair,
         "versions": info.versions,
     }
 
 
 def in_words(finished: Finished, load_s: float) -> str:
-    """Two lines for `--stats`."""
+    """The lines of `--stats`."""
     usage, spec, timing = finished.usage, finished.spec, finished.timing
     against = f" ({timing.speedup:.2f}× plain)" if timing.speedup else ""
     return (
@@ -83,8 +94,26 @@ def in_words(finished: Finished, load_s: float) -> str:
         f"prompt {usage.prompt} ({usage.cached} cached) · {finished.reason}\n"
         f"tau {spec.tau:.2f} = {max(0.0, spec.tau - 1):.2f} drafted + 1 · "
         f"{spec.steps} verify passes · accepted {spec.accepted} of {spec.drafted} · "
-        f"histogram {list(spec.histogram)}"
+        f"histogram {list(spec.histogram)}\n"
+        f"{width_words(spec.widths)}{_plain_words(timing)}\n"
+        f"last step: {finished.why or 'there was none'}"
     )
+
+
+def width_words(widths: Sequence[int]) -> str:
+    """How many passes had how many rows."""
+    rows = [f"{n}: {count}" for n, count in enumerate(widths, 1) if count]
+    return f"passes by rows {', '.join(rows) or 'none'}"
+
+
+def _plain_words(timing: Timing) -> str:
+    """Plain decoding, and how old the figure is."""
+    if not timing.ar_tok_s:
+        return ""
+    age = timing.ar_age_s
+    when = "at load" if age is None else f"{age:.1f} s of decoding before the end"
+    behind = f"behind {timing.ar_context_tokens} tokens"
+    return f" · plain {timing.ar_tok_s:.1f} tok/s, measured {when}, {behind}"
 
 
 class InterruptAsCancel:

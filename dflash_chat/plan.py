@@ -100,6 +100,7 @@ def as_json(made: Plan) -> dict[str, Any]:
         }
         if made.costs
         else None,
+        "acceptance": made.survival.to_dict() if made.survival else None,
         "why": [asdict(line) for line in made.why],
     }
 

@@ -4,8 +4,8 @@
     context    comfortable, or what fits of it; more only where somebody asks
     precision  of what changes no answer: the drafter and its head, rounded where that is quicker,
                or where nothing else fits
-    width      the number of drafted tokens that commits most per second by `speed.py`'s bytes, or
-               by what was measured on this card
+    width      the number of drafted tokens that commits most per second by `speed.py`'s bytes and
+               usual acceptance, or by what was measured here of either
 
 Builds and contexts go up one ladder whose rungs take ever more memory, so that a bigger card never
 gets a worse build or a shorter context. What the runtime cannot load is never recommended. Pure
@@ -14,13 +14,13 @@ functions of facts: asks no driver, opens no file. `reasons.py` has the words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from itertools import product
 
 from dflash_chat import budget, geometry, reasons, speed
 from dflash_chat.budget import Budget
-from dflash_chat.calibration import Key
+from dflash_chat.calibration import Key, Known
 from dflash_chat.candidates import (
     COMFORTABLE,
     MEASURED_AT,
@@ -39,20 +39,20 @@ from dflash_chat.errors import UsageError
 from dflash_chat.geometry import TargetGeometry
 from dflash_chat.gpu import Gpu
 from dflash_chat.runtime.api import DEFAULT_CONTEXT, EngineOptions
-from dflash_chat.speed import CURVES, Costs
+from dflash_chat.speed import CURVES, HERE, Costs, Curve
 
 __all__ = ["Measured", "Plan", "Wishes", "parameters", "plan", "plan_for", "rank"]
 
 QUICKER = 1.03  # so much must a rounded drafter gain before it is taken unasked
 
-Measured = Callable[[Key], Costs | None]
+Measured = Callable[[Key], Known]
 
 
 def plan(
     pair: Pair, wishes: Wishes = Wishes(), gpu: Gpu | None = None, ram: int = 0,
-    measured: Measured = lambda _: None,
+    measured: Measured = lambda _: Known(),
 ) -> Plan:  # fmt: skip
-    """The plan of a pair on `gpu`, or on a CPU with `ram` free bytes (0: unknown).
+    """The plan of a pair on `gpu`, or on this CPU with `ram` free bytes (0: unknown).
 
     Raises ConfigError if the pair's configs cannot be counted, UnknownModelError for an unknown
     build and UsageError for a context or a width beyond the pair's.
@@ -66,22 +66,31 @@ def plan(
     else:
         chosen, context = candidates[0], wanted
     options = replace(wishes.options, context_tokens=context)
-    options, costs, known = _precision(pair, chosen, options, gpu, free, measured)
+    device = (gpu.name, gpu.driver) if gpu else ("", "")
+    found = measured(Key(*device, pair.name, chosen.build.name))
+    curves: Mapping[str, Curve] = {HERE: found.survival} if found.survival else CURVES
+    usual = HERE if found.survival else "mixed"
+    options, costs, known = _precision(chosen, options, gpu, free, curves[usual], found.costs)
     most, asked = chosen.demand.draft_tokens, options.draft_tokens
-    drafts = {kind: asked or costs.best(curve) for kind, curve in CURVES.items()} if costs else {}
-    options = replace(options, draft_tokens=asked or drafts.get("mixed", most))
+    drafts = {kind: asked or costs.best(curve) for kind, curve in curves.items()} if costs else {}
+    options = replace(options, draft_tokens=asked or drafts.get(usual, most))
     spent = chosen.demand.plan(options, context)
     spent = spent if gpu else _on_cpu(spent)
     decided = Plan(
         pair, chosen.build, gpu, options, spent, free,
         fits=spent.total <= free or (gpu is None and not ram), drafts=drafts, costs=costs,
-        measured=known, missing=pair.missing or pair.drafter.missing or chosen.build.missing,
+        survival=found.survival, measured=known,
+        missing=pair.missing or pair.drafter.missing or chosen.build.missing,
     )  # fmt: skip
     return replace(decided, why=reasons.why(decided, chosen, candidates, wishes))
 
 
 def plan_for(
-    pair: Pair, build: Build, options: EngineOptions, gpu: Gpu, measured: Measured = lambda _: None
+    pair: Pair,
+    build: Build,
+    options: EngineOptions,
+    gpu: Gpu,
+    measured: Measured = lambda _: Known(),
 ) -> EngineOptions:
     """The options with "auto" and 0 filled in for this card, as the runtime takes them.
 
@@ -172,16 +181,19 @@ def _on_ladder(
 
 
 def _precision(
-    pair: Pair, chosen: Candidate, options: EngineOptions, gpu: Gpu | None, free: int,
-    measured: Measured,
+    chosen: Candidate, options: EngineOptions, gpu: Gpu | None, free: int, curve: Curve,
+    found: Costs | None,
 ) -> tuple[EngineOptions, Costs | None, bool]:  # fmt: skip
     """The options with drafter and draft head decided, the costs of passes, and whether these were
     measured, at the width that was asked for if one was.
     """
-    plain, most = _decided(options), chosen.demand.draft_tokens
+    most = chosen.demand.draft_tokens
+    verify_ms = {n: ms for n, ms in found.verify_ms.items() if n <= most + 1} if found else {}
+    known = None
+    if found and len(verify_ms) > 1 and (not options.draft_tokens or most + 1 in verify_ms):
+        known = Costs(verify_ms, found.draft_ms)
     if gpu is None:
-        return plain, None, False
-    found = measured(Key(gpu.name, gpu.driver, pair.name, chosen.build.name))
+        return _decided(options), known, known is not None
     variants = [
         variant
         for drafter, head in product(
@@ -203,15 +215,12 @@ def _precision(
 
     def rate(variant: EngineOptions) -> float:
         made = costs(variant)
-        return made.drafted(CURVES["mixed"], made.best(CURVES["mixed"]))
+        return made.drafted(curve, made.best(curve))
 
     best = max(variants, key=rate, default=first)
     if not rounds_unasked(gpu) or rate(best) < QUICKER * rate(first):
         best = first
-    verify_ms = {n: ms for n, ms in found.verify_ms.items() if n <= most + 1} if found else {}
-    if found and len(verify_ms) > 1 and (not options.draft_tokens or most + 1 in verify_ms):
-        return _decided(best), Costs(verify_ms, found.draft_ms), True
-    return _decided(best), costs(best), False
+    return _decided(best), known or costs(best), known is not None
 
 
 def _decided(options: EngineOptions) -> EngineOptions:

@@ -37,7 +37,9 @@ def why(
     lines = [_build(made, chosen, candidates, wishes), _context(made, chosen, wishes)]
     if made.gpu:
         lines += [_kv(made), _drafter(made, chosen, wishes), _draft_head(made, chosen, wishes)]
-        lines += [_head(made, chosen), _width(made, chosen, wishes), _rates(made, chosen)]
+        lines += [_head(made, chosen)]
+    if made.gpu or made.costs:
+        lines += [_width(made, chosen, wishes), _rates(made, chosen)]
     return tuple(lines)
 
 
@@ -221,28 +223,37 @@ def _width(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
     if not made.drafts:
         return Why("width", choice, "the pair's own; nothing is known of this card's speed")
     because = "any number of rows reads the same weights"
-    if target.num_experts:
+    if made.gpu is None:
+        because = "what rows take was measured on this processor"
+    elif target.num_experts:
         rows = chosen.demand.draft_tokens + 1
         touched = speed.distinct_experts(target.num_experts, target.top_k_experts, rows)
         because = (
             f"{rows} rows read {touched:.0f} of {target.num_experts} experts a layer if they "
             f"choose alone, one row {target.top_k_experts}; neighbours share some"
         )
-    best = ", ".join(f"{kind} {k}" for kind, k in made.drafts.items())
-    return Why("width", choice, because, f"best for {best}; the engine chooses in every step")
+    best = "best for " + ", ".join(f"{kind} {k}" for kind, k in made.drafts.items())
+    if made.survival:
+        best = f"best for the acceptance measured on {made.survival.tokens} tokens here"
+    return Why("width", choice, because, f"{best}; the engine chooses in every step")
 
 
 def _rates(made: Plan, chosen: Candidate) -> Why:
     gpu, costs = made.gpu, made.costs
-    assert gpu is not None
     if costs is None:
+        assert gpu is not None, "a CPU has no line of speeds unless they were measured"
         because = without_kernels(gpu, chosen)
         return Why("speed", "unknown", f"{because}; plain torch is slower")
     drafted = ", ".join(f"{kind} {made.tok_s(kind):.0f}" for kind in made.drafts)
     choice = f"{costs.plain:.0f} tok/s plain; drafted {drafted}"
-    if made.measured:
-        return Why("speed", choice, "passes measured on this card, usual acceptance")
+    accepted = "usual acceptance"
+    if made.survival:
+        accepted = f"acceptance measured on {made.survival.tokens} tokens here"
+    if gpu is None or made.measured:
+        device = "card" if gpu else "processor"
+        return Why("speed", choice, f"passes measured on this {device}, {accepted}")
     speed_of, source = bandwidth(gpu)
     context = min(made.context_tokens, MEASURED_AT)
     because = f"estimated at {speed_of:.0f} GB/s ({source}) and {context} tokens of context"
+    because += f", {accepted}" if made.survival else ""
     return Why("speed", choice, because, "what a load measures replaces it")

@@ -42,13 +42,16 @@ class OnceArgs:
 
 @dataclass(frozen=True)
 class BenchArgs:
-    """`dflash-chat bench`. `prompts` None takes the built-in ones; `limit` 0 takes all of them."""
+    """`dflash-chat bench`, or with `sweep` every width of a pass. `prompts` None takes the built-in
+    ones; `limit` 0 takes all of them.
+    """
 
     pair: str = DEFAULT_PAIR
     prompts: Path | None = None
     settings: Settings = Settings()
     limit: int = 0
     json: bool = False
+    sweep: bool = False
 
 
 @dataclass(frozen=True)

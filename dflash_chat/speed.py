@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
 
 from dflash_chat.geometry import DrafterGeometry, Geometry, TargetGeometry
 from dflash_chat.runtime import costs as measured
@@ -28,6 +30,14 @@ LAUNCH_MS = 0.0028  # a kernel inside a graph costs this besides its bytes
 _LAUNCHES = {"dense": 7, "experts": 10, "draft": 10}  # a layer
 
 KINDS = ("prose", "mixed", "code")
+HERE = "here"  # the kind of text that was measured
+
+
+class Curve(Protocol):
+    """How many tokens passes are worth."""
+
+    def committed(self, drafted: int) -> float:
+        """Expected tokens of a pass that verifies so many drafted ones, its own token included."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,38 @@ class Acceptance:
     def committed(self, drafted: int) -> float:
         """Expected tokens of a pass that verifies so many drafted ones, its own token included."""
         return 1 + sum(self.first * self.ratio**i for i in range(drafted))
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Acceptance as it was measured: of the passes, the share that accepted at least i drafted
+    tokens, i from 1, while `tokens` were decoded. Tokens behind those that were tried count for
+    nothing. Raises ValueError where this is no such thing.
+    """
+
+    shares: tuple[float, ...]
+    tokens: int
+
+    def __post_init__(self) -> None:
+        falls = all(a >= b for a, b in pairwise((1.0, *self.shares, 0.0)))
+        if not self.shares or not falls or self.tokens <= 0:
+            raise ValueError(f"no shares of survivors: {self.shares} of {self.tokens} tokens")
+
+    def committed(self, drafted: int) -> float:
+        """Expected tokens of a pass that verifies so many drafted ones, its own token included."""
+        return 1 + sum(self.shares[:drafted])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Builtins for JSON."""
+        return {"survival": list(self.shares), "tokens": self.tokens}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Survival:
+        """What `to_dict` gave. Raises ValueError for anything else."""
+        try:
+            return cls(tuple(float(share) for share in data["survival"]), int(data["tokens"]))
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"not a measured acceptance: {error!r}") from error
 
 
 # Shapes of published runs at batch 1: 3.2 to 3.6 tokens a pass on prose, 7 to 10 on code.
@@ -82,11 +124,11 @@ class Costs:
         """Tokens per second without drafting."""
         return 1e3 / self.verify_ms[1]
 
-    def drafted(self, curve: Acceptance, k: int) -> float:
+    def drafted(self, curve: Curve, k: int) -> float:
         """Tokens per second when k drafted tokens are verified in every pass."""
         return 1e3 * curve.committed(k) / (self.draft_ms + self.verify_ms[k + 1])
 
-    def best(self, curve: Acceptance) -> int:
+    def best(self, curve: Curve) -> int:
         """The number of drafted tokens that commits most per second; fewer where two are equal."""
         drafts = sorted(rows - 1 for rows in self.verify_ms if rows > 1)
         return max(drafts, key=lambda k: (self.drafted(curve, k), -k))

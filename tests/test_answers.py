@@ -36,6 +36,8 @@ def test_once_prints_the_answer_and_nothing_else(smollm2_gguf: Path) -> None:
     assert done.stdout.endswith("\n")
     assert "tok/s" not in done.stdout
     assert "tau" in done.stderr
+    assert "passes by rows 1: " in done.stderr
+    assert "last step: " in done.stderr
 
 
 def test_json_is_one_object_whose_sums_agree(smollm2_gguf: Path) -> None:
@@ -43,12 +45,15 @@ def test_json_is_one_object_whose_sums_agree(smollm2_gguf: Path) -> None:
     assert done.returncode == 0
     answer = json.loads(done.stdout)
     assert set(answer) == {
-        "text", "finish_reason", "usage", "spec", "timing", "pair", "versions",
+        "text", "finish_reason", "usage", "spec", "timing", "why", "pair", "versions",
     }  # fmt: skip
     assert set(answer["usage"]) == {"prompt", "cached", "completion"}
     assert set(answer["timing"]) == {
         "load_s", "ttft_s", "decode_s", "tok_s", "prefill_s", "ar_tok_s", "speedup",
+        "ar_age_s", "ar_context_tokens",
     }  # fmt: skip
+    assert " ms" in answer["why"]
+    assert answer["timing"]["ar_context_tokens"] > 0
     spec = answer["spec"]
     assert set(spec) == {
         "steps", "drafted", "accepted", "tau", "accept_rate", "histogram", "survival",

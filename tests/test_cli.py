@@ -55,7 +55,7 @@ class Runners:
 @pytest.fixture
 def runners(monkeypatch: pytest.MonkeyPatch) -> Runners:
     runners = Runners()
-    for name in ("once", "bench", "ui.app"):
+    for name in ("once", "bench", "sweep", "ui.app"):
         module = ModuleType(f"dflash_chat.{name}")
         vars(module)["run"] = runners.chat if name == "ui.app" else runners.run
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -151,6 +151,20 @@ def test_bench_gets_its_own_arguments(runners: Runners, terminal: set[str]) -> N
         "smollm2-135m", Path("p.jsonl"), 3, True,
     )  # fmt: skip
     assert (got.settings.sampling.max_tokens, got.settings.engine.draft_tokens) == (9, 4)
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_sweep_reaches_both_forms_of_bench(
+    sweep: bool, runners: Runners, terminal: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[RandomBenchArgs] = []
+    monkeypatch.setattr(bench_random, "run", lambda args: given.append(args) or EXIT_OK)
+    flags = ["--sweep"] if sweep else []
+    assert cli.main(["bench", *flags, "--limit", "2"]) == EXIT_OK
+    assert cli.main(["bench", "--random-weights", "qwen3-8b", *flags]) == EXIT_OK
+    (got,) = runners.got
+    assert isinstance(got, BenchArgs)
+    assert (got.sweep, got.limit, given[0].sweep) == (sweep, 2, sweep)
 
 
 def test_bench_takes_the_formats_of_drafter_and_heads_in_both_its_forms(

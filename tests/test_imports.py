@@ -22,10 +22,10 @@ LIGHT = [
     *(
         f"dflash_chat.{name}"
         for name in (
-            "access", "bench", "chat", "cli", "completion", "doctor", "errors", "export",
-            "fetch", "gpu", "here", "hub", "keeper", "listing", "once", "pairs", "plan",
-            "progress", "pull", "record", "replay", "repository", "runtime.api",
-            "runtime.client", "runtime.worker", "sessions", "settings", "store",
+            "access", "bench", "chat", "cli", "completion", "doctor", "errors", "export", "fetch",
+            "gpu", "here", "hub", "keeper", "listing", "once", "pairs", "plan", "progress",
+            "pull", "record", "replay", "repository", "runtime.api", "runtime.client",
+            "runtime.worker", "sessions", "settings", "store", "sweep",
         )
     ),
     *(f"dflash_chat.ui.{path.stem}" for path in sorted(ROOT.glob("ui/*.py"))),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_chat import budget, cards, catalogue, geometry, planner, reasons
-from dflash_chat.calibration import Key
+from dflash_chat.calibration import Key, Known
 from dflash_chat.candidates import COMFORTABLE, Why
 from dflash_chat.cards import GIB
 from dflash_chat.entries import Build, Drafter, HubSource, Pair
@@ -19,7 +19,7 @@ from dflash_chat.geometry import ConfigError
 from dflash_chat.gpu import Gpu
 from dflash_chat.planner import Plan, Wishes
 from dflash_chat.runtime.api import EngineOptions
-from dflash_chat.speed import CURVES, Costs
+from dflash_chat.speed import CURVES, Costs, Survival
 from tests.published import DRAFTERS, TARGETS
 
 SIZES = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -264,9 +264,9 @@ def test_measured_costs_replace_estimates() -> None:
     asked: list[Key] = []
     measured = Costs({1: 10.0, 2: 10.1, 4: 20.0, 16: 80.0}, 1.0)
 
-    def read(key: Key) -> Costs:
+    def read(key: Key) -> Known:
         asked.append(key)
-        return measured
+        return Known(measured)
 
     card = replace(gpu(24), driver="580.1")
     made = planner.plan(gemma(), gpu=card, measured=read)
@@ -286,9 +286,45 @@ def test_a_width_that_was_asked_for_is_the_one_whose_speed_is_told() -> None:
         assert made.costs is not None
         assert made.tok_s("code") == made.costs.drafted(CURVES["code"], k)
     unmeasured = planner.plan(
-        gemma(), wishes, gpu(24), measured=lambda _: Costs({1: 10.0, 2: 10.1}, 1.0)
+        gemma(), wishes, gpu(24), measured=lambda _: Known(Costs({1: 10.0, 2: 10.1}, 1.0))
     )
     assert not unmeasured.measured
+
+
+@pytest.mark.parametrize(("shares", "best"), [((0.9, 0.1, 0.0), 1), ((0.9, 0.85, 0.8), 3)])
+def test_measured_acceptance_replaces_the_usual_curves(
+    shares: tuple[float, ...], best: int
+) -> None:
+    costs, survival = Costs({1: 10.0, 2: 11.0, 4: 13.0, 16: 40.0}, 1.0), Survival(shares, 4321)
+    made = planner.plan(gemma(), gpu=gpu(24), measured=lambda _: Known(costs, survival))
+    assert made.drafts == {"here": best}
+    assert made.num_speculative_tokens == best
+    assert made.tok_s() == costs.drafted(survival, best)
+    assert "measured on 4321 tokens here" in why(made, "width").instead
+    assert "measured on 4321 tokens here" in why(made, "speed").because
+    estimated = planner.plan(gemma(), gpu=gpu(24), measured=lambda _: Known(None, survival))
+    assert not estimated.measured
+    assert estimated.tok_s() > 0
+    assert "estimated" in why(estimated, "speed").because
+    assert "measured on 4321 tokens here" in why(estimated, "speed").because
+
+
+def test_on_a_cpu_there_are_speeds_once_they_were_measured() -> None:
+    asked: list[Key] = []
+
+    def read(key: Key) -> Known:
+        asked.append(key)
+        return Known(Costs({1: 10.0, 2: 11.0, 4: 13.0}, 3.0), Survival((0.9, 0.7, 0.6), 99))
+
+    small = next(pair for pair in CATALOGUE if pair.name == "smollm2-135m")
+    made = planner.plan(small, measured=read)
+    assert asked == [Key("", "", "smollm2-135m", "q4_1")]
+    assert (made.measured, made.num_speculative_tokens) == (True, 3)
+    assert "measured on 99 tokens here" in why(made, "width").instead
+    assert "this processor" in why(made, "speed").because
+    unmeasured = planner.plan(small)
+    assert {line.what for line in unmeasured.why} == {"build", "context"}
+    assert unmeasured.num_speculative_tokens == small.drafter.draft_tokens
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dflash_chat import geometry, speed
-from dflash_chat.speed import CURVES, Acceptance, Costs, Formats
+from dflash_chat.speed import CURVES, Acceptance, Costs, Formats, Survival
 from tests.published import DRAFTERS, TARGETS
 
 H200 = 4800.0  # GB/s by data sheet
@@ -75,6 +75,8 @@ def test_expected_tokens_are_a_pass_of_its_own_and_the_survivors() -> None:
     curve = Acceptance(0.5, 0.5)
     assert curve.committed(0) == 1
     assert curve.committed(3) == 1 + 0.5 + 0.25 + 0.125
+    measured = Survival((0.5, 0.4, 0.1), 99)
+    assert [measured.committed(k) for k in (0, 2, 3, 7)] == [1, 1.9, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("bandwidth", [300.0, 936.0, 1792.0, H200])

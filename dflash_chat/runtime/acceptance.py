@@ -40,8 +40,8 @@ _MIDDLE = 0.5**0.5  # of an octave
 
 
 class _Table:
-    """Slow hazards of a miss by key, -log(1 - chance), which add up over slots and may be multiplied
-    by a factor of the moment: prior and counts, of which older ones weigh less.
+    """Slow hazards of a miss by key, -log(1 - chance), that add up over slots and may be
+    multiplied: prior and counts, of which older ones weigh less.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:

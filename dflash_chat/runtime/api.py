@@ -25,6 +25,8 @@ GLOSSARY = {
     "accepted tokens per such pass",
     "full blocks": "of the passes with drafts, the share that accepted all of them",
     "width": "rows of a verify pass: the anchor and the drafts behind it",
+    "lately": "rows of one of the last fifty passes, the tokens it was expected to commit, in how "
+    "many milliseconds, and those of a plain pass",
     "tok/s": "committed tokens ÷ seconds over the same window, never a mean of ratios",
     "plain": "tok/s without drafting: 1 ÷ the time of a verify pass of the anchor alone, "
     "the median of the last three",
@@ -117,8 +119,8 @@ class Message:
 class StepStats:
     """One verify pass. Times in milliseconds; `context_tokens` after the commit.
 
-    `why` says in words why the pass had this width. A `probe` drafted nothing in order to time
-    plain decoding.
+    `why` says in words why the pass had this width, and `figures`, now and then, by which numbers.
+    A `probe` drafted nothing in order to time plain decoding.
     """
 
     drafted: int
@@ -131,6 +133,7 @@ class StepStats:
     context_tokens: int
     why: str = ""
     probe: bool = False
+    figures: str = ""
 
     @property
     def width(self) -> int:
@@ -247,7 +250,8 @@ def _summed(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 class Timing:
     """Seconds. `decode_s` runs from the first committed token to the last; `tok_s` covers the
     same. `prefill_s` is the part of `ttft_s` behind the rendering of the prompt. `ar_tok_s` is
-    plain decoding as measured lately, `speedup` what `tok_s` is of it; 0 is not known.
+    plain decoding as measured lately, `speedup` what `tok_s` is of it; 0 is not known. It was
+    measured behind `ar_context_tokens`, `ar_age_s` of decoding ago; None is at load.
     """
 
     load_s: float = 0.0
@@ -257,6 +261,8 @@ class Timing:
     prefill_s: float = 0.0
     ar_tok_s: float = 0.0
     speedup: float = 0.0
+    ar_age_s: float | None = None
+    ar_context_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -389,13 +395,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Finished:
-    """The answer is complete. `reason`: "stop", "length", "cancelled" or "context"."""
+    """The answer is complete. `reason`: "stop", "length", "cancelled" or "context". `why` says why
+    the last step had its width, in words and figures.
+    """
 
     id: int
     reason: str
     usage: Usage
     spec: Spec
     timing: Timing
+    why: str = ""
 
 
 @dataclass(frozen=True)

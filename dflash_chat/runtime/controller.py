@@ -39,6 +39,7 @@ _HOPE = 0.3  # how much one block counts in what drafting seems to win
 _FADE = 0.97  # share of the moment's text that is left after a plain step …
 _NEW_ANSWER = 0.5  # … and in the next answer
 _RECENT = 0.98  # share of a step that counts one step later in the speed-up
+_TELL_EVERY = 50  # steps between two whose figures are told
 _NO_LIMIT = float("inf")
 
 PAYS = "most tokens per millisecond"
@@ -109,6 +110,7 @@ class Controller:
         self._context = 0
         self._measured: tuple[float, int] | None = None  # the baseline: when, behind what
         self._recent_tokens = self._recent_ms = 0.0
+        self._untold = 0  # steps until figures are told again
 
     def decide(self, context: int, most: int) -> Decision:
         """The next step behind `context` tokens, of at most `most` rows. Without `late` the width
@@ -169,7 +171,8 @@ class Controller:
         self.acceptance.observe(decision.width - 1, accepted, confidence or decision.confidence)
         won = committed - decision.ms / decision.costs.plain_ms
         self._staked -= decision.stake
-        self._purse = min(PURSE_LIMIT, self._purse + won)
+        if decision.why is not PINNED:  # else somebody else's choice, and at nobody's risk
+            self._purse = min(PURSE_LIMIT, self._purse + won)
         self._plain_tokens = 0
         if won > 0 and decision.why is PAYS:
             self._look_after = _FIRST_LOOK
@@ -182,6 +185,15 @@ class Controller:
         """Another answer begins, of which less is known; `pinned` as for the whole."""
         self.pinned = pinned if len(self.widths) > 1 else 0
         self.acceptance.relax(_NEW_ANSWER)
+        self._untold = 0
+
+    def told(self, decision: Decision) -> str:
+        """The decision's figures, once in an answer's first and every fiftieth step; else ""."""
+        self._untold -= 1
+        if self._untold > 0:
+            return ""
+        self._untold = _TELL_EVERY
+        return figures(decision)
 
     @property
     def baseline(self) -> Baseline | None:
@@ -201,15 +213,7 @@ class Controller:
     @property
     def reason(self) -> str:
         """Why the last decision was made, in words and numbers."""
-        if self.last is None:
-            return ""
-        last, plain_ms = self.last, self.last.costs.plain_ms
-        if not last.draft:
-            return f"{last.why} ({plain_ms:.2f} ms a token)"
-        return (
-            f"{last.why}: {last.width} rows, {last.tokens:.1f} tokens in {last.ms:.2f} ms; "
-            f"plain 1 in {plain_ms:.2f}"
-        )
+        return f"{self.last.why}: {figures(self.last)}" if self.last else ""
 
     def _decide(self, costs: StepCosts, most: int) -> Decision:
         if self.pinned == 0 or most < self.widths[1]:
@@ -293,6 +297,17 @@ class Controller:
         decision.stake = decision.ms / costs.plain_ms - 1.0
         if expected is not None:
             decision.tokens = expected[width - 1]
+
+
+def figures(decision: Decision) -> str:
+    """What a step was expected to commit and to take, beside a plain one."""
+    plain_ms = decision.costs.plain_ms
+    if not decision.draft:
+        return f"{plain_ms:.2f} ms a token"
+    return (
+        f"{decision.width} rows, {decision.tokens:.1f} tokens in {decision.ms:.2f} ms; "
+        f"plain 1 in {plain_ms:.2f}"
+    )
 
 
 def _plain(costs: StepCosts, why: str) -> Decision:

@@ -211,6 +211,11 @@ class Engine:
         self.controller = Controller(Costs(table), self.draft_tokens, late, self._pinned)
         self.measured = True
 
+    def new_controller(self) -> Controller:
+        """One that knows what was measured at load and nothing that was learnt since."""
+        old = self.controller
+        return Controller(Costs(old.costs.table), self.draft_tokens, old.late, self._pinned)
+
     @property
     def plain(self) -> Plain | None:
         """Plain decoding as measured last, at load if no step was plain since; None before that."""
@@ -325,6 +330,7 @@ class Engine:
                 context_tokens=self.cache.length,
                 why=decision.why,
                 probe=decision.why == BASELINE,
+                figures=controller.told(decision),
             )
             yield choices[: n + 1], stats
             anchor = choices[n]

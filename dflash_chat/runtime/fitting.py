@@ -19,6 +19,7 @@ from dflash_chat.hub import Installed
 from dflash_chat.runtime import memory
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.engine import Engine
+from dflash_chat.speed import Survival
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,10 @@ def planned(
     return filled
 
 
-def key_of(installed: Installed, card: Gpu) -> Key:
-    """What a measurement of this pair on this card is kept under."""
-    return Key(card.name, card.driver, installed.pair.name, installed.build.name)
+def key_of(installed: Installed, card: Gpu | None) -> Key:
+    """What a measurement of this pair on this card, or on the CPU, is kept under."""
+    device = (card.name, card.driver) if card else ("", "")
+    return Key(*device, installed.pair.name, installed.build.name)
 
 
 def rig_of(engine: Engine, options: EngineOptions) -> str:
@@ -74,3 +76,20 @@ def measure(installed: Installed, engine: Engine, options: EngineOptions, card: 
     engine.measure(pinned, known)
     if known is None:
         calibration.write(key, rig, engine.controller.costs.table)
+
+
+def keep_survival(
+    installed: Installed, engine: Engine, options: EngineOptions, survival: Survival
+) -> bool:
+    """Keep what was accepted for the next plan, on a CPU with the costs, which no load keeps there.
+    Says whether there is a device to keep it for: a card must be one that NVML tells of.
+    """
+    device = engine.target.device
+    card = card_of(device)
+    if card is None and device.type == "cuda":
+        return False
+    key = key_of(installed, card)
+    if card is None:
+        calibration.write(key, rig_of(engine, options), engine.controller.costs.snapshot())
+    calibration.write_survival(key, survival)
+    return True

@@ -338,6 +338,7 @@ class GraphedSteps:
             context_tokens=self.cache.length,
             why=decision.why,
             probe=decision.why == BASELINE,
+            figures=controller.told(decision),
         )
         draft_ms = stats.draft_ms if decision.draft else 0.0
         controller.observe(

@@ -103,7 +103,7 @@ def build(
     cache = target.new_cache(capacity)
     for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):
         for tensor in tensors:
-            tensor.normal_(0, tensor.shape[-1] ** -0.25)
+            tensor.normal_(0, tensor.shape[-1] ** -0.5)  # longer keys would blow up rounding
     parts = TargetParts.of(target)
     step = Step(parts, cache, drafter, drafter_config.target_layer_ids)
     return Subject(target, drafter, cache, step)

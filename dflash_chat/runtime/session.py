@@ -143,8 +143,7 @@ class Session:
         if tail := answer.tail():
             yield tail
         self._said = answer.said()
-        plain = self.engine.plain
-        yield answer.finished(plain.tok_s if plain is not None else 0.0)
+        yield answer.finished(self.engine)
 
     def _nothing(self, request: Generate) -> _Said:
         """The beginning of an answer."""
@@ -261,8 +260,11 @@ class _Answer:
     def _prefill_s(self) -> float:
         return self._first - self._rendered if self._first else 0.0
 
-    def finished(self, ar_tok_s: float) -> Finished:
-        """The sums. `ar_tok_s` is what plain decoding would reach, 0 if unknown."""
+    def finished(self, engine: Engine) -> Finished:
+        """The sums, beside what plain decoding would reach as the engine knows it."""
+        plain, controller = engine.plain, engine.controller
+        ar_tok_s = plain.tok_s if plain is not None else 0.0
+        live = controller.baseline
         decode_s = max(0.0, self._last - self._first)
         tok_s = self._decoded / decode_s if decode_s else 0.0
         timing = Timing(
@@ -272,8 +274,11 @@ class _Answer:
             prefill_s=self._prefill_s,
             ar_tok_s=ar_tok_s,
             speedup=tok_s / ar_tok_s if ar_tok_s else 0.0,
+            ar_age_s=live.age_ms / 1000 if plain is not None and live is not None else None,
+            ar_context_tokens=plain.context_tokens if plain is not None else 0,
         )
-        return Finished(self.id, self.reason, self._usage, self._spec, timing)
+        why = controller.reason if engine.measured and self._spec.steps else ""
+        return Finished(self.id, self.reason, self._usage, self._spec, timing, why)
 
 
 def _placement(options: EngineOptions) -> tuple[torch.device, torch.dtype]:

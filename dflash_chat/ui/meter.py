@@ -73,6 +73,7 @@ class Meter:
         self.spec = Spec()
         self.prefill: Prefill | None = None
         self.last: StepStats | None = None
+        self.figures = ""  # behind the width of a late step
         self._timing = Timing()
 
     def clear(self) -> None:
@@ -94,6 +95,7 @@ class Meter:
         if stats is None:
             return
         self.last = stats
+        self.figures = stats.figures or self.figures
         if self._baseline.take(stats):
             self._plain_at = now
         self.context_tokens = stats.context_tokens

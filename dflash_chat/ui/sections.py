@@ -104,7 +104,9 @@ def block_lines(view: View, level: int) -> list[str]:
     spec = view.meter.spec
     lines.append(f"width {last.width}{most}, mean {spec.drafted / max(spec.steps, 1) + 1:.1f}")
     if level > 1:
-        lines += wrap(last.why, WIDTH, initial_indent="  ", subsequent_indent="  ")
+        figures = f"lately {view.meter.figures}" if view.meter.figures else ""
+        for words in (last.why, figures):
+            lines += wrap(words, WIDTH, initial_indent="  ", subsequent_indent="  ")
     return lines
 
 
@@ -189,7 +191,7 @@ SECTIONS: dict[str, Lines] = {
 TOOLTIPS = {
     "speed": ("tok/s", "plain", "speed-up"),
     "acceptance": ("tau", "accepted", "committed", "histogram", "survival", "full blocks"),
-    "block": ("draft", "verify", "sample", "host", "width"),
+    "block": ("draft", "verify", "sample", "host", "width", "lately"),
     "prompt": ("cached", "read", "ttft", "prefill"),
     "context": ("context",),
     "gpu": ("memory by part",),

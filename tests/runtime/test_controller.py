@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from dflash_chat.runtime import controller as words
-from dflash_chat.runtime.controller import Controller
+from dflash_chat.runtime.controller import Controller, figures
 from dflash_chat.runtime.costs import Costs, CostTable
 from tests.runtime import simulated_decoding as sim
 from tests.runtime.simulated_decoding import RIGS, Rig, Run, Trace, pooled
@@ -201,10 +201,36 @@ def test_the_reason_names_the_numbers_behind_the_last_decision() -> None:
     auto = _controller()
     assert auto.reason == ""
     auto.observe(auto.decide(2048, 16), 0, 2048, 0.0, 1.84)
-    assert auto.reason == f"{words.BASELINE} (1.84 ms a token)"
+    assert auto.reason == f"{words.BASELINE}: 1.84 ms a token"
     decision = auto.decide(2048, 16)
     assert auto.reason.startswith(f"{words.PAYS}: {decision.width} rows, ")
     assert auto.reason.endswith("plain 1 in 1.84")
+
+
+def test_figures_are_told_in_the_first_and_every_fiftieth_step_of_an_answer() -> None:
+    auto = _controller()
+    for _ in range(2):
+        auto.new_answer()
+        told = []
+        for step in range(1, 111):
+            decision = auto.decide(2048, 16)
+            auto.observe(decision, decision.width - 1, 2048, 0.5 * decision.draft, 5.0)
+            if words_of_step := auto.told(decision):
+                told.append(step)
+                assert words_of_step == figures(decision)
+                assert auto.reason == f"{decision.why}: {words_of_step}"
+        assert told == [1, 51, 101]
+
+
+def test_what_a_pinned_width_loses_is_not_charged_to_the_controllers_own_choice() -> None:
+    auto = _controller()
+    auto.new_answer(pinned=15)
+    for _ in range(200):
+        auto.observe(auto.decide(2048, 16), 0, 2048, 0.5, 9.0)
+    auto.new_answer()
+    assert auto.decide(2048, 16).why != words.SPENT
+    decided = [auto.decide(2048, 16).why for _ in range(3)]
+    assert words.SPENT not in decided
 
 
 @LATE

@@ -21,6 +21,7 @@ from dflash_chat.runtime import fitting, memory
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.controller import Controller
 from dflash_chat.runtime.costs import Costs, CostTable
+from dflash_chat.speed import Survival
 
 GIB = 2**30
 CARD = Gpu(0, "GPU-1", "NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB, None, (8, 9), "580.1")
@@ -69,7 +70,7 @@ def test_a_cpu_and_wide_activations_are_left_as_they_are(
 class Measured:
     """Of an engine what `fitting.measure` needs; counts how often it measures."""
 
-    target = SimpleNamespace(kernels="ours")
+    target = SimpleNamespace(kernels="ours", device=CUDA)
     draft_tokens = 3
     table = CostTable((1, 2, 4), (64,), (1.0,), ((5.0,), (5.5,), (7.0,)))
 
@@ -89,7 +90,7 @@ def test_measured_costs_are_kept_for_the_next_plan_and_the_next_start(
         engine = Measured()
         fitting.measure(installed, cast(Any, engine), EngineOptions(), CARD)
         assert engine.measured == [known]
-    kept = calibration.read(Key(CARD.name, "580.1", "gemma-4-26b-a4b", "int4"))
+    kept = calibration.read(Key(CARD.name, "580.1", "gemma-4-26b-a4b", "int4")).costs
     assert kept is not None
     assert kept.verify_ms == {1: 5.0, 2: 5.5, 4: 7.0}
     assert kept.draft_ms == 1.0
@@ -109,4 +110,34 @@ def test_without_graphs_or_a_card_every_start_measures(
     engine = Measured(graphed)
     fitting.measure(installed, cast(Any, engine), EngineOptions(), card)
     assert engine.measured == [None]
+    assert not calibration.file().exists()
+
+
+SURVIVAL = Survival((0.6, 0.3, 0.1), 50)
+
+
+@pytest.mark.parametrize("card", [CARD, None], ids=["card", "CPU"])
+def test_acceptance_is_kept_for_the_device_and_on_a_cpu_the_costs_with_it(
+    installed: Installed, card: Gpu | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "card_of", lambda _: card)
+    engine = Measured()
+    fitting.measure(installed, cast(Any, engine), EngineOptions(), card)
+    monkeypatch.setattr(engine, "target", SimpleNamespace(kernels="", device=torch.device("cpu")))
+    assert fitting.keep_survival(installed, cast(Any, engine), EngineOptions(), SURVIVAL)
+    kept = calibration.read(fitting.key_of(installed, card))
+    assert kept.survival == SURVIVAL
+    assert kept.costs is not None
+    assert kept.costs.verify_ms == {1: 5.0, 2: 5.5, 4: 7.0}
+    made = planner.plan(installed.pair, Wishes("int4"), card, measured=calibration.read)
+    assert made.survival == SURVIVAL
+
+
+def test_a_card_that_nvml_does_not_tell_of_keeps_nothing(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "card_of", lambda _: None)
+    engine = Measured()
+    engine.measure(False)
+    assert not fitting.keep_survival(installed, cast(Any, engine), EngineOptions(), SURVIVAL)
     assert not calibration.file().exists()

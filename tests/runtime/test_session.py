@@ -134,6 +134,25 @@ def test_the_first_token_brings_the_prompts_timing_and_the_end_the_speed_up() ->
     assert session.engine.plain is not None
     assert finished.timing.ar_tok_s == session.engine.plain.tok_s
     assert finished.timing.speedup == finished.timing.tok_s / finished.timing.ar_tok_s
+    live = session.engine.controller.baseline
+    assert live is not None
+    assert finished.timing.ar_age_s == live.age_ms / 1000
+    assert finished.timing.ar_context_tokens == live.measured_context_tokens
+    assert finished.why == session.engine.controller.reason
+    told = [e.stats.figures for e in rest if e.stats]
+    assert told[0]
+    assert not any(told[1:50])
+
+
+def test_a_baseline_of_loading_has_no_age() -> None:
+    session = session_of(engine())
+    session.engine.measure()
+    params = SamplingParams(max_tokens=8)
+    *_, finished = session.generate(Generate(1, CHAT, params, True, 4), lambda: False)
+    assert isinstance(finished, Finished)
+    assert finished.timing.ar_age_s is None
+    assert finished.timing.ar_tok_s > 0
+    assert finished.timing.ar_context_tokens == session.engine.controller.costs.table.contexts[0]
 
 
 def test_a_plain_answer_measures_plain_decoding_and_an_unmeasured_one_claims_nothing() -> None:

@@ -90,6 +90,18 @@ def test_block() -> None:
     )
 
 
+def test_the_figures_behind_a_width_are_shown_when_they_were_told() -> None:
+    shown = view()
+    for figures in ("4 rows, 2.6 tokens in 13.20 ms; plain 1 in 9.80", ""):
+        stats = StepStats(3, 1, 2, 2.5, 7, 0.5, 0.5, 4886, "because", figures=figures)
+        shown.meter.take(Tokens(1, "x", 2, stats), 9.6)
+        assert text("block", shown).endswith(
+            "  because\n  lately 4 rows, 2.6\n  tokens in 13.20 ms;\n  plain 1 in 9.80"
+        )
+    shown.meter.begin()
+    assert shown.meter.figures == ""
+
+
 def test_prompt_and_context() -> None:
     assert text("prompt", view()) == "cached 4 812 · read 61\nttft 84 ms\nprefill 762 tok/s"
     assert text("context", view(), 1) == "4 884 of 8 192 · 60%"

@@ -183,8 +183,8 @@ def _attention_kernel(
     at = row[:, None] * D + tl.arange(0, D)[None, :]
     k_base = keys_ptr + g.to(tl.int64) * slots * D
     v_base = values_ptr + g.to(tl.int64) * slots * D
-    # Last written before the previous launch began, hence there already.
-    length = tl.load(length_ptr)
+    # Last written before the previous launch began, hence there already, if not in every L1.
+    length = tl.load(length_ptr, cache_modifier=".cg")
     lo, hi = _share(split, length, T, WINDOW, SPLITS)
     if PDL:
         for start in range(lo, tl.minimum(hi, lo + 2 * BLOCK_N), BLOCK_N):

@@ -108,8 +108,8 @@ def _qk_rope_write_kernel(
     width = tl.num_programs(0) * D
     part = tl.num_programs(1).to(tl.int64) * width
     d = tl.arange(0, D // 2)
-    # Last written before the previous launch began, hence there already.
-    position = tl.load(length_ptr) + t
+    # Last written before the previous launch began, hence there already, if not in every L1.
+    position = tl.load(length_ptr, cache_modifier=".cg") + t
     c, s = _turn(cos_ptr, sin_ptr, position, d, D)
     if q_norm_ptr is not None:
         w_lo, w_hi = _halves(q_norm_ptr if head < H else k_norm_ptr, d, D)

@@ -16,6 +16,7 @@ from dflash_chat.runtime.api import GLOSSARY
 from dflash_chat.ui.actions import ACTIONS, COMMANDS, TURN, Keymap, key_words, keys_of
 
 WIDTH = 66  # cells of a line where there is room
+FRAME = 6  # cells beside it
 
 ALSO = """\
 Tab                  take the menu's word; Up and Down choose
@@ -23,11 +24,6 @@ Up, Down             at the prompt's edges: what was sent before
 Up in an empty one   edit the last message
 @file                a file's text goes along with the message
 Shift+drag           select with the terminal's own mouse"""
-
-NUMBERS = "\n".join(
-    fill(f"{word:20} {meaning}", WIDTH, subsequent_indent=" " * 21)
-    for word, meaning in GLOSSARY.items()
-)
 
 
 class HelpScreen(ModalScreen[None]):
@@ -47,7 +43,7 @@ class HelpScreen(ModalScreen[None]):
                 ("Keys", f"{self._keys(turn=False)}\n{ALSO}"),
                 ("On a turn (Alt+Up)", self._keys(turn=True)),
                 ("Commands", "\n".join(f"{a.usage:20} {a.does}" for a in COMMANDS.values())),
-                ("Numbers", NUMBERS),
+                ("Numbers", self._numbers()),
             ):
                 yield Static(Content.styled(title, "bold") + f"\n{body}\n")
 
@@ -57,3 +53,8 @@ class HelpScreen(ModalScreen[None]):
             for action in ACTIONS
             if action.keys and (action.scope == TURN) is turn
         )
+
+    def _numbers(self) -> str:
+        width = min(WIDTH, self.app.size.width * 9 // 10 - FRAME)
+        lines = (f"{word:20} {meaning}" for word, meaning in GLOSSARY.items())
+        return "\n".join(fill(line, width, subsequent_indent=" " * 21) for line in lines)

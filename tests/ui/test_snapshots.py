@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_letters
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +53,7 @@ def look(drawn: list[list[Segment]]) -> str:
             assert style is not None, segment
             kinds = tuple(name for name in ATTRIBUTES if getattr(style, name))
             letter = styles.setdefault(
-                (style.color, style.bgcolor, *kinds), chr(ord("a") + len(styles))
+                (style.color, style.bgcolor, *kinds), ascii_letters[len(styles)]
             )
             before = cells.pop()[1] if cells and cells[-1][0] == letter else 0
             cells.append((letter, before + segment.cell_length))

@@ -179,6 +179,21 @@ async def test_restart_after_a_crash_serves_again(client: EngineClient) -> None:
     assert any(isinstance(event, Finished) for event in await until(client, Finished))
 
 
+async def test_what_the_engine_before_a_restart_said_is_nobodys(client: EngineClient) -> None:
+    client.send(Load("pair"))
+    ask(client, 1, "count")
+    client.send(Load("pair"))  # still unanswered when the restart begins
+    await asyncio.sleep(0.05)
+
+    before = client.pid
+    await client.restart()
+    events = await until(client, Hello)
+
+    assert [event.pid for event in events if isinstance(event, Hello)] == [client.pid]
+    assert client.pid != before
+    assert not [event for event in events if not isinstance(event, Hello)]
+
+
 async def test_a_command_that_cannot_start_is_a_death_too() -> None:
     client = EngineClient(("/no/such/program",))
     await client.start()

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dflash_chat.budget import Budget
-from dflash_chat.runtime import draft_head, kernels, memory, models
+from dflash_chat.runtime import draft_head, kernels, models
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import CUDA_PREFILL_CHUNK
 from dflash_chat.runtime.drafter import Config as DrafterConfig
@@ -26,7 +26,6 @@ from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
 from dflash_chat.runtime.random_weights import RandomWeights
 from dflash_chat.runtime.step import Step, TargetParts
-from dflash_chat.runtime.width import MAX_ROWS
 from tests.runtime.kernels import pairs
 from tests.runtime.kernels.test_graphed import eager, on_graphs
 from tests.runtime.test_session import Short, answer, refused, session_of
@@ -234,7 +233,3 @@ def test_steps_go_on_after_memory_ran_out(name: str, monkeypatch: pytest.MonkeyP
     refused(session)
     text, finished = answer(session)
     assert (text, finished.usage.cached) == (truth, 0)
-
-
-def test_a_block_has_as_many_rows_as_the_fused_forward() -> None:
-    assert memory.MAX_ROWS == MAX_ROWS

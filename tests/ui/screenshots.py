@@ -53,7 +53,7 @@ CARD = Gpu(
     bandwidth_gb_s=1008,
 )  # fmt: skip
 QUESTION = "Write a ring buffer in Python, and say what it costs."
-REAL_QUESTION = "Why is the sky blue?"
+REAL_QUESTION = "Write a Python function that returns the n-th Fibonacci number."
 ANSWER = """\
 A **ring buffer** keeps two indices into one list, so that *both ends* cost the same:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -230,7 +231,10 @@ async def test_the_toast_says_how_it_was_copied(
         said: list[str] = []
         monkeypatch.setattr(chat.screen, "notify", lambda words, **_: said.append(words))
         await chat.type("/copy")
-        await chat.app.workers.wait_for_complete()
+        for _ in range(500):  # until tmux has answered
+            if said:
+                break
+            await asyncio.sleep(0.01)
 
         assert said == ["Copied the answer · tmux"]
         assert (tools / "tmux.args").read_text() == "load-buffer -w -\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from pathlib import Path
@@ -229,12 +228,9 @@ async def test_the_toast_says_how_it_was_copied(
     async with open_chat() as chat:
         await stopped(chat, "Copy this.")
         said: list[str] = []
-        monkeypatch.setattr(chat.screen, "notify", lambda words, **_: said.append(words))
+        monkeypatch.setattr(chat.app, "notify", lambda words, **_: said.append(words))
         await chat.type("/copy")
-        for _ in range(500):  # until tmux has answered
-            if said:
-                break
-            await asyncio.sleep(0.01)
+        await chat.app.workers.wait_for_complete()
 
         assert said == ["Copied the answer · tmux"]
         assert (tools / "tmux.args").read_text() == "load-buffer -w -\n"

@@ -65,6 +65,12 @@ def test_drafting_that_loses_is_said_in_the_title() -> None:
     assert titles[0] == "SPEED  slower than plain"
     titles = [s.title for s in sections.sections(View(meter, INFO, False, 0.0), 40)[0]]
     assert titles[0] == "SPEED"
+    as_fast = Meter()
+    as_fast.loaded(replace(INFO, plain_ms=11.9))
+    as_fast.take(Tokens(1, "x", 1, StepStats(7, 0, 1, 2, 9, 0.5, 0.5, 10)), 0.0)
+    assert 0.98 < as_fast.speedup < 1
+    titles = [s.title for s in sections.sections(View(as_fast, INFO, True, 0.0), 40)[0]]
+    assert titles[0] == "SPEED"
 
 
 def test_acceptance() -> None:

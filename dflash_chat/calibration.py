@@ -69,7 +69,7 @@ def read(key: Key) -> Known:
     """What was measured last, whatever else it was measured with. Costs without a drafted pass are
     none.
     """
-    entry = _entry(key)
+    entry = _entry(key, _entries())
     table = _table(entry)
     costs = Costs.of(table, _CONTEXT) if table is not None and len(table.widths) > 1 else None
     return Known(costs, _survival(entry))
@@ -79,7 +79,7 @@ def table(key: Key, rig: str) -> CostTable | None:
     """The table measured last, if it was with this `rig`: all else that times depend on, in
     words.
     """
-    entry = _entry(key)
+    entry = _entry(key, _entries())
     return _table(entry) if entry.get("rig") == rig else None
 
 
@@ -95,7 +95,7 @@ def write_survival(key: Key, survival: Survival) -> None:
 
 def _write(key: Key, news: Mapping[str, Any]) -> None:
     entries = _entries()
-    entries[str(key)] = {**_entry(key), **news}
+    entries[str(key)] = {**_entry(key, entries), **news}
     target = file()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +108,8 @@ def _write(key: Key, news: Mapping[str, Any]) -> None:
         log.info("no calibration is kept: %s", error)
 
 
-def _entry(key: Key) -> dict[str, Any]:
-    entry = _entries().get(str(key))
+def _entry(key: Key, entries: Mapping[str, Any]) -> dict[str, Any]:
+    entry = entries.get(str(key))
     return dict(entry) if isinstance(entry, Mapping) else {}
 
 

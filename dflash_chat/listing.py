@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -86,15 +86,27 @@ def table(rows: Sequence[dict[str, Any]], width: int) -> str:
 
 def columns(lines: Sequence[Sequence[str]], width: int = 0) -> str:
     """Cells side by side; the last one is cut where the terminal ends."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    widths = _widths(lines)[:-1]
     room = max(_LEAST, width - sum(widths) - 2 * len(widths)) if width else 1 << 20
+    cut = [last if len(last) <= room else last[: room - 1] + "…" for *_, last in lines]
+    return "\n".join(aligned([[*line[:-1], last] for line, last in zip(lines, cut, strict=True)]))
+
+
+def aligned(lines: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """Cells side by side; the columns in `right` end below each other, the others begin so."""
+    widths = _widths(lines)
     told = []
     for line in lines:
-        *cells, last = line
-        cut = last if len(last) <= room else last[: room - 1] + "…"
-        padded = [cell.ljust(w) for cell, w in zip(cells, widths, strict=True)]
-        told.append("  ".join([*padded, cut]).rstrip())
-    return "\n".join(told)
+        cells = (
+            cell.rjust(w) if i in right else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        told.append("  ".join(cells).rstrip())
+    return told
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
 
 def terminal_width() -> int:

@@ -15,7 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from dflash_chat import calibration, cards, gpu, pairs, planner, reasons
+from dflash_chat import calibration, cards, gpu, listing, pairs, planner, reasons
 from dflash_chat.cards import GIB
 from dflash_chat.errors import EXIT_DOES_NOT_FIT, EXIT_OK, UsageError
 from dflash_chat.geometry import ConfigError
@@ -247,14 +247,7 @@ def _ranking(
         needs = reasons.gib(made.budget.total)
         context = f"{made.context_tokens}" if made.fits else "–"
         rows.append([best, made.pair.name, made.build.name, needs, context, rate, state])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"On {_where(device, problem)}:", ""]
-    for row in rows:
-        cells = (
-            cell.rjust(w) if i in (3, 4, 5) else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
+    lines = [f"On {_where(device, problem)}:", "", *listing.aligned(rows, right=(3, 4, 5))]
     if uncounted:
         lines += ["", *_wrapped(f"Not counted, for want of facts: {', '.join(uncounted)}.", "", "")]
     return "\n".join([*lines, "", *_advice(plans)])

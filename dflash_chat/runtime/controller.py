@@ -150,12 +150,14 @@ class Controller:
         verify_ms: float,
         confidence: Sequence[float] | None = None,
     ) -> None:
-        """The step is done: behind `context` tokens its draft took `draft_ms` (0: none) and the
-        rest of it `verify_ms`. Steps are observed in the order of their decisions. `confidence`:
-        what `cut` would have been told.
+        """The step is done: behind `context` tokens its draft took `draft_ms` and the rest of it
+        `verify_ms`; what a step without a draft took is all of the one kind. Steps are observed in
+        the order of their decisions. `confidence`: what `cut` would have been told.
         """
         committed = accepted + 1
         ms = draft_ms + verify_ms
+        if not decision.draft:
+            draft_ms, verify_ms = 0.0, ms
         self.histogram[decision.width] += 1
         self.costs.observe(decision.width, context, draft_ms, verify_ms)
         self._context = context

@@ -129,10 +129,10 @@ class Engine:
         self.taps = tuple(taps) if drafter is not None else ()
         self.draft_tokens = draft_tokens
         self.stop_ids = stop_ids
-        widths = range(1, draft_tokens + 2 if drafter is not None else 2)
+        self._widths = range(1, draft_tokens + 2 if drafter is not None else 2)  # of eager passes
         self._pinned: int | None = draft_tokens  # where a request does not say
         self.controller = Controller(
-            Costs(CostTable.even(tuple(widths))), draft_tokens, late=False, pinned=draft_tokens
+            Costs(CostTable.even(self._widths)), draft_tokens, late=False, pinned=draft_tokens
         )
         self.graphed: GraphedSteps | None = None  # runs the steps, if there
         self.eager_because = ""  # why it is not there
@@ -228,7 +228,7 @@ class Engine:
 
     def _costs(self) -> CostTable:
         """Every pass timed behind a few lengths of context."""
-        widths = range(1, self.draft_tokens + 2 if self.drafter is not None else 2)
+        widths = self._widths
         most = self.cache.capacity - widths[-1]
         contexts = sorted({min(n, most) for n in CONTEXTS_OF_MEASURE})
         drafts: list[float] = []
@@ -316,14 +316,15 @@ class Engine:
             n = accepted(proposals, choices)
             self._commit([anchor, *proposals[:n]], features[: n + 1])
             ms = timer.read()
-            draft_ms = ms["draft"] if decision.draft else 0.0
-            rest_ms = sum(ms.values()) - draft_ms
-            controller.observe(decision, n, self.cache.length, draft_ms, rest_ms)
+            draft_ms = ms["draft"]
+            controller.observe(
+                decision, n, self.cache.length, draft_ms, sum(ms.values()) - draft_ms
+            )
             stats = StepStats(
                 drafted=width,
                 accepted=n,
                 committed=n + 1,
-                draft_ms=ms["draft"],
+                draft_ms=draft_ms,
                 verify_ms=ms["verify"],
                 sample_ms=ms["sample"],
                 host_ms=ms["host"],

@@ -340,9 +340,8 @@ class GraphedSteps:
             probe=decision.why == BASELINE,
             figures=controller.told(decision),
         )
-        draft_ms = stats.draft_ms if decision.draft else 0.0
         controller.observe(
-            decision, n, self.cache.length, draft_ms, stats.total_ms - draft_ms,
+            decision, n, self.cache.length, stats.draft_ms, stats.total_ms - stats.draft_ms,
             confidence if decision.draft and controller.late else None,
         )  # fmt: skip
         return choices, stats

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from dflash_chat import listing
 from dflash_chat.budget import Budget
 from dflash_chat.candidates import Plan, Wishes
 from dflash_chat.entries import Pair
@@ -152,7 +153,7 @@ def measured_lines(made: Plan, loaded: Loaded | None) -> list[str]:
     rows = [["", "estimated"], *([p.name, gib(p.bytes)] for p in parts(made.budget))]
     rows.append(["in all", gib(made.budget.total)])
     if loaded is None:
-        return _table(rows)
+        return _aligned(rows)
     info, before = loaded.info, {p.name: p.bytes for p in parts(loaded.plan.budget)}
     found = {
         "weights": info.target_bytes, "drafter": info.drafter_bytes, "caches": info.cache_bytes,
@@ -171,7 +172,7 @@ def measured_lines(made: Plan, loaded: Loaded | None) -> list[str]:
     for name in new:
         told = [gib(new[name])] if changed else []
         rows.append([name, *told, *_two(before.get(name, 0), found.get(name, 0))])
-    return [*_table(rows), *_pass_lines(loaded)]
+    return [*_aligned(rows), *_pass_lines(loaded)]
 
 
 def _two(estimate: int, measured: int) -> list[str]:
@@ -205,12 +206,6 @@ def _costs_words(costs: Costs) -> str:
     return f"{words} · draft {costs.draft_ms:.1f} ms"
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Words in the first column, numbers behind."""
+    return listing.aligned(rows, right=range(1, len(rows[0])))

@@ -208,7 +208,7 @@ class PlanScreen(Screen[Load | None]):
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────
 
     def _draw(self) -> None:
-        if not self.is_mounted:
+        if not self.query("#plan-title"):  # not composed yet, or gone while the plan was made
             return
         made = self.made
         self.query_one("#plan-title", Words).show(self._title())

@@ -322,7 +322,7 @@ class Store:
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.execute("PRAGMA synchronous = NORMAL")  # with WAL: safe, and no fsync per save
         if self._version() < len(MIGRATIONS):
-            self._db.execute("PRAGMA journal_mode = WAL")  # stays with the file
+            self._keep_a_log()
             with self._transaction():
                 for script in MIGRATIONS[self._version() :]:
                     for statement in _statements(script):
@@ -339,6 +339,19 @@ class Store:
                     f"UPDATE messages SET state = 'stopped' WHERE id IN (SELECT id {stopped})",
                     (abandoned,),
                 )
+
+    def _keep_a_log(self) -> None:
+        """Put the file into WAL mode, which stays with it. SQLite's own waiting does not cover this
+        change, so programs that make the file at the same moment wait for each other here."""
+        give_up = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if _primary(error) != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                    raise
+            time.sleep(0.01)
 
     def _version(self) -> int:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -368,7 +381,7 @@ class Store:
 
 def _why(error: sqlite3.Error | zlib.error | OSError) -> tuple[str, str]:
     """What is wrong with the file or its disk, and what helps."""
-    code = getattr(error, "sqlite_errorcode", -1) & 0xFF  # the primary of an extended code
+    code = _primary(error)
     elsewhere = "or set DFLASH_CHAT_DATA to another folder"
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower(), f"make the folder writable, {elsewhere}"
@@ -381,6 +394,11 @@ def _why(error: sqlite3.Error | zlib.error | OSError) -> tuple[str, str]:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return "another program holds it", "close that program"
     return str(error), f"move it away, {elsewhere}"
+
+
+def _primary(error: Exception) -> int:
+    """SQLite's primary code of an error, without what extends it; 255 if it is none of SQLite's."""
+    return int(getattr(error, "sqlite_errorcode", -1)) & 0xFF
 
 
 def _statements(script: str) -> Iterator[str]:

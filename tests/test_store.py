@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -403,6 +404,19 @@ def test_programs_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
         assert len(store.chats()) == 120
         assert all(entry.turns == 2 for entry in store.chats())
     integrity(tmp_path / "chats.db")
+
+
+def test_a_file_that_another_program_is_making_is_waited_for(tmp_path: Path) -> None:
+    """SQLite refuses the change to WAL at once, without its usual waiting."""
+    other = sqlite3.connect(tmp_path / "chats.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.3, other.execute, ["COMMIT"])
+    release.start()
+    with Store(tmp_path) as store:
+        store.save(branched())
+        assert len(store.chats()) == 1
+    release.join()
+    other.close()
 
 
 def test_a_lock_that_another_program_keeps_is_named(

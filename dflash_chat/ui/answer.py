@@ -16,6 +16,8 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.reactive import Reactive
 from textual.selection import Selection
+from textual.strip import Strip
+from textual.style import Style
 from textual.visual import Visual
 from textual.widget import Widget
 from textual.widgets import Static
@@ -50,6 +52,7 @@ class Block(Widget):
 
     # The default asks for a second layout after each that changed a size; nothing here needs it.
     virtual_size = Reactive(Size(0, 0))
+    auto_links = Reactive(False)  # no text of ours is a link to press
 
     def __init__(self, chunk: Chunk | None = None) -> None:
         super().__init__()
@@ -69,9 +72,24 @@ class Block(Widget):
         self.refresh(layout=True)
         return True
 
-    def render(self) -> Visual:
-        """The laid-out chunk."""
-        return self._flow
+    def get_content_width(self, container: Size, viewport: Size) -> int:
+        """Whatever there is."""
+        return container.width
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        """As many rows as the text has."""
+        return self._flow.height(width)
+
+    def render_line(self, y: int) -> Strip:
+        """One row. Only those in view are drawn: keeping the others would cost the garbage
+        collector more than drawing them again."""
+        row, width = self._flow.drawn(y, self.size.width), self.size.width
+        if (selection := self.text_selection) and (span := selection.get_span(y)):
+            start, end = span
+            style = Style.from_styles(self.screen.get_component_styles("screen--selection"))
+            row = row.stylize(style, start, len(row.plain) if end == -1 else end)
+        strip, *_ = Visual.to_strips(self, row, width, 1, self.visual_style, apply_selection=False)
+        return strip.apply_offsets(0, y)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
         """Selected text as it was written, not as it was wrapped."""

@@ -89,9 +89,7 @@ class ChatApp(App[None], inherit_bindings=False):
 
     async def _settle(self) -> None:
         await asyncio.to_thread(_import_what_answers_need)
-        gc.collect()
-        gc.freeze()  # start-up's objects live on; scanning them again would only stall frames
-        gc.enable()
+        pace.tidy()
 
     async def on_unmount(self) -> None:
         """Take the engine along."""

@@ -78,10 +78,11 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         super().__init__()
         record = Record(chat or Conversation(system), keeper)
         self.dialogue = Dialogue(client, load, params, draft, record)
-        self.dialogue.ended = self._ring
+        self.dialogue.ended = self._answered
         self.pull = Pull(self.pulled)
         self.keymap: Keymap = keymap or {}
         self._numbers_due = 0.0
+        self._untidy = False  # an answer has ended since garbage was collected
         self._told = ""
 
     @property
@@ -119,6 +120,9 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         self.dialogue.frame()
         if time.monotonic() >= self._numbers_due:
             self.show_numbers()
+        elif self._untidy and not self.dialogue.drawing:
+            self._untidy = False
+            pace.tidy()
 
     def show_numbers(self) -> None:
         """Bring everything but the transcript up to date."""
@@ -217,8 +221,9 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             self._told = words
             self.tell(terminal.title(words))
 
-    def _ring(self, seconds: float) -> None:
+    def _answered(self, seconds: float) -> None:
         """An answer is done after so long: call a person who looks elsewhere."""
+        self._untidy = True
         if seconds >= terminal.CALL_AFTER_S and not self.app.app_focus:
             self.tell(terminal.call("The answer is done"))
 

@@ -35,6 +35,7 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.thinking import split
+from dflash_chat.ui import pace
 from dflash_chat.ui.answer import AnswerTurn, numbers_words
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.origins import Trace
@@ -90,6 +91,11 @@ class Dialogue:
     def busy(self) -> bool:
         """Whether the engine has something to answer."""
         return self.answer is not None or self._guest is not None
+
+    @property
+    def drawing(self) -> bool:
+        """Whether an answer is being written, or some of its text is still to be drawn."""
+        return bool(self._drawing)
 
     @property
     def questions(self) -> list[UserTurn]:
@@ -331,6 +337,7 @@ class Dialogue:
     def open(self, chat: Conversation, keeper: Keeper | None = None) -> None:
         """Talk in `chat` from here on; the one on screen keeps what it has."""
         self.give_up()
+        pace.let_go()
         self.retry_after = self._asked = None
         self.waiting.clear()
         self.record = Record(chat, keeper or self.record.keeper)

@@ -1,4 +1,4 @@
-"""One chunk of Markdown → one Textual visual: lines with hanging indents, tables, highlighted code.
+"""One chunk of Markdown → rows of styled text: hanging indents, tables, highlighted code.
 
 Knows widths and styles by name (`.strong`, `.code` …, coloured in app.tcss); knows no widgets. Text
 is laid out here, not by nested widgets, because a widget per list item or table cell is what makes
@@ -13,11 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from textual.content import Content
-from textual.css.styles import RulesMap
 from textual.selection import Selection
-from textual.strip import Strip
-from textual.style import Style
-from textual.visual import RenderOptions, Visual
 
 from dflash_chat.ui.splitter import Chunk
 
@@ -117,8 +113,8 @@ class Table:
 Piece = Line | Rule | Table
 
 
-class Flow(Visual):
-    """Pieces below one another, laid out for the width they get. Grows by `step` rows at a time."""
+class Flow:
+    """Pieces below one another, laid out for a width. Grows by `step` rows at a time."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self._pieces = list(pieces)
@@ -144,20 +140,15 @@ class Flow(Visual):
         """Number of rows at `width` cells, rounded up to a multiple of `step`."""
         return -(-len(self.rows(width)) // self.step) * self.step
 
-    def get_optimal_width(self, rules: RulesMap, container_width: int) -> int:
-        """Whatever there is."""
-        return container_width
-
-    def get_height(self, rules: RulesMap, width: int) -> int:
-        """The same for all rules."""
-        return self.height(width)
-
-    def render_strips(
-        self, width: int, height: int | None, style: Style, options: RenderOptions
-    ) -> list[Strip]:
-        """Draw; the widget's style must say `text-wrap: nowrap`."""
-        drawn = Content("\n").join(_drawn(row, width) for row in self.rows(width))
-        return drawn.render_strips(width, height, style, options)
+    def drawn(self, y: int, width: int) -> Content:
+        """Row `y`, code on its ground; nothing below the last row."""
+        rows = self.rows(width)
+        if y >= len(rows):
+            return EMPTY
+        content = rows[y].content
+        if rows[y].fenced:
+            content = content.pad_right(width - content.cell_length).stylize_before(".fence")
+        return content
 
     def extract(self, selection: Selection) -> str:
         """The selected text without our indents, wrapped lines made whole again."""
@@ -174,12 +165,6 @@ class Flow(Visual):
         return "".join(pieces)
 
 
-def _drawn(row: Row, width: int) -> Content:
-    if not row.fenced:
-        return row.content
-    return row.content.pad_right(width - row.content.cell_length).stylize_before(".fence")
-
-
 # ── chunks ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -189,7 +174,7 @@ def plain(text: str) -> Flow:
 
 
 def render(chunk: Chunk, highlighted: bool = True) -> Flow:
-    """The visual of a chunk; code that still grows need not be highlighted."""
+    """The rows of a chunk; code that still grows need not be highlighted."""
     if chunk.kind == "code":
         return Flow(_code(chunk.text, chunk.language if highlighted else "", EMPTY, EMPTY))
     tree = _tree(chunk.text)

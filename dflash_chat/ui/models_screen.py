@@ -106,13 +106,19 @@ class ModelsScreen(Screen[Load | None]):
         self.set_interval(LOOK_S, self._draw)
 
     @property
+    def _shown(self) -> bool:
+        """Whether there is anything to draw on: not before the first layout, nor when the screen
+        has gone while an answer was on its way."""
+        return bool(self.query("#models-words"))
+
+    @property
     def _list(self) -> OptionList:
         return self.query_one("#models-list", OptionList)
 
     @property
     def chosen(self) -> Entry | None:
         """The pair under the cursor."""
-        at = self._list.highlighted
+        at = self._list.highlighted if self._shown else None
         return self._listed[at] if at is not None and at < len(self._listed) else None
 
     # ── what there is ───────────────────────────────────────────────────────────────────────────
@@ -123,6 +129,8 @@ class ModelsScreen(Screen[Load | None]):
             machine, words, found = await asyncio.to_thread(self._survey)
         except UserError as error:  # in a catalogue of one's own that was changed meanwhile
             self.query_one("#models-title", Words).show(f"Models · {error.message}")
+            return
+        if not self._shown:
             return
         before = {entry.name: entry.answers for entry in self._entries}
         for entry in found:
@@ -140,6 +148,8 @@ class ModelsScreen(Screen[Load | None]):
 
     def _fill(self, name: str) -> None:
         """List what the filter finds, with the cursor on the pair of this name, or the first."""
+        if not self._shown:
+            return
         words = self.query_one("#models-filter", Input).value
         self._listed = [entry for entry in self._entries if models_table.found(entry, words)]
         self._list.clear_options()
@@ -170,7 +180,7 @@ class ModelsScreen(Screen[Load | None]):
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────
 
     def _draw(self) -> None:
-        if not self.is_mounted:
+        if not self._shown:
             return
         if self._fetching != self._pull.pair:  # a pull began, or ended
             ended, self._fetching = self._fetching, self._pull.pair

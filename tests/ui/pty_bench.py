@@ -107,7 +107,12 @@ def inside(kind: str, rate: int, report: str) -> None:
             json.dump(figures, file)
         app.exit()
 
-    app.call_later(lambda: asyncio.create_task(drive()))
+    tasks: list[asyncio.Task[None]] = []
+
+    def start() -> None:  # returns at once: what it returned, the app would wait for
+        tasks.append(asyncio.create_task(drive()))
+
+    app.call_later(start)
     app.run()
 
 

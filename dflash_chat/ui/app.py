@@ -116,7 +116,7 @@ def _import_what_answers_need() -> None:
     """Warm imports whose first use would otherwise stall a frame."""
     import textual.highlight  # noqa: F401
 
-    from dflash_chat.ui import markdown
+    from dflash_chat.ui import markdown, models_screen, plan_screen  # noqa: F401
     from dflash_chat.ui.splitter import Chunk
 
     markdown.render(Chunk("code", "pass", "python"))

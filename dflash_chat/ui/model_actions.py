@@ -1,7 +1,8 @@
 """What can be done about the loaded pair: see its plan, load another, fetch and remove pairs.
 
 A part of the chat screen. Whatever is loaded, the engine before it ends first, with all that it
-holds of the device, and the conversation goes on.
+holds of the device, and the conversation goes on. Its screens bring planner and catalogue with them
+and are imported when they are shown, so that the first paint does not wait for those.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from dflash_chat.ui import fetching
 from dflash_chat.ui.bars import grouped
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.fetching import Pull
-from dflash_chat.ui.models_screen import ModelsScreen, load_of
-from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.transcript import Card
 
 
@@ -39,6 +38,8 @@ class ModelActions(Screen[None]):
         except UserError as error:
             self.notify(f"{error.message} {error.hint}".strip(), markup=False)
             return
+        from dflash_chat.ui.plan_screen import PlanScreen
+
         screen = PlanScreen(pair, dialogue.load, self._held, dialogue.info, dialogue.meter)
         if load := await self.app.push_screen_wait(screen):
             self.load_instead(load)
@@ -46,6 +47,8 @@ class ModelActions(Screen[None]):
     @work(exclusive=True, group="models")
     async def action_models(self) -> None:
         """Show all pairs."""
+        from dflash_chat.ui.models_screen import ModelsScreen
+
         screen = ModelsScreen(self.dialogue.load, self._held, self.pull, self._begin_pull)
         if load := await self.app.push_screen_wait(screen):
             self.load_instead(load)
@@ -55,6 +58,8 @@ class ModelActions(Screen[None]):
         if not argument:
             self._say_loaded()
             return
+        from dflash_chat.ui.models_screen import load_of
+
         pair = pairs.find(argument)
         pair.wanted()
         found = hub.installed(pair)

@@ -7,6 +7,7 @@ has arrived, so a burst shows a little later instead of freezing the screen.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -31,7 +32,8 @@ from dflash_chat.ui.origins import Trace
 from dflash_chat.ui.splitter import Chunk, Splitter
 from dflash_chat.ui.words import Words
 
-FRAME_CHARS = 2000
+PIECE_CHARS = 1000
+FRAME_S = 0.02  # after which a frame takes no further piece
 BLOCK_CHARS = 1500
 
 # What a model writes must not reach the terminal as a control sequence.
@@ -138,6 +140,11 @@ class Zones(Vertical):
         self._ended = True
 
     @property
+    def undrawn(self) -> int:
+        """Characters that `draw` has not drawn yet."""
+        return len(self._pending)
+
+    @property
     def behind(self) -> bool:
         """Whether `draw` has something left to do."""
         return self.display and (bool(self._pending) or self._ended)
@@ -146,17 +153,24 @@ class Zones(Vertical):
         """Draw one frame."""
         if not self.behind or not self.is_mounted:
             return
-        text, self._pending = self._pending[:FRAME_CHARS], self._pending[FRAME_CHARS:]
+        until = time.perf_counter() + FRAME_S
+        with self.app.batch_update():
+            while self.behind:
+                self._draw_piece()
+                if time.perf_counter() > until:
+                    break
+            self._tail.show(self._splitter.tail)
+
+    def _draw_piece(self) -> None:
+        text, self._pending = self._pending[:PIECE_CHARS], self._pending[PIECE_CHARS:]
         closed = self._splitter.feed(text)
         if self._ended and not self._pending:
             closed += self._splitter.finish()
             self._ended = False
-        with self.app.batch_update():
-            for chunk in closed:
-                if not (self._last and self._last.takes(chunk)):
-                    self._last = Block(chunk)
-                    self.mount(self._last, before=self._tail)
-            self._tail.show(self._splitter.tail)
+        for chunk in closed:
+            if not (self._last and self._last.takes(chunk)):
+                self._last = Block(chunk)
+                self.mount(self._last, before=self._tail)
 
 
 class AnswerTurn(Vertical):
@@ -251,6 +265,11 @@ class AnswerTurn(Vertical):
         self._note = words
         self._thought.end()
         self._zones.end()
+
+    @property
+    def undrawn(self) -> int:
+        """Characters of the text, thought apart, that `draw` has not drawn yet."""
+        return self._zones.undrawn
 
     @property
     def behind(self) -> bool:

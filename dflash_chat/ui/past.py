@@ -9,7 +9,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from dflash_chat.chat import Turn
-from dflash_chat.ui.answer import FRAME_CHARS, AnswerTurn
+from dflash_chat.ui.answer import PIECE_CHARS, AnswerTurn
 from dflash_chat.ui.transcript import Transcript, Turns, UserTurn
 
 PAGE_TURNS = 10
@@ -84,7 +84,7 @@ class Past(Static):
         await self._transcript.query_one(Turns).mount_all(widgets, after=self)
         for widget in widgets:
             if isinstance(widget, AnswerTurn):
-                for _ in range(2 + len(widget.turn.content) // FRAME_CHARS):
+                for _ in range(2 + len(widget.turn.content) // PIECE_CHARS):
                     widget.draw()
 
     def _widget(self, turn: Turn) -> UserTurn | AnswerTurn:

@@ -60,12 +60,21 @@ def inside(kind: str, rate: int, report: str) -> None:
     screen = ChatScreen(client, Load("smollm2-135m"), SamplingParams())
     app = ChatApp(client, screen)
     stalls: list[float] = []
+    came: list[float] = []  # when each piece did
+    waits: list[float] = []  # of the oldest piece that a frame brought to the screen
 
     async def watch() -> None:
+        shown = 0
         while True:
             before = time.perf_counter()
             await asyncio.sleep(0.02)
-            stalls.append(time.perf_counter() - before - 0.02)
+            now = time.perf_counter()
+            stalls.append(now - before - 0.02)
+            answer = screen.query(AnswerTurn)
+            drawn = len(answer[0].turn.content) - answer[0].undrawn if answer else 0
+            if (pieces := drawn // (4 * STEP_TOKENS)) > shown:
+                waits.append(now - came[shown])
+                shown = pieces
 
     def pieces(text: str) -> Iterator[str]:
         width = 4 * STEP_TOKENS
@@ -84,6 +93,7 @@ def inside(kind: str, rate: int, report: str) -> None:
         sent = 0
         for piece in pieces(text_of(kind, 4 * rate * SECONDS)):
             stats = StepStats(7, STEP_TOKENS - 1, STEP_TOKENS, 1.0, 3.4, 0.3, 0.3, sent)
+            came.append(time.perf_counter())
             client.emit(Tokens(1, piece, STEP_TOKENS, stats))
             sent += STEP_TOKENS
             while (spare := started + sent / rate - time.perf_counter()) > 0:
@@ -100,6 +110,7 @@ def inside(kind: str, rate: int, report: str) -> None:
             "cpu": (time.process_time() - cpu_started) / took,
             "stall_p99_ms": 1000 * stalls[int(len(stalls) * 0.99)],
             "stall_max_ms": 1000 * stalls[-1],
+            "behind_max_s": max(waits),
             "widgets": len(screen.query("*")),
         }
         watcher.cancel()

@@ -25,6 +25,8 @@ from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
 
+SETTLE_S = 0.5  # by then the first screenful of a reopened chat is drawn
+
 
 class Palette(CommandPalette):
     """Textual's palette, which fails when a page of a list is asked for that is not drawn yet, and
@@ -85,7 +87,7 @@ class ChatApp(App[None], inherit_bindings=False):
         """What can wait comes after the first paint."""
         self.set_keymap(self._chat.keymap)
         self._chat.tell(terminal.SAVE_TITLE)
-        self.call_after_refresh(self._settle)
+        self.set_timer(SETTLE_S, self._settle)
 
     async def _settle(self) -> None:
         await asyncio.to_thread(_import_what_answers_need)

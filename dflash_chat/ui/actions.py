@@ -79,6 +79,10 @@ ACTIONS = (
            footer=True),
     Action("regenerate", "answer again", "answer it again, on a branch", "r", scope=TURN,
            footer=True),
+    Action("xray_turn", "x-ray", "its answer by block and origin", "x", "xray", scope=TURN,
+           footer=True),
+    Action("delete", "delete", "delete it with all below it, pressed twice", "d", "delete_turn",
+           scope=TURN, footer=True),
     # looking
     Action("help", "Help", "keys, commands and numbers", "f1", command="/help", footer=True),
     Action("quit", "Quit", "leave", "ctrl+q", command="/quit", scope=APP, footer=True),

@@ -111,7 +111,9 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         self.dialogue.start()
         self.query_one(Prompt).focus()
         self.set_interval(pace.FRAME_S, self._frame)
+        self.put_back()
         self.show_numbers()
+        self.call_after_refresh(self.recall_past)
 
     # ── clocks ──────────────────────────────────────────────────────────────────────────────────
 
@@ -194,6 +196,8 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             return f"{command.usage} · {command.does}"
         if "@" in typed and (included := attach.sizes(typed)):
             return "includes " + ", ".join(included)
+        if self.to_delete is not None:
+            return self.delete_words(self.key_words("delete"))
         if self.query_one(Transcript).cursor is not None and not self.query_one(KeyBar).display:
             return " · ".join(" ".join(pair) for pair in self._useful_keys())
         if self.dialogue.down:
@@ -238,8 +242,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
                 return
             files = attach.files(message.shown)
         except UserError as error:
-            prompt = self.query_one(Prompt)
-            prompt.put("\n".join(filter(None, (message.shown, prompt.text))))
+            self.take_back(message.shown)
             self.dialogue.show(Card("Not understood", f"{error.message}\n{error.hint}".strip()))
             return
         turn = UserTurn(message.shown, attach.below(message.text, files), [str(f) for f in files])
@@ -247,6 +250,11 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             self.dialogue.ask_again(replaced, instead=turn)
         else:
             self.dialogue.ask(turn)
+
+    def on_text_area_changed(self, message: Prompt.Changed) -> None:
+        """What waited in vain was sent or thrown away."""
+        if not message.text_area.text:
+            self.dialogue.drop_returned()
 
     async def perform(self, action: Action, argument: str = "") -> None:
         """Do it, if it can be done now. Raises UserError."""
@@ -336,9 +344,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             case "editing":
                 self.end_editing()
             case "waiting":
-                turn = self.dialogue.waiting.pop()
-                turn.remove()
-                self.take_back(turn)
+                self.take_back(self.dialogue.withdraw().shown)
 
     def action_copy_or_stop(self) -> None:
         """Copy what is selected; else stop; else say how to quit."""

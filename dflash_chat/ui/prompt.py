@@ -1,4 +1,5 @@
-"""The prompt box: many lines, Enter sends, paste never sends, Up and Down recall what was sent.
+"""The prompt box: many lines, Enter sends, paste never sends, Up and Down recall what was sent, in
+this session or, if it is told, before it.
 
 A long paste folds to a word in brackets, which is edited as one character would be and unfolds when
 the message is sent. Knows nothing of commands and files but how a menu offers them.
@@ -7,6 +8,7 @@ the message is sent. Knows nothing of commands and files but how a menu offers t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -149,8 +151,15 @@ class Prompt(TextArea):
         if self._at == len(self.sent) or self.text != self.sent[self._at]:
             self._draft = self.text
         self._at = at
+        if at < len(self.sent):
+            self.sent[at] = self.short(self.sent[at])
         self.put(self.sent[at] if at < len(self.sent) else self._draft)
         self.post_message(self.Recalled())
+
+    def remember(self, texts: Sequence[str]) -> None:
+        """These were sent before all that was sent here, oldest first."""
+        self.sent[:0] = texts
+        self._at += len(texts)
 
     def _row(self) -> int:
         return self.wrapped_document.location_to_offset(self.cursor_location).y
@@ -174,6 +183,15 @@ class Prompt(TextArea):
             label = f"[pasted {size} #{number}]"
         self._pastes[label] = text
         return label
+
+    def short(self, text: str) -> str:
+        """`text` with what is long of it folded, but for a first line that is not."""
+        if len(text) <= FOLD_CHARS:
+            return text
+        text = self.unfolded(text)
+        head, newline, rest = text.partition("\n")
+        whole = len(head) > FOLD_CHARS or len(rest) <= FOLD_CHARS
+        return self._folded(text) if whole else head + newline + self._folded(rest)
 
     def unfolded(self, text: str) -> str:
         """`text` with the pastes it stands for."""

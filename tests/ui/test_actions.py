@@ -197,6 +197,30 @@ async def regenerate(chat: Chat) -> None:
     assert "Two?" not in chat.text
 
 
+async def xray_turn(chat: Chat) -> None:
+    await answered(chat, "The first answer.")
+    await answered(chat, "The second.")
+    await chat.pilot.press("alt+up", "alt+up", "alt+up", "alt+up")  # at the first question
+    await press(chat, "xray_turn")
+    assert xrayed(chat) == "The first answer."
+
+
+async def delete(chat: Chat) -> None:
+    await answered(chat, "First.")
+    await answered(chat, "Second.")
+    await chat.pilot.press("alt+up", "alt+up")
+    await press(chat, "delete")
+    assert "d again deletes this turn and 1 below it for good" in chat.shown("#hint")
+    await chat.pilot.press("alt+up", "alt+down")  # whoever moves has thought better of it
+    await press(chat, "delete")
+    assert "Second." in chat.text
+    await press(chat, "delete")
+    assert "Second." not in chat.text
+    assert [turn.content for turn in chat.screen.dialogue.chat.tree.values()] == ["One?", "First."]
+    await chat.type("And?")
+    assert [m.content for m in chat.client.asked[-1].messages] == ["One?", "First.", "And?"]
+
+
 async def sessions(chat: Chat) -> None:
     await press(chat, "sessions")
     assert isinstance(chat.app.screen, SessionsScreen)
@@ -285,6 +309,7 @@ KEYS: dict[Callable[[Chat], Awaitable[None]], tuple[str, ...]] = {
     plan_and_models: ("plan", "models"), thoughts: ("thoughts",),
     turn_up_and_down: ("turn_up", "turn_down"), copy_turn: ("copy_turn",), code: ("code",),
     edit: ("edit",), regenerate: ("regenerate",), help_: ("help",), palette: ("palette",),
+    xray_turn: ("xray_turn",), delete: ("delete",),
     sessions: ("sessions",), branches: ("branch", "branch_before"),
     new: ("new",), panel: ("panel",), copy: ("copy",),
     scrolling: ("page_up", "page_down", "line_up", "line_down"),
@@ -314,6 +339,7 @@ async def settings(chat: Chat) -> None:
     assert request.messages[0] == Message("system", "Be brief.")
     assert (request.params.seed, request.draft, request.draft_tokens) == (7, True, 4)
     assert "draft ON k≤4" in chat.shown("#engine")
+    chat.screen.dialogue.meter.context_tokens = 4873
     chat.client.answer("Hello")
     await chat.settle()
     await chat.type("/draft auto")

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from textual.events import Key, Paste
 
+from dflash_chat.chat import Conversation
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Message
+from dflash_chat.store import Store
 from dflash_chat.ui.completion import complete
 from dflash_chat.ui.menu import Menu
 from dflash_chat.ui.prompt import FOLD_CHARS, Prompt
@@ -17,10 +20,14 @@ from tests.ui.test_chat_flow import Chat, open_chat
 LONG = "".join(f"line {n} of something long\n" for n in range(214))
 
 
-@pytest.fixture
-async def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
+
+
+@pytest.fixture
+async def chat() -> AsyncIterator[Chat]:
     async with open_chat((80, 24)) as chat:
         await chat.load()
         yield chat
@@ -106,6 +113,28 @@ async def test_recalling_while_editing_sends_a_new_message(chat: Chat) -> None:
     await chat.settle()
 
     assert [m.content for m in chat.client.asked[-1].messages][-3:] == ["two", "Yes.", "one"]
+
+
+async def test_what_was_sent_before_this_session_is_recalled(tmp_path: Path) -> None:
+    saved = Conversation()
+    for text in ("see @notes.txt\n\nnotes.txt:\n```\nx\n```", "two", "two", f"Why?\n{LONG}"):
+        saved.ask(text)
+        saved.answer("Yes.")
+    with Store(tmp_path) as store:
+        store.save(saved)
+    keeper = Keeper(tmp_path)
+    async with open_chat((80, 24), keeper=keeper) as chat:
+        await chat.load()
+        seen = []
+        for key in ("up", "home", "up", "up", "up", "down"):
+            await chat.pilot.press(key)
+            seen.append(prompt(chat).text)
+        long = "Why?\n[pasted 214 lines]"
+        assert seen == [long, long, long, "two", "see @notes.txt", "two"]
+        await chat.pilot.press("down", "enter")
+        await chat.settle()
+        assert chat.client.asked[-1].messages == (Message("user", f"Why?\n{LONG}"),)
+    keeper.close()
 
 
 # ── folded pastes ───────────────────────────────────────────────────────────────────────────────

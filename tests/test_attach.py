@@ -63,6 +63,18 @@ def test_files_stand_below_the_message_in_fences_they_cannot_close() -> None:
     assert sent.endswith("my notes.md:\n````\n```sh\nls\n```\n````")
 
 
+def test_what_was_typed_comes_back_while_its_files_are_there() -> None:
+    text = 'See @notes.txt, and\n\n@"my notes.md"'
+    sent = attach.below(text, attach.files(text))
+
+    assert attach.typed(sent) == text
+    assert attach.typed(text) == text
+    Path("notes.txt").unlink()
+    assert attach.typed(sent) == sent  # else it would be gone
+    aside = "No file\n\nnotes.txt:\n```\nx\n```"
+    assert attach.typed(aside) == aside
+
+
 def test_a_message_says_what_its_files_add() -> None:
     assert attach.sizes("see @notes.txt") == ["notes.txt · 0.0 kB ≈ 2 tokens"]
 

@@ -1,5 +1,5 @@
-"""What a changed sampling setting does to drafting, in a line: what was measured at it, and the
-direction that follows from how drafts are accepted. Pure; knows no widgets.
+"""What a changed sampling setting does to drafting, in a line or two: the direction that follows
+from how drafts are accepted, and what was measured. Pure; knows no widgets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def effect(
     ]
     if taus:
         words.append(f"Measured in this session: {', '.join(taus)}.")
-    return " ".join(filter(None, words))
+    return "\n".join(filter(None, words))
 
 
 _LAW = (

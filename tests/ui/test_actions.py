@@ -339,7 +339,6 @@ async def settings(chat: Chat) -> None:
     assert request.messages[0] == Message("system", "Be brief.")
     assert (request.params.seed, request.draft, request.draft_tokens) == (7, True, 4)
     assert "draft ON k≤4" in chat.shown("#engine")
-    chat.screen.dialogue.meter.context_tokens = 4873
     chat.client.answer("Hello")
     await chat.settle()
     await chat.type("/draft auto")

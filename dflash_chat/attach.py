@@ -105,7 +105,8 @@ def quoted(name: str) -> str:
 
 
 def candidates(begun: str, limit: int = 50) -> list[str]:
-    """Paths that go on from `begun`, folders with a slash; hidden ones only if asked for."""
+    """Paths that go on from `begun`, folders with a slash; hidden ones only if asked for, and none
+    that a message cannot name."""
     folder, _, start = begun.rpartition("/")
     before = begun[: len(begun) - len(start)]
     where = Path(folder or ("/" if before else ".")).expanduser()
@@ -116,6 +117,7 @@ def candidates(begun: str, limit: int = 50) -> list[str]:
                 for entry in entries
                 if entry.name.lower().startswith(start.lower())
                 and (start.startswith(".") or not entry.name.startswith("."))
+                and (entry.name.isprintable() and '"' not in entry.name)
             ]
     except OSError:
         return []

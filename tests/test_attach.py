@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_a_message_says_what_its_files_add() -> None:
 def test_candidates_go_on_from_what_is_typed() -> None:
     assert attach.candidates("no") == ["notes.txt"]
     assert attach.candidates("su") == ["sub/"]
+    assert attach.candidates("sub/") == ["sub/deep.py"]
+    for name in (b"new\nline", b"e\x1b[2Jsc", b"bad \xff", b'quo"te'):
+        Path(os.fsdecode(b"sub/" + name)).write_text("x")
     assert attach.candidates("sub/") == ["sub/deep.py"]
     assert ".hidden" not in attach.candidates("")
     assert attach.candidates(".h") == [".hidden"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import gc
 import os
@@ -14,6 +15,7 @@ from textual.app import App, SystemCommand
 from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
+from textual.drivers import linux_driver
 from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
@@ -37,6 +39,14 @@ class Palette(CommandPalette):
     def _action_command_list(self, action: str) -> None:
         with contextlib.suppress(KeyError):
             super()._action_command_list(action)
+
+
+def _forgiving(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:
+    """What Textual makes its decoder of; its own ends the app at a byte that is no UTF-8."""
+    return partial(codecs.getincrementaldecoder(encoding), errors="replace")
+
+
+linux_driver.getincrementaldecoder = _forgiving  # type: ignore[assignment,attr-defined]
 
 
 class ChatApp(App[None], inherit_bindings=False):

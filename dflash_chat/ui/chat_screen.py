@@ -158,8 +158,8 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         if action.id == "code":
             cursor = self.query_one(Transcript).cursor
             return "continue" if self.dialogue.can_continue(cursor) else "copy code"
-        if action.id == "stop" and not self.dialogue.answer:
-            return "Take back" if self._stoppable() == "waiting" else "Close"
+        if action.id == "stop" and (what := self._stoppable()) != "answer":
+            return "Take back" if what == "waiting" else "Close"
         if action.id == "again" and (self.dialogue.retry_after or self.dialogue.down):
             return "Retry"
         return action.name
@@ -322,7 +322,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
 
     def _stoppable(self) -> str:
         """What Esc ends now: the answer first, then what lies over the prompt, then the queue."""
-        if self.dialogue.answer:
+        if self.dialogue.answer and not self.dialogue.stopping:
             return "answer"
         if self.query_one(Prompt).offering:
             return "menu"

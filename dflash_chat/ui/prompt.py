@@ -100,7 +100,7 @@ class Prompt(TextArea):
     def put(self, text: str) -> None:
         """Let `text` stand here, as an edit that can be undone."""
         self.history.checkpoint()
-        self.replace(text, (0, 0), self.document.end)
+        self.replace(_plain(text), (0, 0), self.document.end)
         self.move_cursor(self.document.end)
 
     def undo(self) -> None:
@@ -169,7 +169,7 @@ class Prompt(TextArea):
     async def _on_paste(self, event: events.Paste) -> None:
         event.stop()
         event.prevent_default()
-        text = event.text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)
+        text = _plain(event.text)
         self.put_in(self._folded(text) if len(text) > FOLD_CHARS else text)
         self.focus()
 
@@ -269,3 +269,8 @@ class Prompt(TextArea):
             self._dismissed = ""
         self._completion = completion
         self._menu.show(completion.choices)
+
+
+def _plain(text: str) -> str:
+    """Text without what a terminal would obey."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)

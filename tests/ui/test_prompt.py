@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dflash_chat.store import Store
 from dflash_chat.ui.completion import complete
 from dflash_chat.ui.menu import Menu
 from dflash_chat.ui.prompt import FOLD_CHARS, Prompt
+from tests.ui.terminal import Terminal
 from tests.ui.test_chat_flow import Chat, open_chat
 
 LONG = "".join(f"line {n} of something long\n" for n in range(214))
@@ -183,6 +185,17 @@ async def test_control_characters_are_not_pasted(chat: Chat) -> None:
     await paste(chat, "a\x1b[2Jb\r\nc\td")
 
     assert prompt(chat).text == "a\ufffd[2Jb\nc\td"
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat() -> None:
+    code = (
+        "from dflash_chat.ui.app import *; from tests.ui.fake_client import FakeClient as Client;"
+        "ChatApp(Client(), ChatScreen(Client(), Load('pair'), SamplingParams())).run()"
+    )
+    with Terminal([sys.executable, "-c", code], 80, 24) as terminal:
+        terminal.wait_for("Ask something")
+        terminal.press("caf\udce9 \udcff", "x")
+        terminal.wait_for("caf\ufffd \ufffdx")
 
 
 async def test_what_is_refused_comes_back(chat: Chat) -> None:

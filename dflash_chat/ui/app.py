@@ -26,6 +26,7 @@ from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
+from dflash_chat.ui.words import literal
 
 
 class Palette(CommandPalette):
@@ -116,7 +117,7 @@ class ChatApp(App[None], inherit_bindings=False):
             for action in own:
                 if action.id != "palette":
                     words = f"{action.does} · {action.usage}" if action.command else action.does
-                    yield SystemCommand(action.name, words, partial(screen.choose, action))
+                    yield SystemCommand(action.name, literal(words), partial(screen.choose, action))
         yield from (
             command
             for command in super().get_system_commands(screen)

@@ -38,6 +38,7 @@ from dflash_chat.ui.actions import (
     keys_of,
 )  # fmt: skip
 from dflash_chat.ui.bars import bar
+from dflash_chat.ui.chat_search import SavedChats
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.key_bar import KeyBar
@@ -59,6 +60,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
     """The chat and its panel."""
 
     HORIZONTAL_BREAKPOINTS = WIDTHS
+    COMMANDS: ClassVar = {SavedChats}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(action.keys, action.call or action.id, action.name, id=action.id, priority=True)
         for action in in_scope(CHAT)

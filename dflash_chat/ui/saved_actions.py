@@ -11,6 +11,7 @@ from textual import work
 
 from dflash_chat import attach
 from dflash_chat.chat import Conversation, Turn
+from dflash_chat.errors import UserError
 from dflash_chat.store import StoreError
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.sessions_screen import SessionsScreen
@@ -30,6 +31,13 @@ class SavedActions(TurnActions):
             return
         with keeper.store() as store:
             self._reopen(store.load(store.find(argument)))
+
+    def open_saved(self, conversation: str) -> None:
+        """Open the chat of this id, if it is there still."""
+        try:
+            self.action_sessions(conversation)
+        except UserError as error:
+            self.notify(error.message, severity="error", markup=False)
 
     @work(exclusive=True, group="sessions")
     async def _choose_chat(self) -> None:

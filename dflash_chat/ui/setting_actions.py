@@ -6,12 +6,14 @@ A part of the chat screen.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from textual.screen import Screen
 
 from dflash_chat import attach, export
 from dflash_chat.errors import DiskError, UsageError
+from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.settings import draft_choice, draft_choice_words, sampling_option, suggest
 from dflash_chat.ui.bars import grouped
 from dflash_chat.ui.completion import themes
@@ -41,8 +43,11 @@ class SettingActions(Screen[None]):
         self._say("System prompt", "\n".join(words))
 
     def action_set_option(self, argument: str = "") -> None:
-        """Change a sampling parameter."""
+        """Change a sampling parameter; alone: say them all."""
         dialogue = self.dialogue
+        if not argument:
+            self._say("Settings", _settings_words(dialogue.params))
+            return
         before, dialogue.params = dialogue.params, sampling_option(argument, dialogue.params)
         words = [f"{argument}, from the next answer on"]
         if dialogue.draft and dialogue.info and dialogue.info.drafter:
@@ -101,3 +106,12 @@ class SettingActions(Screen[None]):
 
     def _say(self, title: str, body: str) -> None:
         self.dialogue.show(Card(title, body))
+
+
+def _settings_words(params: SamplingParams) -> str:
+    """Each setting in a line."""
+    values = asdict(params) | {"stop": ", ".join(map(repr, params.stop)) or "none"}
+    if params.seed is None:
+        values["seed"] = "another for every answer"
+    width = max(map(len, values))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in values.items())

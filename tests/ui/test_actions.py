@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from textual.command import CommandPalette
+from textual.widgets import OptionList
 
 from dflash_chat.export import from_json
 from dflash_chat.keeper import Keeper
@@ -500,7 +501,15 @@ async def test_help_and_palette_have_all_of_them(chat: Chat) -> None:
     titles = {command.title for command in chat.app.get_system_commands(chat.screen)}
     shown = {action.name for action in ACTIONS if action.scope in (actions.CHAT, actions.APP)}
     assert shown - {"Commands"} <= titles
-    await chat.pilot.press("f1")
+    await chat.pilot.press("ctrl+p")
+    listed: list[str] = []
+    for _ in range(100):
+        listed = [str(option.prompt) for option in chat.app.screen.query_one(OptionList).options]
+        if len(listed) >= len(shown):
+            break
+        await chat.pilot.pause(0.05)
+    assert any("\n" in each and each.endswith("· /model [PAIR]") for each in listed)
+    await chat.pilot.press("escape", "f1")
     page = "\n".join(str(part.content) for part in chat.app.screen.query("#help Static"))
     for action in ACTIONS:
         assert action.does in page

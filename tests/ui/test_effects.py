@@ -49,6 +49,9 @@ def test_what_was_measured_is_said() -> None:
 
 async def test_the_chat_says_what_a_setting_costs() -> None:
     async with open_chat() as chat:
+        await chat.type("/set")
+        assert "temperature         0.0" in chat.text
+        assert "seed                another for every answer" in chat.text
         await chat.type("/set temperature=0.5")
         assert "drafts" not in chat.text  # nothing is loaded that would draft
         await chat.load()

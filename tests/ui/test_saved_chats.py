@@ -329,6 +329,16 @@ async def test_nothing_is_deleted_that_cannot_be(
         assert chat.turns[-1] == "Chloro"
 
 
+async def test_undo_asks_what_waits_behind_the_question(tmp_path: Path) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.type("One?")
+        await chat.type("Two?")
+        await chat.type("/undo")
+
+        assert chat.screen.query_one(Prompt).text == "One?"
+        assert chat.client.asked[-1].messages == (Message("user", "Two?"),)
+
+
 # ── reopening ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -445,6 +455,24 @@ def three(tmp_path: Path) -> list[Conversation]:
             for turn in chat.tree.values():
                 store.add_trace(turn.id, turn.trace)
     return chats
+
+
+async def test_the_palette_finds_what_was_said(tmp_path: Path, three: list[Conversation]) -> None:
+    async with opened(tmp_path) as chat:
+        with Store(tmp_path) as store:
+            store.rename(three[1].id, "[b]old[/i] [PAIR]")
+        await chat.pilot.press("ctrl+p", *"question 1")
+        found = chat.app.screen.query_one(OptionList)
+        for _ in range(100):
+            if found.option_count and found.highlighted is not None:
+                break
+            await chat.pilot.pause(0.05)
+        shown = str(found.get_option_at_index(0).prompt)
+        assert shown.startswith("[b]old[/i] [PAIR]\nchat · Question 1?")
+        await chat.pilot.press("enter")
+        await chat.settle()
+
+        assert chat.current.id == three[1].id
 
 
 def rows(screen: SessionsScreen) -> list[str]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from textual.screen import Screen
 
 from dflash_chat import attach
+from dflash_chat.fenced import code_blocks
 from dflash_chat.store import StoreError
 from dflash_chat.ui import clipboard
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.dialogue import Dialogue
-from dflash_chat.ui.markdown import code_blocks
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.transcript import Transcript, UserTurn
 

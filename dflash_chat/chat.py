@@ -16,6 +16,7 @@ from dflash_chat.runtime.api import Finished, Message, ModelInfo, Prefill, Sampl
 COMPLETE, STOPPED, STREAMING, FAILED = STATES = ("complete", "stopped", "streaming", "failed")
 ROLES = ("user", "assistant")
 TITLE_CHARS = 60
+_JOINER = "\u200d"  # between the parts of one emoji
 
 
 def new_id() -> str:
@@ -26,7 +27,8 @@ def new_id() -> str:
 def titled(text: str) -> str:
     """How a text begins, in one line and without what a terminal would obey."""
     head = text[: 10 * TITLE_CHARS]
-    words = " ".join("".join(c if c.isprintable() else " " for c in head).split())
+    kept = (c if c.isprintable() or c == _JOINER else " " for c in head)
+    words = " ".join("".join(kept).split())
     return words if len(words) <= TITLE_CHARS else words[: TITLE_CHARS - 1].rstrip() + "…"
 
 

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dflash_chat.chat import STREAMING, Conversation, Turn
+from dflash_chat.chat import STREAMING, Conversation, Turn, titled
 from dflash_chat.runtime.api import Message
 
 
@@ -104,6 +104,7 @@ def test_the_title_is_how_the_first_question_begins_until_a_person_names_the_cha
     assert chat.title == ""
     chat.ask("Why is\nthe sky blue? " + "Really. " * 20)
     assert chat.title.startswith("Why is the sky blue? Really.")
+    assert titled("a\x1b[2J\tb 👩\u200d👧") == "a [2J b 👩\u200d👧"
     assert len(chat.title) <= 60
     chat.title = "Sky"
     chat.ask("And the sea?")

@@ -136,7 +136,8 @@ class TurnActions(Screen[None]):
     def take_back(self, *texts: str) -> None:
         """Put texts before what stands in the prompt."""
         prompt = self.query_one(Prompt)
-        prompt.put("\n".join(filter(None, (*map(prompt.short, texts), prompt.text))))
+        typed = (prompt.short(attach.typed(text)) for text in texts)
+        prompt.put("\n".join(filter(None, (*typed, prompt.text))))
 
     # ── deleting ────────────────────────────────────────────────────────────────────────────────
 
@@ -159,9 +160,9 @@ class TurnActions(Screen[None]):
 
     def delete_words(self, key: str) -> str:
         """What another press of `key` would do."""
-        tree = self.dialogue.chat
+        chat = self.dialogue.chat
         turn = self.to_delete.turn if self.to_delete else None
-        below = len(tree.below(turn.id)) - 1 if turn and turn.id in tree.tree else 0
+        below = len(chat.below(turn.id)) - 1 if turn and turn.id in chat.tree else 0
         more = f" and {below} below it" if below else ""
         return f"{key} again deletes this turn{more} for good"
 

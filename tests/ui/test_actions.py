@@ -200,7 +200,7 @@ async def regenerate(chat: Chat) -> None:
 
 async def xray_turn(chat: Chat) -> None:
     await answered(chat, "The first answer.")
-    await answered(chat, "The second.")
+    await chat.type("And?")
     await chat.pilot.press("alt+up", "alt+up", "alt+up", "alt+up")  # at the first question
     await press(chat, "xray_turn")
     assert xrayed(chat) == "The first answer."

@@ -253,29 +253,20 @@ async def test_what_waited_and_was_thrown_away_stays_away(tmp_path: Path) -> Non
         assert store.chats() == []  # of a chat with nothing in it, nothing is kept
 
 
-async def test_a_message_taken_back_waits_no_more(tmp_path: Path) -> None:
+async def test_what_is_taken_back_waits_no_more_and_what_is_left_behind_does(
+    tmp_path: Path,
+) -> None:
     async with opened(tmp_path) as chat:
         await chat.type("One?")
         await chat.type("Two?")
-        chat.client.answer("First.")
-        chat.client.die()
-        await chat.settle()
-        await chat.type("Three?")
-        await chat.pilot.press("escape")
+        prompt, left = chat.screen.query_one(Prompt), chat.current.id
+        await chat.pilot.press("escape", "escape")
         await chat.until_saved()
-        assert chat.screen.query_one(Prompt).text == "Three?"
-        assert "Three?" not in stored(tmp_path).waiting.values()
-
-
-async def test_a_chat_that_is_left_keeps_what_waits_in_it(tmp_path: Path) -> None:
-    async with opened(tmp_path) as chat:
-        await chat.type("One?")
-        await chat.type("Two?")
-        left = chat.current.id
-        await chat.type("/clear")
+        assert (prompt.text, stored(tmp_path).waiting) == ("Two?", {})
+        await chat.pilot.press("enter", "ctrl+n")
         await chat.type(f"/resume {left}")
 
-        assert chat.screen.query_one(Prompt).text == "Two?"
+        assert prompt.text == "Two?"
 
 
 # ── deleting ────────────────────────────────────────────────────────────────────────────────────
@@ -293,8 +284,8 @@ async def test_a_deleted_branch_gives_way_to_the_one_beside_it(tmp_path: Path) -
         assert chat.turns == []
         with Store(tmp_path) as store:
             assert store.chats() == []
-        await chat.type("Afresh?")
-    assert stored(tmp_path).title == "Afresh?"
+        chat.current.ask("Afresh?")
+        assert chat.current.title == "Afresh?"
 
 
 async def test_the_answer_being_written_is_deleted_and_stays_so(tmp_path: Path) -> None:
@@ -327,16 +318,6 @@ async def test_nothing_is_deleted_that_cannot_be(
 
         assert said == ["Not deleted: another program holds it"]
         assert chat.turns[-1] == "Chloro"
-
-
-async def test_undo_asks_what_waits_behind_the_question(tmp_path: Path) -> None:
-    async with opened(tmp_path) as chat:
-        await chat.type("One?")
-        await chat.type("Two?")
-        await chat.type("/undo")
-
-        assert chat.screen.query_one(Prompt).text == "One?"
-        assert chat.client.asked[-1].messages == (Message("user", "Two?"),)
 
 
 # ── reopening ───────────────────────────────────────────────────────────────────────────────────

@@ -144,8 +144,11 @@ class Prompt(TextArea):
             self.recall(1)
 
     def recall(self, direction: int) -> None:
-        """Show what was sent before or after what stands here; behind the last is the draft."""
+        """Show what was sent before or after what stands here, unless it is the same; behind the
+        last is the draft."""
         at = self._at + direction
+        while 0 <= at < len(self.sent) and self.sent[at] == self.text:
+            at += direction
         if not 0 <= at <= len(self.sent):
             return
         if self._at == len(self.sent) or self.text != self.sent[self._at]:

@@ -111,7 +111,7 @@ async def test_escape_leaves_the_edited_message_as_it_was(chat: Chat) -> None:
 async def test_recalling_while_editing_sends_a_new_message(chat: Chat) -> None:
     await ask(chat, "one")
     await ask(chat, "two")
-    await chat.pilot.press("up", "up", "up", "enter")
+    await chat.pilot.press("up", "up", "enter")  # "two" stands there already
     await chat.settle()
 
     assert [m.content for m in chat.client.asked[-1].messages][-3:] == ["two", "Yes.", "one"]

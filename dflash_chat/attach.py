@@ -17,6 +17,7 @@ from dflash_chat.errors import UsageError
 LIMIT_BYTES = 256_000
 _BYTES_PER_TOKEN = 4  # roughly, of English and of code; the engine alone counts exactly
 _NAMED = re.compile(r'(?<!\S)@(?:"([^"\n]+)"|([^\s"]+))')
+_BELOW = re.compile(r"\n\n([^\n]+):\n`{3,}\n")  # where a file begins
 _PUNCTUATION = ".,;:!?)]}'"
 
 
@@ -85,13 +86,27 @@ def below(text: str, included: Sequence[File]) -> str:
     return "\n\n".join([text, *map(_fenced, included)])
 
 
+def typed(message: str) -> str:
+    """What was typed to send `message`: without the files `below` it, if all of them are there
+    still, to be read again."""
+    for match in _BELOW.finditer(message):
+        head = message[: match.start()]
+        there = named(head)
+        mentioned = {name.rstrip(_PUNCTUATION) for pair in _NAMED.findall(head) for name in pair}
+        gone = mentioned - {"", *there}
+        if match[1] in there and not any(f"\n\n{name}:\n```" in message for name in gone):
+            return head
+    return message
+
+
 def quoted(name: str) -> str:
     """How a message names this file."""
     return f'@"{name}"' if re.search(r"\s", name) else f"@{name}"
 
 
 def candidates(begun: str, limit: int = 50) -> list[str]:
-    """Paths that go on from `begun`, folders with a slash; hidden ones only if asked for."""
+    """Paths that go on from `begun`, folders with a slash; hidden ones only if asked for, and none
+    that a message cannot name."""
     folder, _, start = begun.rpartition("/")
     before = begun[: len(begun) - len(start)]
     where = Path(folder or ("/" if before else ".")).expanduser()
@@ -102,6 +117,7 @@ def candidates(begun: str, limit: int = 50) -> list[str]:
                 for entry in entries
                 if entry.name.lower().startswith(start.lower())
                 and (start.startswith(".") or not entry.name.startswith("."))
+                and (entry.name.isprintable() and '"' not in entry.name)
             ]
     except OSError:
         return []

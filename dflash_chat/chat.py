@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dflash_chat.runtime.api import Finished, Message, ModelInfo, Prefill, SamplingParams, Tokens
@@ -16,6 +16,7 @@ from dflash_chat.runtime.api import Finished, Message, ModelInfo, Prefill, Sampl
 COMPLETE, STOPPED, STREAMING, FAILED = STATES = ("complete", "stopped", "streaming", "failed")
 ROLES = ("user", "assistant")
 TITLE_CHARS = 60
+_JOINER = "\u200d"  # between the parts of one emoji
 
 
 def new_id() -> str:
@@ -26,7 +27,8 @@ def new_id() -> str:
 def titled(text: str) -> str:
     """How a text begins, in one line and without what a terminal would obey."""
     head = text[: 10 * TITLE_CHARS]
-    words = " ".join("".join(c if c.isprintable() else " " for c in head).split())
+    kept = (c if c.isprintable() or c == _JOINER else " " for c in head)
+    words = " ".join("".join(kept).split())
     return words if len(words) <= TITLE_CHARS else words[: TITLE_CHARS - 1].rstrip() + "…"
 
 
@@ -57,7 +59,8 @@ class Turn:
 @dataclass
 class Conversation:
     """One chat. Until a person names it, its title is how its first question begins. `pair` and
-    `build` name what answered last, `info` is what that said of itself."""
+    `build` name what answered last, `info` is what that said of itself. `waiting` holds questions
+    that were sent and not yet asked, by the ids they will have."""
 
     system: str = ""
     id: str = field(default_factory=new_id)
@@ -70,6 +73,7 @@ class Conversation:
     created: float = field(default_factory=time.time)
     tip: str | None = None  # the last turn of the active path
     tree: dict[str, Turn] = field(default_factory=dict)  # by id, oldest first
+    waiting: dict[str, str] = field(default_factory=dict)
 
     # ── the active path ─────────────────────────────────────────────────────────────────────────
 
@@ -101,10 +105,16 @@ class Conversation:
             messages.append(message)
         return tuple(messages)
 
-    def ask(self, text: str) -> Turn:
-        """Append what the person said."""
+    def ask(self, text: str, id_: str = "") -> Turn:
+        """Append what the person said, as the turn `id_` if it has waited."""
         self.title = self.title or titled(text)
-        return self._grow(Turn("user", text, self.tip))
+        return self._grow(Turn("user", text, self.tip, id_ or new_id()))
+
+    def wait(self, questions: Mapping[str, str]) -> None:
+        """These questions wait now, and no others."""
+        self.waiting = dict(questions)
+        if not self.tree:
+            self.title = titled(next(iter(questions.values()), ""))
 
     def begin_answer(self) -> Turn:
         """Append an answer that is still to be written: set its `content`, then `end_answer`."""
@@ -166,6 +176,29 @@ class Conversation:
         while turn in newest:
             turn = newest[turn]
         self.tip = turn
+
+    def below(self, turn: str) -> list[Turn]:
+        """A turn and all that hangs below it, on whatever branch, parents before children."""
+        found = {turn: self.tree[turn]}
+        for each in self.tree.values():
+            if each.parent in found:
+                found[each.id] = each
+        return list(found.values())
+
+    def delete(self, turn: str) -> None:
+        """Take a turn and all below it out of the tree. A path that went through it ends before
+        it, or goes through the newest turn beside it."""
+        parent = self.tree[turn].parent
+        beside = [each.id for each in self.branches(turn) if each.id != turn]
+        for each in self.below(turn):
+            del self.tree[each.id]
+        if self.tip in self.tree:
+            return
+        self.tip = parent
+        if beside:
+            self.switch(beside[-1])
+        if not self.tree:
+            self.title = ""
 
     def _grow(self, turn: Turn) -> Turn:
         self.tree[turn.id] = turn

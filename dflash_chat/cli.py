@@ -163,6 +163,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--stats", action="store_true", help="with --once or --plain: figures on stderr"
     )
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
+    parser.add_argument(
+        "-x", "--extract", action="store_true",
+        help="with --once: only the first code block, or all if there is none",
+    )  # fmt: skip
 
     commands = parser.add_subparsers(
         metavar="COMMAND", title="commands (without one: the chat)", parser_class=_Parser
@@ -329,8 +333,8 @@ def _chat(args: argparse.Namespace) -> int:
             "the chat is drawn on stderr, and stderr is not a terminal",
             hint="do not redirect it, or use --plain or --once",
         )
-    if args.json or (args.stats and not in_lines):
-        raise UsageError("--json needs --once, --stats needs --once or --plain")
+    if args.json or args.extract or (args.stats and not in_lines):
+        raise UsageError("--json and -x need --once, --stats needs --once or --plain")
     if args.replay:
         return _replay(args)
     chat, given = _reopened(args), parse_options(_options(args))
@@ -396,9 +400,10 @@ def _once(args: argparse.Namespace) -> int:
     if not prompt.strip():
         raise UsageError("there is no prompt", hint='dflash-chat --once "…", or pipe one in')
     system = pair.system if args.system is None else args.system
-    return once.run(
-        OnceArgs(prompt, pair.name, system, settings, not args.no_draft, args.stats, args.json)
-    )
+    if args.json and args.extract:
+        raise UsageError("--json and -x are two ways to print one answer")
+    shape = (args.stats, args.json, args.extract)
+    return once.run(OnceArgs(prompt, pair.name, system, settings, not args.no_draft, *shape))
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ could not be saved stays due; the chat goes on and `problem` says why. Knows no 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from math import inf
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from dflash_chat.chat import Conversation, Turn
 from dflash_chat.runtime.api import Prefill, Tokens
-from dflash_chat.store import Store, StoreError
+from dflash_chat.store import FILE, Store, StoreError, data_folder
 
 SAVE_S = 0.5  # between two saves of an answer that is being written; one takes well below 1 ms
 ASK_S = 1.0  # how long a question may wait for its save
@@ -68,6 +69,24 @@ class Keeper:
                 due = self._due.items()
                 self._due = {id_: job for id_, job in due if job[0].id != conversation}
             store.remove(conversation)
+
+    def remove_turn(self, chat: Conversation, turn: Turn) -> None:
+        """Delete a turn and all below it; nothing of them that is still due comes back. Raises
+        StoreError."""
+        with self._saving, Store(self._folder) as store:
+            store.remove_turn(chat.id, turn.id)
+            with self._wake:
+                for each in chat.below(turn.id):
+                    self._due.pop(each.id, None)
+
+    def questions(self) -> list[str]:
+        """What was asked lately in all chats, oldest first; none where there is no file yet, or
+        none that can be read."""
+        with contextlib.suppress(StoreError):
+            if ((self._folder or data_folder()) / FILE).exists():
+                with self.store() as store:
+                    return store.questions()
+        return []
 
     def close(self) -> None:
         """Save what is due, and end."""

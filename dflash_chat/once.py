@@ -12,6 +12,7 @@ from types import FrameType
 
 from dflash_chat import hub, pairs
 from dflash_chat.errors import EXIT_INTERRUPTED, EXIT_OK
+from dflash_chat.fenced import code_blocks
 from dflash_chat.progress import Reporter
 from dflash_chat.runtime.api import (
     Finished,
@@ -23,6 +24,7 @@ from dflash_chat.runtime.api import (
     Tokens,
 )
 from dflash_chat.settings import OnceArgs
+from dflash_chat.thinking import split
 
 
 def run(args: OnceArgs) -> int:
@@ -49,13 +51,16 @@ def run(args: OnceArgs) -> int:
         for event in session.generate(request, cancelled):
             if isinstance(event, Tokens):
                 pieces.append(event.text)
-                if not args.json:
+                if not (args.json or args.extract):
                     sys.stdout.write(event.text)
                     sys.stdout.flush()
             elif isinstance(event, Finished):
                 finished = event
     assert finished is not None
     text = "".join(pieces)
+    if args.extract:
+        text = first_code(text)
+        sys.stdout.write(text)
     if args.json:
         json.dump(as_json(text, finished, session.info, load_s), sys.stdout, ensure_ascii=False)
         sys.stdout.write("\n")
@@ -65,6 +70,12 @@ def run(args: OnceArgs) -> int:
     if args.stats:
         sys.stderr.write(in_words(finished, load_s) + "\n")
     return EXIT_INTERRUPTED if finished.reason == "cancelled" else EXIT_OK
+
+
+def first_code(answer: str) -> str:
+    """The first code block of an answer, thoughts aside; the answer if it has none."""
+    _, said = split(answer)
+    return next(iter(code_blocks(said)), said)
 
 
 def as_json(text: str, finished: Finished, info: ModelInfo, load_s: float) -> dict[str, object]:

@@ -8,7 +8,7 @@ leave with Ctrl+D.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,9 +86,11 @@ def run(
     record = Record(reopened or Conversation(system), keeper)
     if reopened:
         say(f"{reopened.title}: {len(reopened.turns)} turns so far")
+        for text in reopened.waiting.values():
+            say(f"not sent yet: {text}")
     build = settings.quant
     chat = LineChat(session, settings.sampling, record, draft, stats, pinned=pinned, build=build)
-    _with_line_editing()
+    _with_line_editing(keeper.questions())
     try:
         while (line := _ask()) is not None:
             if chat.obey(line):
@@ -110,12 +112,17 @@ class Stages:
             say(f"{stage}, {total / 1e6:.0f} MB" if total else stage)
 
 
-def _with_line_editing() -> None:
-    """Cursor keys and history at the prompt, where Python was built with them."""
+def _with_line_editing(asked: Iterable[str]) -> None:
+    """Cursor keys and history at the prompt, where Python was built with them; what was `asked`
+    before is in it, if it is one line."""
     try:
-        import readline  # noqa: F401
+        import readline
     except ImportError:
         say("no line editing here")
+        return
+    for text in asked:
+        if "\n" not in text:
+            readline.add_history(text)
 
 
 def _ask() -> str | None:

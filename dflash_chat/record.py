@@ -6,6 +6,7 @@ Knows no widgets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dflash_chat.chat import Conversation, Turn
@@ -50,6 +51,24 @@ class Record:
     def changed(self) -> None:
         """The system prompt or the active path is another one now."""
         if self.keeper and self.chat.tree:
+            self.keeper.keep(self.chat)
+
+    def wait(self, questions: Mapping[str, str]) -> None:
+        """These questions wait for the engine now, by their ids: a new one is saved at once."""
+        if questions == self.chat.waiting:
+            return
+        new = not questions.keys() <= self.chat.waiting.keys()
+        self.chat.wait(questions)
+        if self.keeper:
+            (self.keeper.keep_now if new else self.keeper.keep)(self.chat)
+
+    def delete(self, turn: Turn) -> None:
+        """A turn and all below it are to be gone. Raises StoreError, and then they are not."""
+        assert self.writing is None, self.writing
+        if self.keeper:
+            self.keeper.remove_turn(self.chat, turn)
+        self.chat.delete(turn.id)
+        if self.keeper:
             self.keeper.keep(self.chat)
 
     def trace(self, turn: Turn) -> list[Prefill | Tokens]:

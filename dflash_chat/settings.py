@@ -29,7 +29,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class OnceArgs:
-    """`dflash-chat --once`: `prompt` already holds what came through stdin."""
+    """`dflash-chat --once`: `prompt` already holds what came through stdin. `extract` prints the
+    first code block of the answer instead of the answer.
+    """
 
     prompt: str
     pair: str = DEFAULT_PAIR
@@ -38,6 +40,7 @@ class OnceArgs:
     draft: bool = True
     stats: bool = False
     json: bool = False
+    extract: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from dflash_chat.runtime.api import encode as encode_event
 
 FILE = "chats.db"
 BUSY_S = 5.0  # how long a write waits for another program's
+RECALLED, RECALLED_CHARS = 500, 50_000  # questions looked at for a history, and their length
 ABANDONED_S = 30.0  # an answer nobody has written on for so long is nobody's any more
 
 # Each script takes the file from one `user_version` to the next; all that is missing run in one
@@ -146,13 +147,15 @@ class Store:
 
     def save(self, chat: Conversation, turns: Iterable[Turn] = ()) -> None:
         """Write what `chat` says of itself and the given turns, new or changed, but no traces; an
-        answer that has no word yet is left out. A chat that is not in the file, or no longer, is
-        written whole."""
+        answer that has no word yet is left out. A chat that is not in the file, or of which other
+        programs have deleted what the turns hang on, is written whole; one with nothing in it is
+        none."""
         now = time.time()
         settings = {
             "params": asdict(chat.params),
             "draft": chat.draft,
             "info": asdict(chat.info) if chat.info else None,
+            "waiting": {id_: _clean(text) for id_, text in chat.waiting.items()},
         }
         last = chat.tree.get(chat.tip or "")
         tip = chat.tip if last is None or last.said else last.parent
@@ -160,9 +163,17 @@ class Store:
             chat.id, _clean(chat.title), chat.created, now, chat.pair,
             chat.build, _clean(chat.system), json.dumps(settings), tip,
         )  # fmt: skip
+        turns = list(turns)
         with self._transaction():
+            if not chat.tree and not chat.waiting:
+                self._db.execute(
+                    "DELETE FROM conversations WHERE id = ?1 AND NOT EXISTS"
+                    " (SELECT 1 FROM messages WHERE conversation = ?1)",
+                    (chat.id,),
+                )
+                return
             known = self._db.execute("SELECT 1 FROM conversations WHERE id = ?", (chat.id,))
-            if not known.fetchone():
+            if not known.fetchone() or not self._hang(turns):
                 turns = list(chat.tree.values())
             self._db.execute(
                 "INSERT INTO conversations VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE"
@@ -185,6 +196,15 @@ class Store:
                     if turn.said
                 ],
             )  # fmt: skip
+
+    def _hang(self, turns: Sequence[Turn]) -> bool:
+        """Whether what these turns hang on is in the file or among them."""
+        parents = {t.parent for t in turns if t.parent} - {t.id for t in turns}
+        marks = ",".join("?" * len(parents))
+        (found,) = self._db.execute(
+            f"SELECT count(*) FROM messages WHERE id IN ({marks})", tuple(parents)
+        ).fetchone()
+        return bool(found == len(parents))
 
     def add_trace(self, turn: str, events: Sequence[Prefill | Tokens]) -> None:
         """Append to the trace of a saved turn."""
@@ -210,6 +230,16 @@ class Store:
         """Delete a conversation with all its branches."""
         with self._transaction():
             self._db.execute("DELETE FROM conversations WHERE id = ?", (conversation,))
+
+    def remove_turn(self, conversation: str, turn: str) -> None:
+        """Delete a turn and all that hangs below it."""
+        with self._transaction():
+            self._db.execute(
+                "WITH RECURSIVE below (id) AS (SELECT ?2 UNION SELECT m.id FROM messages AS m"
+                " JOIN below ON m.parent = below.id WHERE m.conversation = ?1)"
+                " DELETE FROM messages WHERE conversation = ?1 AND id IN below",
+                (conversation, turn),
+            )
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────
 
@@ -240,7 +270,19 @@ class Store:
             for role, content, parent, key, thinking, state, at, figures in rows
         )
         chat.plant(turns, tip)
+        waiting = settings.get("waiting", {})
+        chat.waiting = {id_: text for id_, text in waiting.items() if id_ not in chat.tree}
         return chat
+
+    def questions(self) -> list[str]:
+        """What was asked lately in all chats, each text once, oldest first."""
+        with self._faults():
+            rows = self._db.execute(
+                "SELECT content FROM messages WHERE role = 'user' AND length(content) <= ?"
+                " ORDER BY seq DESC LIMIT ?",
+                (RECALLED_CHARS, RECALLED),
+            ).fetchall()
+        return list(dict.fromkeys(text for (text,) in rows))[::-1]
 
     def trace(self, turn: str) -> list[Prefill | Tokens]:
         """The events of one answer as far as they were saved, oldest first."""
@@ -322,6 +364,7 @@ class Store:
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.execute("PRAGMA synchronous = NORMAL")  # with WAL: safe, and no fsync per save
         if self._version() < len(MIGRATIONS):
+            self.path.chmod(0o600)
             self._keep_a_log()
             with self._transaction():
                 for script in MIGRATIONS[self._version() :]:

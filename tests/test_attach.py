@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_files_stand_below_the_message_in_fences_they_cannot_close() -> None:
     assert sent.endswith("my notes.md:\n````\n```sh\nls\n```\n````")
 
 
+def test_what_was_typed_comes_back_while_its_files_are_there() -> None:
+    text = 'See @notes.txt, and\n\n@"my notes.md"'
+    sent = attach.below(text, attach.files(text))
+
+    assert attach.typed(sent) == text
+    assert attach.typed(text) == text
+    Path("notes.txt").unlink()
+    assert attach.typed(sent) == sent  # else it would be gone
+    aside = "No file\n\nnotes.txt:\n```\nx\n```"
+    assert attach.typed(aside) == aside
+
+
 def test_a_message_says_what_its_files_add() -> None:
     assert attach.sizes("see @notes.txt") == ["notes.txt · 0.0 kB ≈ 2 tokens"]
 
@@ -70,6 +83,9 @@ def test_a_message_says_what_its_files_add() -> None:
 def test_candidates_go_on_from_what_is_typed() -> None:
     assert attach.candidates("no") == ["notes.txt"]
     assert attach.candidates("su") == ["sub/"]
+    assert attach.candidates("sub/") == ["sub/deep.py"]
+    for name in (b"new\nline", b"e\x1b[2Jsc", b"bad \xff", b'quo"te'):
+        Path(os.fsdecode(b"sub/" + name)).write_text("x")
     assert attach.candidates("sub/") == ["sub/deep.py"]
     assert ".hidden" not in attach.candidates("")
     assert attach.candidates(".h") == [".hidden"]

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dflash_chat.chat import STREAMING, Conversation, Turn
+from dflash_chat.chat import STREAMING, Conversation, Turn, titled
 from dflash_chat.runtime.api import Message
 
 
@@ -104,6 +104,7 @@ def test_the_title_is_how_the_first_question_begins_until_a_person_names_the_cha
     assert chat.title == ""
     chat.ask("Why is\nthe sky blue? " + "Really. " * 20)
     assert chat.title.startswith("Why is the sky blue? Really.")
+    assert titled("a\x1b[2J\tb 👩\u200d👧") == "a [2J b 👩\u200d👧"
     assert len(chat.title) <= 60
     chat.title = "Sky"
     chat.ask("And the sea?")
@@ -174,8 +175,26 @@ class AnyUse(RuleBasedStateMachine):
             assert turn in self.chat.turns
             assert all(t.parent != self.chat.tip for t in self.chat.tree.values())
 
+    @rule(number=st.integers(0, 99), role=st.sampled_from(["user", "assistant"]))
+    def delete(self, number: int, role: str) -> None:
+        if turn := self.pick(number, role):
+            path, below = self.chat.turns, self.chat.below(turn.id)
+            assert below[0] is turn
+            assert all(each.parent in {t.id for t in below} for each in below[1:])
+            beside = [each for each in self.chat.branches(turn.id) if each is not turn]
+            self.chat.delete(turn.id)
+            gone = {each.id for each in below}
+            assert all(each.parent not in gone for each in self.chat.tree.values())
+            self.all_said = [said for said in self.all_said if said[0] not in gone]
+            if turn not in path:
+                assert self.chat.turns == path
+            elif beside:
+                assert beside[-1] in self.chat.turns
+            else:
+                assert self.chat.tip == turn.parent
+
     @invariant()
-    def nothing_is_lost(self) -> None:
+    def nothing_else_is_lost(self) -> None:
         assert [(t.id, t.parent, t.content) for t in self.chat.tree.values()] == self.all_said
 
     @invariant()

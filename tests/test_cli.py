@@ -98,7 +98,11 @@ def test_once_gets_prompt_pair_and_settings(runners: Runners, terminal: set[str]
     assert code == EXIT_OK
     assert isinstance(got, OnceArgs)
     assert (got.prompt, got.pair, got.system) == ("hi", "smollm2-135m", "brief")
-    assert (got.draft, got.stats, got.json) == (False, True, True)
+    assert (got.draft, got.stats, got.json, got.extract) == (False, True, True, False)
+    assert cli.main(["--once", "hi", "-x"]) == EXIT_OK
+    short = runners.got[-1]
+    assert isinstance(short, OnceArgs)
+    assert (short.prompt, short.json, short.extract) == ("hi", False, True)
     sampling = got.settings.sampling
     assert (sampling.temperature, sampling.seed, sampling.max_tokens) == (0.7, 3, 9)
 
@@ -270,6 +274,8 @@ def test_a_chat_in_lines(
         (["--once", "hi", "-o", "temprature=1"], EXIT_USAGE, "did you mean temperature?"),
         (["--once", "hi", "--seed", "x"], EXIT_USAGE, "option seed=x"),
         (["--once"], EXIT_USAGE, "there is no prompt"),
+        (["--once", "hi", "-x", "--json"], EXIT_USAGE, "two ways to print"),
+        (["-x"], EXIT_USAGE, "-x need --once"),
         (["hello"], EXIT_USAGE, "to ask something"),
         (["--max-token", "3"], EXIT_USAGE, "did you mean --max-tokens"),
         (["pull"], EXIT_USAGE, "PAIR"),

@@ -31,6 +31,12 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     assert "measured at load, behind 64 tokens" in once.in_words(_answer(at_load), 0.5)
 
 
+def test_the_first_code_is_extracted_and_thoughts_are_none() -> None:
+    answer = "<think>```\nno\n```</think>So:\n\n```sh\nls\n```\n\n```\nsecond\n```"
+    assert once.first_code(answer) == "ls\n"
+    assert once.first_code("<think>hm</think>No code.") == "No code."
+
+
 def test_json_has_the_same() -> None:
     told = once.as_json("x", _answer(), INFO, 0.5)
     assert told["why"] == WHY

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_chat import terminals
+from dflash_chat import plain, terminals
 from dflash_chat.chat import Conversation
 from dflash_chat.keeper import Keeper
 from dflash_chat.plain import LineChat
@@ -215,3 +215,10 @@ def test_a_dumb_terminal_chats_stops_and_continues_without_escape_sequences(
     assert os.waitstatus_to_exitcode(status) == 0
     assert b"\x1b" not in seen
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+def test_lines_asked_before_can_be_recalled() -> None:
+    readline = pytest.importorskip("readline")
+    plain._with_line_editing(["one line", "two\nlines"])
+
+    assert readline.get_history_item(readline.get_current_history_length()) == "one line"

@@ -88,6 +88,78 @@ def test_an_answer_that_grows_keeps_one_row_and_its_steps_in_order(store: Store)
     assert store.trace(turn.id) == turn.trace
 
 
+def test_what_hangs_below_a_removed_turn_goes_with_it(store: Store) -> None:
+    chat, other = branched(), branched()
+    for each in (chat, other):
+        store.save(each)
+        for turn in each.tree.values():
+            store.add_trace(turn.id, turn.trace)
+    second = chat.turns[1]
+    chat.delete(second.id)
+    store.remove_turn(chat.id, second.id)
+    store.save(chat)
+
+    assert essence(store.load(chat.id)) == essence(chat)
+    assert store.trace(second.id) == []
+    assert essence(store.load(other.id)) == essence(other)
+    integrity(store.path)
+
+
+def test_what_is_said_below_a_turn_another_program_deleted_is_kept(store: Store) -> None:
+    chat = Conversation()
+    chat.ask("Hi")
+    store.save(chat)
+    store.remove_turn(chat.id, chat.turns[0].id)
+    chat.answer("Hello")
+    store.save(chat, chat.turns[-1:])
+
+    assert essence(store.load(chat.id)) == essence(chat)
+
+
+def test_what_waits_comes_back_until_it_was_asked(store: Store) -> None:
+    chat = Conversation()
+    chat.wait({"0123456789": "Hi", "9876543210": "And a lone \ud800"})
+    store.save(chat)
+    assert store.chats()[0].title == "Hi"
+    chat.ask("Hi", "0123456789")
+    store.save(chat, chat.turns)
+
+    assert store.load(chat.id).waiting == {"9876543210": "And a lone ?"}
+
+
+def test_a_chat_with_nothing_in_it_is_not_kept(store: Store) -> None:
+    chat = Conversation()
+    chat.wait({"0123456789": "Hi"})
+    store.save(chat)
+    chat.wait({})
+    store.save(chat)
+
+    assert store.chats() == []
+
+
+def test_questions_of_all_chats_come_back_once_each(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "RECALLED", 4)
+    monkeypatch.setattr(store_module, "RECALLED_CHARS", 10)
+    for texts in (("old", "one", "two"), ("one", "x" * 11, "three")):
+        chat = Conversation()
+        for text in texts:
+            chat.ask(text)
+            chat.answer("Yes.")
+        store.save(chat)
+
+    assert store.questions() == ["two", "one", "three"]
+
+
+def test_nobody_else_reads_the_chats(store: Store) -> None:
+    store.save(branched())
+
+    files = [*store.path.parent.iterdir()]
+    assert len(files) == 3  # with its log and what programs share of it
+    assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+
+
 def test_the_chat_written_last_is_the_latest(store: Store) -> None:
     first, second = Conversation(), Conversation()
     for chat in (first, second):

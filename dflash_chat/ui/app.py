@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import gc
 import os
@@ -14,6 +15,7 @@ from textual.app import App, SystemCommand
 from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
+from textual.drivers import linux_driver
 from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
@@ -24,6 +26,7 @@ from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
+from dflash_chat.ui.words import literal
 
 SETTLE_S = 0.5  # by then the first screenful of a reopened chat is drawn
 
@@ -39,6 +42,14 @@ class Palette(CommandPalette):
     def _action_command_list(self, action: str) -> None:
         with contextlib.suppress(KeyError):
             super()._action_command_list(action)
+
+
+def _forgiving(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:
+    """What Textual makes its decoder of; its own ends the app at a byte that is no UTF-8."""
+    return partial(codecs.getincrementaldecoder(encoding), errors="replace")
+
+
+linux_driver.getincrementaldecoder = _forgiving  # type: ignore[assignment,attr-defined]
 
 
 class ChatApp(App[None], inherit_bindings=False):
@@ -106,7 +117,7 @@ class ChatApp(App[None], inherit_bindings=False):
             for action in own:
                 if action.id != "palette":
                     words = f"{action.does} · {action.usage}" if action.command else action.does
-                    yield SystemCommand(action.name, words, partial(screen.choose, action))
+                    yield SystemCommand(action.name, literal(words), partial(screen.choose, action))
         yield from (
             command
             for command in super().get_system_commands(screen)

@@ -38,6 +38,7 @@ from dflash_chat.ui.actions import (
     keys_of,
 )  # fmt: skip
 from dflash_chat.ui.bars import bar
+from dflash_chat.ui.chat_search import SavedChats
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.key_bar import KeyBar
@@ -59,6 +60,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
     """The chat and its panel."""
 
     HORIZONTAL_BREAKPOINTS = WIDTHS
+    COMMANDS: ClassVar = {SavedChats}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(action.keys, action.call or action.id, action.name, id=action.id, priority=True)
         for action in in_scope(CHAT)
@@ -112,7 +114,9 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         self.dialogue.start()
         self.query_one(Prompt).focus()
         self.set_interval(pace.FRAME_S, self._frame)
+        self.put_back()
         self.show_numbers()
+        self.call_after_refresh(self.recall_past)
 
     # ── clocks ──────────────────────────────────────────────────────────────────────────────────
 
@@ -160,8 +164,8 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         if action.id == "code":
             cursor = self.query_one(Transcript).cursor
             return "continue" if self.dialogue.can_continue(cursor) else "copy code"
-        if action.id == "stop" and not self.dialogue.answer:
-            return "Take back" if self._stoppable() == "waiting" else "Close"
+        if action.id == "stop" and (what := self._stoppable()) != "answer":
+            return "Take back" if what == "waiting" else "Close"
         if action.id == "again" and (self.dialogue.retry_after or self.dialogue.down):
             return "Retry"
         return action.name
@@ -198,6 +202,8 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             return f"{command.usage} · {command.does}"
         if "@" in typed and (included := attach.sizes(typed)):
             return "includes " + ", ".join(included)
+        if self.to_delete is not None:
+            return self.delete_words(self.key_words("delete"))
         if self.query_one(Transcript).cursor is not None and not self.query_one(KeyBar).display:
             return " · ".join(" ".join(pair) for pair in self._useful_keys())
         if self.dialogue.down:
@@ -243,8 +249,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
                 return
             files = attach.files(message.shown)
         except UserError as error:
-            prompt = self.query_one(Prompt)
-            prompt.put("\n".join(filter(None, (message.shown, prompt.text))))
+            self.take_back(message.shown)
             self.dialogue.show(Card("Not understood", f"{error.message}\n{error.hint}".strip()))
             return
         turn = UserTurn(message.shown, attach.below(message.text, files), [str(f) for f in files])
@@ -252,6 +257,11 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             self.dialogue.ask_again(replaced, instead=turn)
         else:
             self.dialogue.ask(turn)
+
+    def on_text_area_changed(self, message: Prompt.Changed) -> None:
+        """What waited in vain was sent or thrown away."""
+        if not message.text_area.text:
+            self.dialogue.drop_returned()
 
     async def perform(self, action: Action, argument: str = "") -> None:
         """Do it, if it can be done now. Raises UserError."""
@@ -319,7 +329,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
 
     def _stoppable(self) -> str:
         """What Esc ends now: the answer first, then what lies over the prompt, then the queue."""
-        if self.dialogue.answer:
+        if self.dialogue.answer and not self.dialogue.stopping:
             return "answer"
         if self.query_one(Prompt).offering:
             return "menu"
@@ -341,9 +351,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             case "editing":
                 self.end_editing()
             case "waiting":
-                turn = self.dialogue.waiting.pop()
-                turn.remove()
-                self.take_back(turn)
+                self.take_back(self.dialogue.withdraw().shown)
 
     def action_copy_or_stop(self) -> None:
         """Copy what is selected; else stop; else say how to quit."""

@@ -31,12 +31,14 @@ from dflash_chat.runtime.api import (
     Progress,
     Ready,
     SamplingParams,
+    Spec,
     Tokens,
 )
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.thinking import split
 from dflash_chat.ui import pace
 from dflash_chat.ui.answer import AnswerTurn, numbers_words
+from dflash_chat.ui.effects import law
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.origins import Trace
 from dflash_chat.ui.past import Past
@@ -69,8 +71,10 @@ class Dialogue:
         self.stopping = False  # the answer was asked to end
         self.answer: AnswerTurn | None = None  # the one being written
         self.waiting: deque[UserTurn] = deque()
+        self.returned: dict[str, str] = {}  # what waited when the chat was left, for the prompt
         self.retry_after: UserTurn | None = None  # the question whose answer failed
         self.last_finished: Finished | None = None
+        self.measured: dict[SamplingParams, Spec] = {}  # of the loaded pair, by what they hang on
         self.answer_began = 0.0
         self.ended: Callable[[float], None] = lambda seconds: None  # called after an answer
         self.unfolded = False  # thoughts are shown
@@ -107,6 +111,7 @@ class Dialogue:
     def start(self) -> None:
         """Ask the engine to load, and show what has been said."""
         self.client.send(self.load)
+        self.returned = self.chat.waiting
         self._show_past()
 
     def frame(self) -> None:
@@ -158,6 +163,9 @@ class Dialogue:
             case Finished():
                 self.meter.finish(event)
                 self.last_finished = event
+                if event.spec.drafted:
+                    at = law(self.chat.params)
+                    self.measured[at] = self.measured.get(at, Spec()).merge(event.spec)
                 self._close_answer(numbers_words(event), _STATES[event.reason], event)
                 self.next()
             case Failed():
@@ -217,6 +225,7 @@ class Dialogue:
         """End the engine with all that it holds, then load this; the chat is kept."""
         self.give_up()
         self.load, self.draft_tokens = load, 0
+        self.measured.clear()
         self.restart()
 
     def show(self, widget: UserTurn | Card) -> None:
@@ -235,15 +244,34 @@ class Dialogue:
     def next(self) -> None:
         """Ask the next waiting question, if the engine is free."""
         if self.info is None or self.busy or not self.waiting:
+            self._save_waiting()
             return
         turn = self.waiting.popleft()
         turn.waiting(False)
         if turn.turn:
             self.chat.tip = turn.turn.id  # another answer will be a branch beside the first
         else:
-            turn.turn = self.chat.ask(turn.text)
+            turn.turn = self.chat.ask(turn.text, turn.turn_id)
         messages = self.chat.messages()
         self._generate(turn, self.chat.begin_answer(), messages)
+        self._save_waiting()  # not before: it is never in neither place
+
+    def _save_waiting(self) -> None:
+        waiting = {turn.turn_id: turn.text for turn in self.waiting if turn.turn is None}
+        self.record.wait(self.returned | waiting)
+
+    def withdraw(self) -> UserTurn:
+        """The message that would be asked last is not to be asked."""
+        turn = self.waiting.pop()
+        turn.remove()
+        self._save_waiting()
+        return turn
+
+    def drop_returned(self) -> None:
+        """What had waited is in the prompt no more."""
+        if self.returned:
+            self.returned = {}
+            self._save_waiting()
 
     def _generate(
         self, asked: UserTurn | None, turn: Turn, messages: tuple[Message, ...], begun: str = ""
@@ -323,6 +351,24 @@ class Dialogue:
         self.chat.tip = question.turn.parent
         self.transcript.cut_from(question, below)
 
+    def delete(self, widget: UserTurn | AnswerTurn) -> None:
+        """Delete a turn of the active path and all below it. Raises StoreError."""
+        assert not self.waiting, "messages would hang on nothing"
+        assert widget.turn is not None, "it was not asked yet"
+        self.give_up()
+        self.retry_after = None
+        turn = widget.turn
+        if turn.id not in self.chat.tree:  # a failed answer without a word
+            self.transcript.point(None)
+            widget.remove()
+            return
+        others = len(self.chat.branches(turn.id)) > 1
+        self.record.delete(turn)
+        if others:
+            self._show_past()
+        else:
+            self.transcript.cut_from(widget)
+
     def give_up(self) -> None:
         """Nobody waits for the answer any more; what came of it stays in the conversation."""
         if self.answer:
@@ -339,8 +385,9 @@ class Dialogue:
         self.give_up()
         pace.let_go()
         self.retry_after = self._asked = None
-        self.waiting.clear()
+        self.waiting.clear()  # saved with the chat that is left
         self.record = Record(chat, keeper or self.record.keeper)
+        self.returned = chat.waiting
         self.meter.clear()
         self._show_past()
 

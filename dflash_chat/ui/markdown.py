@@ -181,12 +181,6 @@ def render(chunk: Chunk, highlighted: bool = True) -> Flow:
     return Flow(_blocks(tree.children, EMPTY, EMPTY, chunk.number))
 
 
-def code_blocks(source: str) -> list[str]:
-    """The code in a text, block by block, as it would be pasted."""
-    tokens = _parser().parse(source)
-    return [token.content for token in tokens if token.type in ("fence", "code_block")]
-
-
 @cache
 def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt

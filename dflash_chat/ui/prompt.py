@@ -1,4 +1,5 @@
-"""The prompt box: many lines, Enter sends, paste never sends, Up and Down recall what was sent.
+"""The prompt box: many lines, Enter sends, paste never sends, Up and Down recall what was sent, in
+this session or, if it is told, before it.
 
 A long paste folds to a word in brackets, which is edited as one character would be and unfolds when
 the message is sent. Knows nothing of commands and files but how a menu offers them.
@@ -7,6 +8,7 @@ the message is sent. Knows nothing of commands and files but how a menu offers t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -98,7 +100,7 @@ class Prompt(TextArea):
     def put(self, text: str) -> None:
         """Let `text` stand here, as an edit that can be undone."""
         self.history.checkpoint()
-        self.replace(text, (0, 0), self.document.end)
+        self.replace(_plain(text), (0, 0), self.document.end)
         self.move_cursor(self.document.end)
 
     def undo(self) -> None:
@@ -142,15 +144,25 @@ class Prompt(TextArea):
             self.recall(1)
 
     def recall(self, direction: int) -> None:
-        """Show what was sent before or after what stands here; behind the last is the draft."""
+        """Show what was sent before or after what stands here, unless it is the same; behind the
+        last is the draft."""
         at = self._at + direction
+        while 0 <= at < len(self.sent) and self.sent[at] == self.text:
+            at += direction
         if not 0 <= at <= len(self.sent):
             return
         if self._at == len(self.sent) or self.text != self.sent[self._at]:
             self._draft = self.text
         self._at = at
+        if at < len(self.sent):
+            self.sent[at] = self.short(self.sent[at])
         self.put(self.sent[at] if at < len(self.sent) else self._draft)
         self.post_message(self.Recalled())
+
+    def remember(self, texts: Sequence[str]) -> None:
+        """These were sent before all that was sent here, oldest first."""
+        self.sent[:0] = texts
+        self._at += len(texts)
 
     def _row(self) -> int:
         return self.wrapped_document.location_to_offset(self.cursor_location).y
@@ -160,7 +172,7 @@ class Prompt(TextArea):
     async def _on_paste(self, event: events.Paste) -> None:
         event.stop()
         event.prevent_default()
-        text = event.text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)
+        text = _plain(event.text)
         self.put_in(self._folded(text) if len(text) > FOLD_CHARS else text)
         self.focus()
 
@@ -174,6 +186,15 @@ class Prompt(TextArea):
             label = f"[pasted {size} #{number}]"
         self._pastes[label] = text
         return label
+
+    def short(self, text: str) -> str:
+        """`text` with what is long of it folded, but for a first line that is not."""
+        if len(text) <= FOLD_CHARS:
+            return text
+        text = self.unfolded(text)
+        head, newline, rest = text.partition("\n")
+        whole = len(head) > FOLD_CHARS or len(rest) <= FOLD_CHARS
+        return self._folded(text) if whole else head + newline + self._folded(rest)
 
     def unfolded(self, text: str) -> str:
         """`text` with the pastes it stands for."""
@@ -251,3 +272,8 @@ class Prompt(TextArea):
             self._dismissed = ""
         self._completion = completion
         self._menu.show(completion.choices)
+
+
+def _plain(text: str) -> str:
+    """Text without what a terminal would obey."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)

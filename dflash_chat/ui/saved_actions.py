@@ -1,11 +1,19 @@
-"""What can be done with saved chats and with branches. A part of the chat screen."""
+"""What can be done with saved chats and with branches, and what comes back of them at the start.
+
+A part of the chat screen.
+"""
 
 from __future__ import annotations
 
+import asyncio
+
 from textual import work
 
+from dflash_chat import attach
 from dflash_chat.chat import Conversation, Turn
+from dflash_chat.errors import UserError
 from dflash_chat.store import StoreError
+from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.sessions_screen import SessionsScreen
 from dflash_chat.ui.transcript import Card, Transcript
 from dflash_chat.ui.turn_actions import TurnActions
@@ -24,6 +32,13 @@ class SavedActions(TurnActions):
         with keeper.store() as store:
             self._reopen(store.load(store.find(argument)))
 
+    def open_saved(self, conversation: str) -> None:
+        """Open the chat of this id, if it is there still."""
+        try:
+            self.action_sessions(conversation)
+        except UserError as error:
+            self.notify(error.message, severity="error", markup=False)
+
     @work(exclusive=True, group="sessions")
     async def _choose_chat(self) -> None:
         keeper, chat = self.dialogue.record.keeper, self.dialogue.chat
@@ -39,9 +54,25 @@ class SavedActions(TurnActions):
             return
         dialogue.params, dialogue.draft = chat.params, chat.draft
         dialogue.open(chat)
+        self.put_back()
         if chat.pair != dialogue.load.pair:
             words = f"{chat.pair or 'another'} answered so far, {dialogue.load.pair} does now"
             dialogue.show(Card("Another pair", words))
+
+    def put_back(self) -> None:
+        """What waited for the engine when the chat was left goes into the prompt."""
+        before = self.query_one(Prompt).text
+        texts = [attach.typed(text) for text in self.dialogue.returned.values()]
+        if missing := [text for text in texts if text not in before]:
+            self.take_back(*missing)
+            self.notify("What was not sent yet stands in the prompt")
+
+    @work
+    async def recall_past(self) -> None:
+        """The prompt's history goes on with what was asked before this session."""
+        if keeper := self.dialogue.record.keeper:
+            texts = await asyncio.to_thread(lambda: [*map(attach.typed, keeper.questions())])
+            self.query_one(Prompt).remember(texts)
 
     def _remove_chat(self, conversation: str) -> None:
         """Delete a saved chat; if it is the one on screen, start another. Raises StoreError."""

@@ -6,15 +6,19 @@ A part of the chat screen.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from textual.screen import Screen
 
 from dflash_chat import attach, export
 from dflash_chat.errors import DiskError, UsageError
+from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.settings import draft_choice, draft_choice_words, sampling_option, suggest
+from dflash_chat.ui.bars import grouped
 from dflash_chat.ui.completion import themes
 from dflash_chat.ui.dialogue import Dialogue
+from dflash_chat.ui.effects import effect
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.transcript import Card
 
@@ -28,15 +32,27 @@ class SettingActions(Screen[None]):
 
     def action_system(self, argument: str = "") -> None:
         """Set the system prompt."""
-        self.dialogue.chat.system = argument
+        chat, cached = self.dialogue.chat, self.dialogue.meter.context_tokens
+        reread = chat.system != argument and chat.turns
+        chat.system = argument
         self.dialogue.record.changed()
-        reread = " It is read anew from its beginning." if self.dialogue.chat.turns else ""
-        self._say("System prompt", (argument or "none") + ("\n" + reread.strip()) * bool(reread))
+        words = [argument or "none"]
+        if reread:
+            lost = f"; {grouped(cached)} cached tokens no longer fit" if cached else ""
+            words.append(f"The chat is read anew from its beginning{lost}.")
+        self._say("System prompt", "\n".join(words))
 
     def action_set_option(self, argument: str = "") -> None:
-        """Change a sampling parameter."""
-        self.dialogue.params = sampling_option(argument, self.dialogue.params)
-        self._say("Setting", f"{argument}, from the next answer on")
+        """Change a sampling parameter; alone: say them all."""
+        dialogue = self.dialogue
+        if not argument:
+            self._say("Settings", _settings_words(dialogue.params))
+            return
+        before, dialogue.params = dialogue.params, sampling_option(argument, dialogue.params)
+        words = [f"{argument}, from the next answer on"]
+        if dialogue.draft and dialogue.info and dialogue.info.drafter:
+            words.append(effect(before, dialogue.params, dialogue.measured))
+        self._say("Setting", "\n".join(filter(None, words)))
 
     def action_draft(self, argument: str = "") -> None:
         """Drafting on, off, by what pays, or a fixed number of tokens."""
@@ -90,3 +106,12 @@ class SettingActions(Screen[None]):
 
     def _say(self, title: str, body: str) -> None:
         self.dialogue.show(Card(title, body))
+
+
+def _settings_words(params: SamplingParams) -> str:
+    """Each setting in a line."""
+    values = asdict(params) | {"stop": ", ".join(map(repr, params.stop)) or "none"}
+    if params.seed is None:
+        values["seed"] = "another for every answer"
+    width = max(map(len, values))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in values.items())

@@ -19,7 +19,7 @@ from textual.reactive import Reactive
 from textual.widget import Widget
 from textual.widgets import Static
 
-from dflash_chat.chat import Turn
+from dflash_chat.chat import Turn, new_id
 from dflash_chat.ui.actions import TURN, in_scope
 from dflash_chat.ui.answer import CONTROLS, AnswerTurn
 
@@ -33,14 +33,15 @@ class UserTurn(Static):
     """What the person said; `waiting` while it has not been sent.
 
     `shown` is what was typed, `text` what is sent: pastes unfolded and files added, which `notes`
-    says in words. `turn` is its place in the conversation once it was sent. It is shown up to a
-    length that can be drawn at once.
+    says in words. `turn` is its place in the conversation once it was sent, `turn_id` the id that a
+    new one gets. It is shown up to a length that can be drawn at once.
     """
 
     def __init__(self, shown: str, text: str = "", notes: Sequence[str] = ()) -> None:
         super().__init__()
         self.shown, self.text = shown, text or shown
         self.turn: Turn | None = None
+        self.turn_id = new_id()
         self._notes = tuple(notes)
         self.waiting(True)
 

@@ -1,4 +1,4 @@
-"""What can be done with turns: the cursor, copying, continuing, editing, answering again.
+"""What can be done with turns: the cursor, copying, continuing, editing, answering again, deleting.
 
 A part of the chat screen. What becomes of the conversation is the dialogue's business.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from textual.screen import Screen
 
+from dflash_chat import attach
+from dflash_chat.fenced import code_blocks
+from dflash_chat.store import StoreError
 from dflash_chat.ui import clipboard
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.dialogue import Dialogue
-from dflash_chat.ui.markdown import code_blocks
 from dflash_chat.ui.prompt import Prompt
 from dflash_chat.ui.transcript import Transcript, UserTurn
 
@@ -20,6 +22,7 @@ class TurnActions(Screen[None]):
 
     dialogue: Dialogue
     editing: UserTurn | None = None  # the question that the prompt's text will replace
+    to_delete: UserTurn | AnswerTurn | None = None  # the turn that another press will delete
     _set_aside = ""  # what stood in the prompt before
     _copied_block: tuple[AnswerTurn | None, int] = (None, -1)
 
@@ -33,11 +36,13 @@ class TurnActions(Screen[None]):
 
     def action_turn(self, direction: int) -> None:
         """Move the cursor; below the last turn it goes back to the prompt."""
+        self.to_delete = None
         if not self.query_one(Transcript).step(direction):
             self.leave_cursor()
 
     def leave_cursor(self) -> None:
         """Give the keys back to the prompt."""
+        self.to_delete = None
         self.query_one(Transcript).point(None)
         self.query_one(Prompt).focus()
 
@@ -125,12 +130,41 @@ class TurnActions(Screen[None]):
         if question := self._last_question:
             self.leave_cursor()
             self.dialogue.forget_from(question)
-            self.take_back(question)
+            self.take_back(question.shown)
+            self.dialogue.next()
 
-    def take_back(self, question: UserTurn) -> None:
-        """Put a question before what stands in the prompt."""
+    def take_back(self, *texts: str) -> None:
+        """Put texts before what stands in the prompt."""
         prompt = self.query_one(Prompt)
-        prompt.put("\n".join(filter(None, (question.shown, prompt.text))))
+        typed = (prompt.short(attach.typed(text)) for text in texts)
+        prompt.put("\n".join(filter(None, (*typed, prompt.text))))
+
+    # ── deleting ────────────────────────────────────────────────────────────────────────────────
+
+    def action_delete_turn(self) -> None:
+        """Delete the turn under the cursor and all below it, if that was asked for twice."""
+        cursor = self.query_one(Transcript).cursor
+        if cursor is None:
+            return
+        if self.dialogue.waiting:
+            self.notify("Messages wait for the engine. Esc takes them back")
+        elif self.to_delete is not cursor:
+            self.to_delete = cursor
+        else:
+            self.leave_cursor()
+            self.end_editing()
+            try:
+                self.dialogue.delete(cursor)
+            except StoreError as error:
+                self.notify(f"Not deleted: {error.reason}", severity="error", markup=False)
+
+    def delete_words(self, key: str) -> str:
+        """What another press of `key` would do."""
+        chat = self.dialogue.chat
+        turn = self.to_delete.turn if self.to_delete else None
+        below = len(chat.below(turn.id)) - 1 if turn and turn.id in chat.tree else 0
+        more = f" and {below} below it" if below else ""
+        return f"{key} again deletes this turn{more} for good"
 
     # ── editing ─────────────────────────────────────────────────────────────────────────────────
 
@@ -157,7 +191,7 @@ class TurnActions(Screen[None]):
         if self.editing is None:
             self._set_aside = prompt.text
         self.editing = question
-        prompt.put(question.shown)
+        prompt.put(prompt.short(attach.typed(question.shown)))
         prompt.border_title = "editing · Esc leaves it as it was"
 
     def end_editing(self, restore: bool = True) -> UserTurn | None:

@@ -26,9 +26,13 @@ class ViewActions(TurnActions):
 
     @property
     def seen_answer(self) -> AnswerTurn | None:
-        """The answer under the cursor, else the last one."""
-        cursor = self.query_one(Transcript).cursor
-        return cursor if isinstance(cursor, AnswerTurn) else self.last_answer
+        """The answer under the cursor, or that to the question there; without a cursor the last."""
+        transcript = self.query_one(Transcript)
+        if transcript.cursor is None:
+            return self.last_answer
+        turns = transcript.turns
+        from_here = turns[turns.index(transcript.cursor) :][:2]
+        return next((turn for turn in from_here if isinstance(turn, AnswerTurn)), None)
 
     def action_xray(self) -> None:
         """Show an answer by block and origin."""

@@ -25,6 +25,11 @@ def flowing(pieces: Sequence[str], width: int) -> str:
     return "\n".join(GAP.join(line) for line in flow(pieces, width))
 
 
+def literal(text: str) -> str:
+    """Markup that shows `text` as it stands."""
+    return text.replace("[", "\\[")
+
+
 class Words(Static):
     """Text below an optional bold title. Redrawn when it changes, laid out when its shape does."""
 

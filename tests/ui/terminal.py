@@ -54,10 +54,11 @@ class Terminal:
         return "\n".join("".join(row).rstrip() for row in self._cells)
 
     def press(self, *keys: str) -> None:
-        """Keys by name, "ctrl+q", or text as it is typed."""
+        """Keys by name, "ctrl+q", or text as it is typed; a lone surrogate is a byte that is no
+        UTF-8."""
         for key in keys:
             typed = chr(ord(key[-1]) - 96) if key.startswith("ctrl+") else KEYS.get(key, key)
-            os.write(self._master, typed.encode())
+            os.write(self._master, typed.encode(errors="surrogateescape"))
 
     def wait(self, what: Callable[[], bool], doing: str) -> None:
         """Let the program draw until `what` is so."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from textual.command import CommandPalette
+from textual.widgets import OptionList
 
 from dflash_chat.export import from_json
 from dflash_chat.keeper import Keeper
@@ -197,6 +198,30 @@ async def regenerate(chat: Chat) -> None:
     assert "Two?" not in chat.text
 
 
+async def xray_turn(chat: Chat) -> None:
+    await answered(chat, "The first answer.")
+    await chat.type("And?")
+    await chat.pilot.press("alt+up", "alt+up", "alt+up", "alt+up")  # at the first question
+    await press(chat, "xray_turn")
+    assert xrayed(chat) == "The first answer."
+
+
+async def delete(chat: Chat) -> None:
+    await answered(chat, "First.")
+    await answered(chat, "Second.")
+    await chat.pilot.press("alt+up", "alt+up")
+    await press(chat, "delete")
+    assert "d again deletes this turn and 1 below it for good" in chat.shown("#hint")
+    await chat.pilot.press("alt+up", "alt+down")  # whoever moves has thought better of it
+    await press(chat, "delete")
+    assert "Second." in chat.text
+    await press(chat, "delete")
+    assert "Second." not in chat.text
+    assert [turn.content for turn in chat.screen.dialogue.chat.tree.values()] == ["One?", "First."]
+    await chat.type("And?")
+    assert [m.content for m in chat.client.asked[-1].messages] == ["One?", "First.", "And?"]
+
+
 async def sessions(chat: Chat) -> None:
     await press(chat, "sessions")
     assert isinstance(chat.app.screen, SessionsScreen)
@@ -285,6 +310,7 @@ KEYS: dict[Callable[[Chat], Awaitable[None]], tuple[str, ...]] = {
     plan_and_models: ("plan", "models"), thoughts: ("thoughts",),
     turn_up_and_down: ("turn_up", "turn_down"), copy_turn: ("copy_turn",), code: ("code",),
     edit: ("edit",), regenerate: ("regenerate",), help_: ("help",), palette: ("palette",),
+    xray_turn: ("xray_turn",), delete: ("delete",),
     sessions: ("sessions",), branches: ("branch", "branch_before"),
     new: ("new",), panel: ("panel",), copy: ("copy",),
     scrolling: ("page_up", "page_down", "line_up", "line_down"),
@@ -475,7 +501,15 @@ async def test_help_and_palette_have_all_of_them(chat: Chat) -> None:
     titles = {command.title for command in chat.app.get_system_commands(chat.screen)}
     shown = {action.name for action in ACTIONS if action.scope in (actions.CHAT, actions.APP)}
     assert shown - {"Commands"} <= titles
-    await chat.pilot.press("f1")
+    await chat.pilot.press("ctrl+p")
+    listed: list[str] = []
+    for _ in range(100):
+        listed = [str(option.prompt) for option in chat.app.screen.query_one(OptionList).options]
+        if len(listed) >= len(shown):
+            break
+        await chat.pilot.pause(0.05)
+    assert any("\n" in each and each.endswith("· /model [PAIR]") for each in listed)
+    await chat.pilot.press("escape", "f1")
     page = "\n".join(str(part.content) for part in chat.app.screen.query("#help Static"))
     for action in ACTIONS:
         assert action.does in page

@@ -243,6 +243,27 @@ async def test_escape_takes_a_waiting_message_back_into_the_prompt(chat: Chat) -
     assert not chat.screen.query(UserTurn)
 
 
+async def test_undo_asks_what_waits_behind_the_question(loaded: Chat) -> None:
+    await loaded.type("One?")
+    await loaded.type("Two?")
+    await loaded.type("/undo")
+
+    assert loaded.screen.query_one(Prompt).text == "One?"
+    assert loaded.client.asked[-1].messages == (Message("user", "Two?"),)
+
+
+async def test_escape_twice_stops_and_takes_the_waiting_message_back(loaded: Chat) -> None:
+    await loaded.type("Count")
+    await loaded.type("And then?")
+    await loaded.pilot.press("escape", "escape", "escape")
+    loaded.client.finish(loaded.client.stream("One, two"), reason="cancelled")
+    await loaded.settle()
+
+    assert loaded.client.cancelled == [1]
+    assert loaded.screen.query_one(Prompt).text == "And then?"
+    assert len(loaded.client.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("reason", "words"), [("length", "cut at max_tokens"), ("context", "context is full")]
 )

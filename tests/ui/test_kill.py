@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_chat.chat import Conversation
+from dflash_chat.chat import Conversation, new_id
 from dflash_chat.keeper import Keeper
 from dflash_chat.record import Record
 from dflash_chat.runtime.api import Load, SamplingParams, StepStats, Tokens
@@ -63,11 +63,13 @@ def write_for_ever(folder: Path, log: int) -> None:
     """Ask and count, as fast as it goes, in a process that will be killed."""
     record = Record(Conversation(), Keeper(folder))
     while True:
-        asked = f"question {len(record.chat.tree)}"
+        asked, id_ = f"question {len(record.chat.tree)}", new_id()
+        record.wait({id_: asked})
         os.write(log, f"asks {asked}\n".encode())
-        record.chat.ask(asked)
+        record.chat.ask(asked, id_)
         turn = record.chat.begin_answer()
         record.begin(turn, Load("pair"), None, SamplingParams(), True)
+        record.wait({})
         os.write(log, f"chat {record.chat.id}\n".encode())
         for number in range(random.randrange(20, 600)):
             turn.content += f"{number} "
@@ -131,6 +133,9 @@ def reopened(store: Store, said: str, killed: float) -> None:
     questions = [turn.content for turn in chat.tree.values() if turn.role == "user"]
     sent = sum(line.startswith("chat ") for line in complete)
     assert questions in (asks[:sent], asks[: sent + 1])
+    all_said = [*questions, *chat.waiting.values()]  # each waits or was asked, never both
+    assert all_said[: len(asks)] == asks
+    assert len(all_said) <= len(asks) + 1
     last = said.rpartition("\nchat ")[2].split("\n")[1:-1]
     last = [line for line in last if not line.startswith("asks ")]
     answers = [turn for turn in chat.tree.values() if turn.role == "assistant"]

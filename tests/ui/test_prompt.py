@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from textual.events import Key, Paste
 
+from dflash_chat.chat import Conversation
+from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Message
+from dflash_chat.store import Store
 from dflash_chat.ui.completion import complete
 from dflash_chat.ui.menu import Menu
 from dflash_chat.ui.prompt import FOLD_CHARS, Prompt
+from tests.ui.terminal import Terminal
 from tests.ui.test_chat_flow import Chat, open_chat
 
 LONG = "".join(f"line {n} of something long\n" for n in range(214))
 
 
-@pytest.fixture
-async def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
+
+
+@pytest.fixture
+async def chat() -> AsyncIterator[Chat]:
     async with open_chat((80, 24)) as chat:
         await chat.load()
         yield chat
@@ -102,10 +111,32 @@ async def test_escape_leaves_the_edited_message_as_it_was(chat: Chat) -> None:
 async def test_recalling_while_editing_sends_a_new_message(chat: Chat) -> None:
     await ask(chat, "one")
     await ask(chat, "two")
-    await chat.pilot.press("up", "up", "up", "enter")
+    await chat.pilot.press("up", "up", "enter")  # "two" stands there already
     await chat.settle()
 
     assert [m.content for m in chat.client.asked[-1].messages][-3:] == ["two", "Yes.", "one"]
+
+
+async def test_what_was_sent_before_this_session_is_recalled(tmp_path: Path) -> None:
+    saved = Conversation()
+    for text in ("see @notes.txt\n\nnotes.txt:\n```\nx\n```", "two", "two", f"Why?\n{LONG}"):
+        saved.ask(text)
+        saved.answer("Yes.")
+    with Store(tmp_path) as store:
+        store.save(saved)
+    keeper = Keeper(tmp_path)
+    async with open_chat((80, 24), keeper=keeper) as chat:
+        await chat.load()
+        seen = []
+        for key in ("up", "home", "up", "up", "up", "down"):
+            await chat.pilot.press(key)
+            seen.append(prompt(chat).text)
+        long = "Why?\n[pasted 214 lines]"
+        assert seen == [long, long, long, "two", "see @notes.txt", "two"]
+        await chat.pilot.press("down", "enter")
+        await chat.settle()
+        assert chat.client.asked[-1].messages == (Message("user", f"Why?\n{LONG}"),)
+    keeper.close()
 
 
 # ── folded pastes ───────────────────────────────────────────────────────────────────────────────
@@ -154,6 +185,17 @@ async def test_control_characters_are_not_pasted(chat: Chat) -> None:
     await paste(chat, "a\x1b[2Jb\r\nc\td")
 
     assert prompt(chat).text == "a\ufffd[2Jb\nc\td"
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat() -> None:
+    code = (
+        "from dflash_chat.ui.app import *; from tests.ui.fake_client import FakeClient as Client;"
+        "ChatApp(Client(), ChatScreen(Client(), Load('pair'), SamplingParams())).run()"
+    )
+    with Terminal([sys.executable, "-c", code], 80, 24) as terminal:
+        terminal.wait_for("Ask something")
+        terminal.press("caf\udce9 \udcff", "x")
+        terminal.wait_for("caf\ufffd \ufffdx")
 
 
 async def test_what_is_refused_comes_back(chat: Chat) -> None:

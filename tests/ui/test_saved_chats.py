@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,11 +14,12 @@ from textual import events
 from textual.widgets import Input, OptionList
 
 from dflash_chat import export
+from dflash_chat import store as store_module
 from dflash_chat.chat import Conversation
 from dflash_chat.keeper import Keeper
 from dflash_chat.replay import Answer, Recording, ReplayClient
 from dflash_chat.runtime.api import Load, Message, SamplingParams
-from dflash_chat.store import Store
+from dflash_chat.store import FILE, Store
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.app import ChatApp
 from dflash_chat.ui.chat_screen import ChatScreen
@@ -43,6 +45,11 @@ class Saved(Chat):
     @property
     def current(self) -> Conversation:
         return self.screen.dialogue.chat
+
+    async def until_saved(self) -> None:
+        """Wait for all that was to be saved so far."""
+        await self.pilot.pause()
+        self.keeper.keep_now(self.current)
 
     @property
     def turns(self) -> list[str]:
@@ -207,6 +214,112 @@ async def test_a_chat_that_cannot_be_saved_goes_on_and_says_so(tmp_path: Path) -
         assert "file exists" in chat.shown("#hint")
 
 
+# ── what waits ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_waits_is_saved_and_comes_back_in_the_prompt(tmp_path: Path) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.type("One?")
+        for text in ("Two?", "Three?"):
+            await chat.type(text)
+            assert text in stored(tmp_path).waiting.values()  # already now
+        chat.client.answer("First.")
+        await chat.settle()
+        await chat.until_saved()
+        assert [turn.content for turn in stored(tmp_path).turns][:3] == ["One?", "First.", "Two?"]
+        assert list(stored(tmp_path).waiting.values()) == ["Three?"]
+
+    async with opened(tmp_path, stored(tmp_path)) as chat:
+        prompt = chat.screen.query_one(Prompt)
+        assert prompt.text == "Three?"
+        assert chat.client.asked == []  # nobody is asked unasked
+        assert list(stored(tmp_path).waiting.values()) == ["Three?"]
+        await chat.pilot.press("enter")
+        await chat.settle()
+        await chat.until_saved()
+        assert stored(tmp_path).waiting == {}
+    assert [turn.content for turn in stored(tmp_path).turns].count("Three?") == 1
+
+
+async def test_what_waited_and_was_thrown_away_stays_away(tmp_path: Path) -> None:
+    waited = Conversation()
+    waited.wait({"0123456789": "Hello?"})
+    async with opened(tmp_path, waited) as chat:
+        assert chat.screen.query_one(Prompt).text == "Hello?"
+        await chat.pilot.press("ctrl+u")
+        await chat.until_saved()
+        assert waited.waiting == {}
+    with Store(tmp_path) as store:
+        assert store.chats() == []  # of a chat with nothing in it, nothing is kept
+
+
+async def test_what_is_taken_back_waits_no_more_and_what_is_left_behind_does(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.type("One?")
+        await chat.type("Two?")
+        prompt, left = chat.screen.query_one(Prompt), chat.current.id
+        await chat.pilot.press("escape", "escape")
+        await chat.until_saved()
+        assert (prompt.text, stored(tmp_path).waiting) == ("Two?", {})
+        await chat.pilot.press("enter", "ctrl+n")
+        await chat.type(f"/resume {left}")
+
+        assert prompt.text == "Two?"
+
+
+# ── deleting ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_deleted_branch_gives_way_to_the_one_beside_it(tmp_path: Path) -> None:
+    async with opened(tmp_path, branched()) as chat:
+        await chat.pilot.press("alt+up", "alt+up", "alt+up", "d", "d")  # the second first answer
+        await chat.settle()
+        assert chat.turns == ["Why is the sky blue?", "Rayleigh scattering of sunlight."]
+        await chat.until_saved()
+        assert len(stored(tmp_path).tree) == 2
+        await chat.pilot.press("alt+up", "alt+up", "d", "d")
+        await chat.until_saved()
+        assert chat.turns == []
+        with Store(tmp_path) as store:
+            assert store.chats() == []
+        chat.current.ask("Afresh?")
+        assert chat.current.title == "Afresh?"
+
+
+async def test_the_answer_being_written_is_deleted_and_stays_so(tmp_path: Path) -> None:
+    async with opened(tmp_path) as chat:
+        await chat.type("One?")
+        chat.client.stream("Half an answer")
+        await chat.settle()
+        await chat.pilot.press("alt+up", "d", "d")
+        chat.client.stream("and the rest of it")  # of the request that was given up
+        await chat.settle()
+        await chat.until_saved()
+
+        assert chat.client.cancelled == [1]
+        assert chat.turns == ["One?"]
+        assert [turn.content for turn in stored(tmp_path).tree.values()] == ["One?"]
+
+
+async def test_nothing_is_deleted_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, branched()) as chat:
+        await chat.until_saved()
+        monkeypatch.setattr(store_module, "BUSY_S", 0.05)
+        said: list[str] = []
+        monkeypatch.setattr(chat.screen, "notify", lambda words, **_: said.append(words))
+        holder = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        await chat.pilot.press("alt+up", "d", "d")
+        holder.close()
+
+        assert said == ["Not deleted: another program holds it"]
+        assert chat.turns[-1] == "Chloro"
+
+
 # ── reopening ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -323,6 +436,24 @@ def three(tmp_path: Path) -> list[Conversation]:
             for turn in chat.tree.values():
                 store.add_trace(turn.id, turn.trace)
     return chats
+
+
+async def test_the_palette_finds_what_was_said(tmp_path: Path, three: list[Conversation]) -> None:
+    async with opened(tmp_path) as chat:
+        with Store(tmp_path) as store:
+            store.rename(three[1].id, "[b]old[/i] [PAIR]")
+        await chat.pilot.press("ctrl+p", *"question 1")
+        found = chat.app.screen.query_one(OptionList)
+        for _ in range(100):
+            if found.option_count and found.highlighted is not None:
+                break
+            await chat.pilot.pause(0.05)
+        shown = str(found.get_option_at_index(0).prompt)
+        assert shown.startswith("[b]old[/i] [PAIR]\nchat · Question 1?")
+        await chat.pilot.press("enter")
+        await chat.settle()
+
+        assert chat.current.id == three[1].id
 
 
 def rows(screen: SessionsScreen) -> list[str]:

@@ -168,10 +168,10 @@ class Controller:
         self.histogram[decision.width] += 1
         self.costs.observe(decision.width, context, draft_ms, verify_ms)
         self._context = context
-        won = committed - decision.ms / decision.costs.plain_ms
         self._decoded_ms += ms
         self._recent_tokens = self._recent_tokens * _RECENT + committed
         self._recent_ms = self._recent_ms * _RECENT + ms
+        won = accepted - decision.stake  # plain steps
         if decision.why is FOUND:  # which says nothing of the drafter
             self._settle(decision, won)
             self.acceptance.relax(_FADE)
@@ -226,6 +226,32 @@ class Controller:
         """Why the last decision was made, in words and numbers."""
         return f"{self.last.why}: {figures(self.last)}" if self.last else ""
 
+    def _found(self, plan: Decision, most: int, found: Sequence[float]) -> Decision:
+        """A step whose drafts were found, if it seems to win more than `plan`; else that."""
+        costs, widths = plan.costs, self.widths
+        best = 1.0 / costs.plain_ms
+        if plan.draft:
+            drafted = self.acceptance.expected()
+            by_width = zip(widths, costs.drafted_ms, strict=False)
+            best = max(best, *(drafted[n - 1] / ms for n, ms in by_width))
+        bet = _BET * (self._purse - self._staked)
+        expected = list(accumulate(accumulate(found, mul, initial=1.0)))
+        for n, drafted_ms in zip(widths[1:], costs.drafted_ms[1:], strict=False):
+            ms = drafted_ms - costs.draft_ms
+            stake = ms / costs.plain_ms - 1.0
+            if n > min(most, len(expected)) or stake > bet:
+                break
+            if expected[n - 1] / ms > best:
+                best = expected[n - 1] / ms
+                plan = Decision(n, False, FOUND, costs, ms, expected[n - 1], stake)
+        return plan
+
+    def _settle(self, decision: Decision, won: float) -> None:
+        """A stake comes back with what it won, in plain steps, or without."""
+        self._staked -= decision.stake
+        if decision.why is not PINNED:  # else somebody else's choice, and at nobody's risk
+            self._purse = min(PURSE_LIMIT, self._purse + won)
+
     def _decide(self, costs: StepCosts, most: int) -> Decision:
         if self.pinned == 0 or most < self.widths[1]:
             return _plain(costs, OFF if self.pinned == 0 else NO_ROOM)
@@ -251,31 +277,6 @@ class Controller:
             return _plain(costs, PLAIN)
         self._look_after = min(2 * self._look_after, _LAST_LOOK)
         return self._drafted(i, LOOK, costs, expected)
-
-    def _found(self, plan: Decision, most: int, found: Sequence[float]) -> Decision:
-        """A step whose drafts were found, if it seems to win more than `plan`; else that."""
-        costs = plan.costs
-        rate = 1.0 / costs.plain_ms
-        if plan.draft:
-            drafted = self.acceptance.expected()
-            by_width = zip(self.widths, costs.drafted_ms, strict=False)
-            rate = max(rate, *(drafted[n - 1] / ms for n, ms in by_width))
-        without_draft = tuple(ms - costs.draft_ms for ms in costs.drafted_ms)
-        costs = StepCosts(costs.plain_ms, 0.0, without_draft)
-        expected = list(accumulate(accumulate(found, mul, initial=1.0)))
-        most = min(most, len(expected))
-        i = self._best(expected, costs, most, self._limit_ms(costs), 1.0 / rate)
-        if not i:
-            return plan
-        decision = Decision(0, False, FOUND, costs, 0.0)
-        self._set(decision, i, expected)
-        return decision
-
-    def _settle(self, decision: Decision, won: float) -> None:
-        """A stake comes back with what it won, in plain steps, or without."""
-        self._staked -= decision.stake
-        if decision.why is not PINNED:  # else somebody else's choice, and at nobody's risk
-            self._purse = min(PURSE_LIMIT, self._purse + won)
 
     def _limit_ms(self, costs: StepCosts) -> float:
         """The longest step whose worst outcome the purse can pay."""
@@ -326,7 +327,7 @@ class Controller:
         return decision
 
     def _set(self, decision: Decision, index: int, expected: Sequence[float] | None) -> None:
-        """Give a step with drafts its width, and what follows from it."""
+        """Give a drafted step its width, and what follows from it."""
         width, costs = self.widths[index], decision.costs
         decision.width = width
         decision.ms = costs.drafted_ms[index]

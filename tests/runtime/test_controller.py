@@ -248,9 +248,9 @@ def _used_to(accepted: int, late: bool = True, steps: int = 60) -> Controller:
 def _step(auto: Controller, accepted: int, found: Sequence[float] = ()) -> Decision:
     """One step at the table's own times, of which at most `accepted` drafts are right."""
     decision = auto.decide(2048, 16, found)
-    draft_ms = decision.costs.draft_ms
     if decision.draft and not auto.late:
         auto.cut(decision, [0.9] * 15)
+    draft_ms = decision.costs.draft_ms * decision.draft
     right = min(accepted, decision.width - 1)
     auto.observe(decision, right, 2048, draft_ms, decision.ms - draft_ms)
     return decision
@@ -265,7 +265,8 @@ def test_drafts_that_were_found_are_taken_where_they_win_more(accepted: int, lat
     step = next(step for step in reversed(steps) if step.why == words.FOUND)
     assert not step.draft
     assert step.width >= 8
-    assert step.ms == step.costs.drafted_ms[auto.widths.index(step.width)]
+    costs, i = step.costs, auto.widths.index(step.width)
+    assert step.ms == costs.drafted_ms[i] - costs.draft_ms
     assert step.tokens > step.width * 0.8
     assert figures(step).startswith(f"{step.width} rows, ")
     assert not any(_step(auto, 0, UNSURE).why == words.FOUND for _ in range(10))

@@ -98,13 +98,14 @@ def as_json(text: str, finished: Finished, info: ModelInfo, load_s: float) -> di
 def in_words(finished: Finished, load_s: float) -> str:
     """The lines of `--stats`."""
     usage, spec, timing = finished.usage, finished.spec, finished.timing
+    copied = f", {spec.copied} found in the text" if spec.lookups else ""
     against = f" ({timing.speedup:.2f}× plain)" if timing.speedup else ""
     return (
         f"{usage.completion} tokens · {timing.tok_s:.1f} tok/s{against} · "
         f"ttft {timing.ttft_s * 1000:.0f} ms · load {load_s:.1f} s · "
         f"prompt {usage.prompt} ({usage.cached} cached) · {finished.reason}\n"
         f"tau {spec.tau:.2f} = {max(0.0, spec.tau - 1):.2f} drafted + 1 · "
-        f"{spec.steps} verify passes · accepted {spec.accepted} of {spec.drafted} · "
+        f"{spec.steps} verify passes · accepted {spec.accepted} of {spec.drafted}{copied} · "
         f"histogram {list(spec.histogram)}\n"
         f"{width_words(spec.widths)}{_plain_words(timing)}\n"
         f"last step: {finished.why or 'there was none'}"

@@ -126,6 +126,7 @@ _CHOICES = {
     "dtype": ("auto", "fp32", "bf16"),
     "drafter": ("auto", "bf16", "fp8"),
     "head": ("auto", "fp8"),
+    "lookup": ("on", "off"),
 }
 _QUANT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _DRAFT_ROWS = _Number(1, 1_048_576, whole=True)

@@ -57,7 +57,7 @@ def test_json_is_one_object_whose_sums_agree(smollm2_gguf: Path) -> None:
     spec = answer["spec"]
     assert set(spec) == {
         "steps", "drafted", "accepted", "tau", "accept_rate", "histogram", "survival",
-        "full_blocks", "widths",
+        "full_blocks", "widths", "lookups", "copied",
     }  # fmt: skip
     assert sum(spec["widths"]) == spec["steps"]
     assert sum(i * count for i, count in enumerate(spec["widths"])) == spec["drafted"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dflash_chat import once
 from dflash_chat.runtime.api import Finished, ModelInfo, Spec, Timing, Usage
 
@@ -22,6 +24,12 @@ def test_the_figures_have_the_widths_the_baseline_with_its_age_and_the_reason() 
         "behind 312 tokens"
     )
     assert lines[3] == f"last step: {WHY}"
+
+
+def test_what_was_found_in_the_text_is_told_where_something_was() -> None:
+    assert "accepted 8 of 12 · " in once.in_words(_answer(), 0.5)
+    found = replace(SPEC, lookups=2, copied=5)
+    assert "accepted 8 of 12, 5 found in the text · " in once.in_words(_answer(spec=found), 0.5)
 
 
 def test_what_was_not_measured_is_not_claimed() -> None:

@@ -31,12 +31,13 @@ def test_every_key_lands_where_it_belongs() -> None:
             "drafter=fp8",
             "draft_head=FP8:16000",
             "head=fp8",
+            "lookup=off",
             "quant=Bf16",
         ]
     )
     assert settings == Settings(
         SamplingParams(0.7, 40, 0.9, 0.05, 1.1, -0.5, 0.5, 7, 64, ("END", "\n\n")),
-        EngineOptions("cpu", "fp32", 4096, 5, 2, "fp8", "fp8", 16000, "fp8"),
+        EngineOptions("cpu", "fp32", 4096, 5, 2, "fp8", "fp8", 16000, "fp8", "off"),
         "bf16",
     )
 

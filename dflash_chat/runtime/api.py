@@ -17,6 +17,8 @@ GLOSSARY = {
     "drafted": "proposed tokens that were put before the target; the anchor does not count",
     "accepted": "drafted tokens the target agreed with",
     "committed": "accepted + 1: each verify pass also yields a token of the target's own",
+    "lookup": "drafts found in the text so far, behind where its last tokens stood before; they "
+    "cost no draft",
     "correction": "the target's own token where it disagreed with a draft",
     "bonus": "the target's own token behind a block of which every draft was accepted",
     "tau": "acceptance length: committed ÷ verify passes; exactly 1 without drafting",
@@ -86,6 +88,8 @@ class EngineOptions:
     two; "auto" leaves them to the plan on a GPU, and as they are elsewhere. Only the last of
     them changes answers. `draft_rows` keeps the rows of that many lowest ids in the copy, and those
     of added tokens; 0 keeps all.
+
+    `lookup` "off" leaves all drafts to the drafter. CUDA graphs never look up.
     """
 
     device: str = "auto"
@@ -97,6 +101,7 @@ class EngineOptions:
     draft_head: str = "auto"
     draft_rows: int = 0
     head: str = "auto"
+    lookup: str = "on"
 
     @property
     def copies_head(self) -> bool:
@@ -120,7 +125,8 @@ class StepStats:
     """One verify pass. Times in milliseconds; `context_tokens` after the commit.
 
     `why` says in words why the pass had this width, and `figures`, now and then, by which numbers.
-    A `probe` drafted nothing in order to time plain decoding.
+    A `probe` drafted nothing in order to time plain decoding. The drafts were `found` in the text
+    so far, for nothing, or are the drafter's.
     """
 
     drafted: int
@@ -134,6 +140,7 @@ class StepStats:
     why: str = ""
     probe: bool = False
     figures: str = ""
+    found: bool = False
 
     @property
     def width(self) -> int:
@@ -165,7 +172,8 @@ class Spec:
     """Speculation over one answer, or pooled over many: sums, never means of ratios.
 
     `histogram[i]` passes committed i + 1 tokens, `widths[i]` passes had i + 1 rows, and of `full`
-    ones every draft was accepted.
+    ones every draft was accepted. The drafts of `lookups` passes were found in the text, and
+    `copied` of those accepted.
     """
 
     steps: int = 0
@@ -174,6 +182,8 @@ class Spec:
     histogram: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
     full: int = 0
+    lookups: int = 0
+    copied: int = 0
 
     @property
     def tau(self) -> float:
@@ -206,7 +216,7 @@ class Spec:
         """The same sums with one more verify pass."""
         one = Spec(
             1, stats.drafted, stats.accepted, _one_of(stats.committed), _one_of(stats.width),
-            int(stats.full),
+            int(stats.full), int(stats.found), stats.accepted * stats.found,
         )  # fmt: skip
         return self.merge(one)
 
@@ -219,6 +229,8 @@ class Spec:
             _summed(self.histogram, other.histogram),
             _summed(self.widths, other.widths),
             self.full + other.full,
+            self.lookups + other.lookups,
+            self.copied + other.copied,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -233,6 +245,8 @@ class Spec:
             "survival": [round(share, 4) for share in self.survival],
             "full_blocks": round(self.full_blocks, 4),
             "widths": list(self.widths),
+            "lookups": self.lookups,
+            "copied": self.copied,
         }
 
 

@@ -8,8 +8,9 @@ costs more than half of it, and once that leaves none, decoding is plain until t
 a little. So in all drafting never loses more than `PURSE` plain steps beyond what it has won, and
 `REFILL` for every token decoded plainly.
 
-While plain decoding wins, single drafted steps look whether it still does, ever more rarely. Knows
-rows, tokens and milliseconds; knows neither models nor devices nor the clock.
+While plain decoding wins, single drafted steps look whether it still does, ever more rarely. Where
+drafts were found in the text (`lookup.py`), which cost no draft, they are verified if that seems to
+win more. Knows rows, tokens and milliseconds; knows neither models nor devices nor the clock.
 
     decision = controller.decide(context, most)          before the draft
     controller.cut(decision, confidence)                 behind it, if that is known in time
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from dflash_chat.runtime.acceptance import Acceptance
 from dflash_chat.runtime.costs import Costs, StepCosts
@@ -43,6 +46,7 @@ _TELL_EVERY = 50  # steps between two whose figures are told
 _NO_LIMIT = float("inf")
 
 PAYS = "most tokens per millisecond"
+FOUND = "found in the text, no draft needed"
 PLAIN = "plain decoding is faster"
 LOOK = "looking whether drafting pays again"
 SPENT = "drafting has lost too much lately"
@@ -112,11 +116,14 @@ class Controller:
         self._recent_tokens = self._recent_ms = 0.0
         self._untold = 0  # steps until figures are told again
 
-    def decide(self, context: int, most: int) -> Decision:
+    def decide(self, context: int, most: int, found: Sequence[float] = ()) -> Decision:
         """The next step behind `context` tokens, of at most `most` rows. Without `late` the width
-        of a drafted one is only an upper bound for `cut`.
+        of a drafted one is only an upper bound for `cut`. `found`: the chance of each draft that
+        was found in the text to be right, if all before it are.
         """
         decision = self._decide(self.costs.at(context), most)
+        if found and decision.why in (PAYS, PLAIN):
+            decision = self._found(decision, most, found)
         self._staked += decision.stake
         self.last = decision
         return decision
@@ -164,6 +171,11 @@ class Controller:
         self._decoded_ms += ms
         self._recent_tokens = self._recent_tokens * _RECENT + committed
         self._recent_ms = self._recent_ms * _RECENT + ms
+        won = accepted - decision.stake  # plain steps
+        if decision.why is FOUND:  # which says nothing of the drafter
+            self._settle(decision, won)
+            self.acceptance.relax(_FADE)
+            return
         if not decision.draft:
             self._measured = self._decoded_ms, context
             self._plain_tokens += 1
@@ -171,10 +183,7 @@ class Controller:
             self._purse = max(self._purse, min(PURSE, self._purse + REFILL))
             return
         self.acceptance.observe(decision.width - 1, accepted, confidence or decision.confidence)
-        won = committed - decision.ms / decision.costs.plain_ms
-        self._staked -= decision.stake
-        if decision.why is not PINNED:  # else somebody else's choice, and at nobody's risk
-            self._purse = min(PURSE_LIMIT, self._purse + won)
+        self._settle(decision, won)
         self._plain_tokens = 0
         if won > 0 and decision.why is PAYS:
             self._look_after = _FIRST_LOOK
@@ -216,6 +225,32 @@ class Controller:
     def reason(self) -> str:
         """Why the last decision was made, in words and numbers."""
         return f"{self.last.why}: {figures(self.last)}" if self.last else ""
+
+    def _found(self, plan: Decision, most: int, found: Sequence[float]) -> Decision:
+        """A step whose drafts were found, if it seems to win more than `plan`; else that."""
+        costs, widths = plan.costs, self.widths
+        best = 1.0 / costs.plain_ms
+        if plan.draft:
+            drafted = self.acceptance.expected()
+            by_width = zip(widths, costs.drafted_ms, strict=False)
+            best = max(best, *(drafted[n - 1] / ms for n, ms in by_width))
+        bet = _BET * (self._purse - self._staked)
+        expected = list(accumulate(accumulate(found, mul, initial=1.0)))
+        for n, drafted_ms in zip(widths[1:], costs.drafted_ms[1:], strict=False):
+            ms = drafted_ms - costs.draft_ms
+            stake = ms / costs.plain_ms - 1.0
+            if n > min(most, len(expected)) or stake > bet:
+                break
+            if expected[n - 1] / ms > best:
+                best = expected[n - 1] / ms
+                plan = Decision(n, False, FOUND, costs, ms, expected[n - 1], stake)
+        return plan
+
+    def _settle(self, decision: Decision, won: float) -> None:
+        """A stake comes back with what it won, in plain steps, or without."""
+        self._staked -= decision.stake
+        if decision.why is not PINNED:  # else somebody else's choice, and at nobody's risk
+            self._purse = min(PURSE_LIMIT, self._purse + won)
 
     def _decide(self, costs: StepCosts, most: int) -> Decision:
         if self.pinned == 0 or most < self.widths[1]:
@@ -304,7 +339,7 @@ class Controller:
 def figures(decision: Decision) -> str:
     """What a step was expected to commit and to take, beside a plain one."""
     plain_ms = decision.costs.plain_ms
-    if not decision.draft:
+    if decision.width == 1 and not decision.draft:
         return f"{plain_ms:.2f} ms a token"
     return (
         f"{decision.width} rows, {decision.tokens:.1f} tokens in {decision.ms:.2f} ms; "

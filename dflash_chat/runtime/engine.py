@@ -4,7 +4,7 @@ Invariant between steps: the target's cache, the drafter's context and `log` hol
 and one more token, the anchor, is chosen but in none of them.
 
     prompt ──prefill──▶ n tokens in both caches, first anchor from the last row
-    anchor ──draft────▶ d1 … dk                         (drafter: one forward)
+    anchor ──draft────▶ d1 … dk        (drafter: one forward; or found in the text, for nothing)
     verify  [anchor, d1 … dk] ─▶ k+1 rows, each choosing its next token   (target: one forward)
     accept  the longest prefix d1 … da that the rows chose themselves
     commit(a + 1)     anchor and accepted drafts stay; row a's choice is the bonus, the next anchor
@@ -27,8 +27,9 @@ from dflash_chat.errors import UsageError
 from dflash_chat.runtime.api import SamplingParams, StepStats
 from dflash_chat.runtime.baseline import Plain
 from dflash_chat.runtime.cache import KVCache
-from dflash_chat.runtime.controller import BASELINE, Controller, Decision
+from dflash_chat.runtime.controller import BASELINE, FOUND, Controller, Decision
 from dflash_chat.runtime.costs import Costs, CostTable
+from dflash_chat.runtime.lookup import Chances, Found, Lookup
 from dflash_chat.runtime.sampling import Sampler, accepted
 from dflash_chat.runtime.timing import StepTimer, quickest_ms
 
@@ -111,9 +112,9 @@ class Engine:
     """One target, its drafter and their caches; one sequence at a time.
 
     `draft_tokens` is how many tokens are drafted. A verify pass carries all of them, or, once
-    `measure` has timed every width, what `controller` decides. `taps` are the target layers the
-    drafter observes. Closing the generator between steps is safe: every yield is a consistent
-    state.
+    `measure` has timed every width, what `controller` decides; with `lookup` it also weighs drafts
+    that are found in the text. `taps` are the target layers the drafter observes. Closing the
+    generator between steps is safe: every yield is a consistent state.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Engine:
         taps: Sequence[int],
         draft_tokens: int,
         stop_ids: frozenset[int],
+        lookup: bool = True,
     ) -> None:
         self.target, self.cache, self.drafter = target, cache, drafter
         self.taps = tuple(taps) if drafter is not None else ()
@@ -131,6 +133,7 @@ class Engine:
         self.stop_ids = stop_ids
         self._widths = range(1, draft_tokens + 2 if drafter is not None else 2)  # of eager passes
         self._pinned: int | None = draft_tokens  # where a request does not say
+        self._looks_up, self._chances = lookup, Chances()
         self.controller = Controller(
             Costs(CostTable.even(self._widths)), draft_tokens, late=False, pinned=draft_tokens
         )
@@ -299,10 +302,15 @@ class Engine:
     def _steps(self, anchor: int, sampler: Sampler) -> _Steps:
         """Draft–verify cycles, as wide as the controller says."""
         timer, controller = StepTimer(self.target.device), self.controller
+        lookup = None
+        if self._looks_up and controller.pinned is None:
+            lookup = Lookup([*self.log, anchor], self._chances)
         while True:
             timer.start()
-            decision = controller.decide(self.cache.length, self.cache.capacity - self.cache.length)
-            drafted = self._propose(anchor, sampler, decision)
+            context = self.cache.length
+            found = lookup.find(self.draft_tokens) if lookup else Found()
+            decision = controller.decide(context, self.cache.capacity - context, found.chances)
+            drafted = self._propose(anchor, sampler, decision, found)
             width = len(drafted)
             block = torch.cat([self._tensor([anchor]), drafted])
             timer.mark("draft")
@@ -332,12 +340,17 @@ class Engine:
                 why=decision.why,
                 probe=decision.why == BASELINE,
                 figures=controller.told(decision),
+                found=decision.why == FOUND,
             )
+            if lookup:
+                lookup.extend(choices[: n + 1])
             yield choices[: n + 1], stats
             anchor = choices[n]
 
-    def _propose(self, anchor: int, sampler: Sampler, decision: Decision) -> Tensor:
+    def _propose(self, anchor: int, sampler: Sampler, decision: Decision, found: Found) -> Tensor:
         """The drafted tokens worth verifying, int64 [≤ draft_tokens]."""
+        if decision.why == FOUND:
+            return self._tensor(found.tokens[: decision.width - 1])
         if self.drafter is None or not decision.draft:
             return self._tensor([])
         tokens, chances = sampler.guess(self.drafter.draft(anchor, decision.width - 1))

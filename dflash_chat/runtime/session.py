@@ -385,6 +385,7 @@ def _build(
         drafter_config.target_layer_ids,
         opened.draft_tokens,
         frozenset(opened.tokenizer.stop_ids),
+        options.lookup == "on",
     )
     if device.type == "cuda":
         progress(Progress("capturing CUDA graphs", 0, 0))

@@ -410,7 +410,9 @@ class ModelsScreen(Screen[Load | None]):
 
 def load_of(pair: str, quant: str, before: EngineOptions) -> Load:
     """Another pair on the same device; what was chosen for the one before is left to the plan."""
-    options = EngineOptions(device=before.device, dtype=before.dtype, threads=before.threads)
+    options = EngineOptions(
+        device=before.device, dtype=before.dtype, threads=before.threads, lookup=before.lookup
+    )
     return Load(pair, quant, options)
 
 

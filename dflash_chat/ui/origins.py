@@ -16,6 +16,7 @@ class Origin(Enum):
 
     PROMPT = "prompt"  # the first one, from prefill
     ACCEPTED = "accepted"  # drafted, and the target agreed
+    LOOKUP = "lookup"  # the same, but found in the text and not the drafter's
     CORRECTION = "correction"  # the target's own, in place of a draft it rejected
     BONUS = "bonus"  # the target's own, behind a block of accepted drafts
     PLAIN = "plain"  # the target's own, from a pass without drafts
@@ -93,5 +94,5 @@ def _origin(stats: StepStats | None, place: int) -> Origin:
     if not stats.drafted:
         return Origin.PLAIN
     if place < stats.accepted:
-        return Origin.ACCEPTED
+        return Origin.LOOKUP if stats.found else Origin.ACCEPTED
     return Origin.BONUS if stats.full else Origin.CORRECTION

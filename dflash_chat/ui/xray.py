@@ -24,7 +24,7 @@ from dflash_chat.ui.xray_layout import SHADES, Layout, figures, next_missed, wor
 
 REFRESH_S = 1 / 5
 
-LEGEND = "accepted, shaded by place · ~correction~ · bonus▸ · ▏ a block"
+LEGEND = "accepted, shaded by place · ~correction~ · bonus▸ · ▏ a block · ≡ looked up"
 KEYS = "←/→ block   Tab next without a hit   w worst   Home/End   F3 close"
 
 
@@ -36,7 +36,7 @@ class XrayView(ScrollView, can_focus=True):
 
     COMPONENT_CLASSES: ClassVar = {
         *(f"accepted-{n}" for n in range(1, SHADES + 1)),
-        "correction", "bonus", "plain", "border",
+        "lookup", "correction", "bonus", "plain", "border",
     }  # fmt: skip
     BINDINGS: ClassVar = [
         Binding("left", "step(-1)", "Block before", id="xray_left"),

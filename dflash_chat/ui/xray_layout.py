@@ -2,9 +2,10 @@
 
     ▏A fixed-size buffer▏ keeps two~ indices~▏, head and▸▏
 
-A border opens each block. ~…~ is the target's correction, ▸ follows a bonus, and text without a
-mark was accepted (or, alone in its block, came of a pass that drafted nothing), so that no colour
-is needed. Only blocks that changed are laid out again.
+A border opens each block, ≡ one whose drafts were found in the text. ~…~ is the target's
+correction, ▸ follows a bonus, and text without a mark was accepted (or, alone in its block, came of
+a pass that drafted nothing), so that no colour is needed. Only blocks that changed are laid out
+again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rich.cells import cell_len, chop_cells
 
 from dflash_chat.ui.origins import Block, Origin, Piece
 
-BORDER = "▏"
+BORDER, FOUND = "▏", "≡"
 SHADES = 4  # of accepted tokens, by place
 
 # What a model writes is shown and not obeyed.
@@ -55,7 +56,8 @@ class Layout:
             del self.rows[row + 1 :], self.rows[row][runs:], self._starts[changed:]
         for number in range(len(self._starts), len(blocks)):
             self._starts.append(_Place(len(self.rows) - 1, len(self.rows[-1]), self._column))
-            self._put(Run(BORDER, number, ""))
+            stats = blocks[number].stats
+            self._put(Run(FOUND if stats and stats.found else BORDER, number, ""))
             for piece in blocks[number].pieces:
                 for text, style in marked(piece):
                     self._write(text, number, style)
@@ -128,6 +130,8 @@ def marked(piece: Piece) -> list[tuple[str, str]]:
         case Origin.BONUS:
             before, core, after = _parts(piece.text)
             return [(before + core + "▸" + after, "bonus")]
+        case Origin.LOOKUP:
+            return [(piece.text, "lookup")]
         case Origin.PLAIN | Origin.PROMPT:
             return [(piece.text, "plain")]
 
@@ -170,6 +174,8 @@ def figures(blocks: Sequence[Block], current: int) -> tuple[str, str]:
     if stats is None:
         return f"{number} · the prompt's own token", ""
     brought = f"{stats.accepted}/{stats.drafted} accepted" if stats.drafted else "nothing drafted"
+    if stats.found:
+        brought += ", found in the text"
     first = f"{number} · {brought} · {stats.total_ms:.1f} ms · {block.tok_s:.0f} tok/s"
     second = (
         f"draft {stats.draft_ms:.1f} · verify {stats.verify_ms:.1f} · "

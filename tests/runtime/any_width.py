@@ -5,23 +5,30 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from dflash_chat.runtime.controller import BASELINE, Controller, Decision
+from dflash_chat.runtime.controller import BASELINE, FOUND, Controller, Decision
 from dflash_chat.runtime.costs import Costs, CostTable
 
 WHY = "at random"
 
 
 class AnyWidth(Controller):
-    """Runs of plain steps, drafted ones of every width, and drafts of which nothing is verified."""
+    """Runs of plain steps, drafted ones of every width, drafts of which nothing is verified, and
+    every second time that something was found in the text, a part of that.
+    """
 
     def __init__(self, widths: Sequence[int], late: bool, seed: int = 3) -> None:
         super().__init__(Costs(CostTable.even(widths)), max(widths) - 1, late)
         self._draws = random.Random(seed)
         self._plain_left = 0
+        self.found_widths: list[int] = []
         self.kinds: list[tuple[bool, int]] = []  # of the steps observed: drafted, rows
 
-    def decide(self, context: int, most: int) -> Decision:
+    def decide(self, context: int, most: int, found: Sequence[float] = ()) -> Decision:
         fitting = [n for n in self.widths if n <= most]
+        copied = [n for n in fitting[1:] if n <= len(found) + 1]
+        if copied and self._draws.random() < 0.5:
+            self.found_widths.append(self._draws.choice(copied))
+            return Decision(self.found_widths[-1], False, FOUND, self.costs.at(context), 1.0)
         if not self._plain_left and self._draws.random() < 0.2:
             self._plain_left = self._draws.randint(1, 20)
         if self._plain_left or len(fitting) == 1:

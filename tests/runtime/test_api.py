@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -65,6 +66,15 @@ def test_sums_of_passes() -> None:
     assert spec.full == 2
     assert spec.tau == 2.0
     assert spec.full_blocks == 0.5
+    assert (spec.lookups, spec.copied) == (0, 0)
+
+
+def test_what_was_found_in_the_text_is_counted_apart() -> None:
+    found = replace(StepStats(7, 5, 6, 0, 2, 3, 4, 9), found=True)
+    spec = steps((3, 3), (0, 0)).add(found).add(replace(found, accepted=0, committed=1))
+    assert (spec.drafted, spec.accepted, spec.lookups, spec.copied) == (17, 8, 2, 5)
+    assert spec.merge(spec).copied == 10
+    assert (spec.to_json()["lookups"], spec.to_json()["copied"]) == (2, 5)
 
 
 def test_survival_adds_up_to_the_accepted_tokens_of_a_pass_with_drafts() -> None:

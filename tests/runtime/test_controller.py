@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
 
 from dflash_chat.runtime import controller as words
-from dflash_chat.runtime.controller import Controller, figures
+from dflash_chat.runtime.controller import Controller, Decision, figures
 from dflash_chat.runtime.costs import Costs, CostTable
 from tests.runtime import simulated_decoding as sim
 from tests.runtime.simulated_decoding import RIGS, Rig, Run, Trace, pooled
@@ -231,6 +232,79 @@ def test_what_a_pinned_width_loses_is_not_charged_to_the_controllers_own_choice(
     assert auto.decide(2048, 16).why != words.SPENT
     decided = [auto.decide(2048, 16).why for _ in range(3)]
     assert words.SPENT not in decided
+
+
+SURE, UNSURE = [0.98] * 15, [0.3] * 15
+
+
+def _used_to(accepted: int, late: bool = True, steps: int = 60) -> Controller:
+    """A controller whose drafts were right so far, `accepted` in a row."""
+    auto = _controller(late=late)
+    for _ in range(steps):
+        _step(auto, accepted)
+    return auto
+
+
+def _step(auto: Controller, accepted: int, found: Sequence[float] = ()) -> Decision:
+    """One step at the table's own times, of which at most `accepted` drafts are right."""
+    decision = auto.decide(2048, 16, found)
+    if decision.draft and not auto.late:
+        auto.cut(decision, [0.9] * 15)
+    draft_ms = decision.costs.draft_ms * decision.draft
+    right = min(accepted, decision.width - 1)
+    auto.observe(decision, right, 2048, draft_ms, decision.ms - draft_ms)
+    return decision
+
+
+@LATE
+@pytest.mark.parametrize("accepted", [0, 1, 3])
+def test_drafts_that_were_found_are_taken_where_they_win_more(accepted: int, late: bool) -> None:
+    auto = _used_to(accepted, late)
+    steps = [_step(auto, 12, SURE) for _ in range(30)]
+    assert sum(step.why == words.FOUND for step in steps) >= 28  # plain steps are still measured
+    step = next(step for step in reversed(steps) if step.why == words.FOUND)
+    assert not step.draft
+    assert step.width >= 8
+    costs, i = step.costs, auto.widths.index(step.width)
+    assert step.ms == costs.drafted_ms[i] - costs.draft_ms
+    assert step.tokens > step.width * 0.8
+    assert figures(step).startswith(f"{step.width} rows, ")
+    assert not any(_step(auto, 0, UNSURE).why == words.FOUND for _ in range(10))
+
+
+def test_what_is_found_competes_with_a_drafter_that_is_good() -> None:
+    auto = _used_to(15)
+    assert not any(_step(auto, 15, [0.6] * 15).why == words.FOUND for _ in range(10))
+    assert any(_step(auto, 15, [0.999] * 15).why == words.FOUND for _ in range(3))
+
+
+@LATE
+def test_what_is_found_and_always_wrong_costs_no_more_than_the_purse(late: bool) -> None:
+    auto = _used_to(0, late, 0)
+    steps = [_step(auto, 0, SURE) for _ in range(800)]
+    assert any(step.why == words.FOUND for step in steps)
+    plain_ms = steps[-1].costs.plain_ms
+    lost = sum(step.ms for step in steps) / plain_ms - len(steps)
+    assert lost < words.PURSE + (words.REFILL + 0.0025) * len(steps) + 1
+
+
+def test_what_is_found_teaches_nothing_about_the_drafter() -> None:
+    auto = _used_to(3)
+    before = auto.acceptance.expected()[-1]
+    for _ in range(3):
+        assert _step(auto, 0, [0.9999] * 15).why == words.FOUND
+    assert auto.acceptance.expected()[-1] == pytest.approx(before, rel=0.1)
+    for _ in range(3):  # whereas this does
+        _step(auto, 0)
+    assert auto.acceptance.expected()[-1] < 0.7 * before
+
+
+@pytest.mark.parametrize("pinned", [0, 3])
+def test_nothing_found_has_a_say_where_the_width_is_pinned(pinned: int) -> None:
+    auto = _controller()
+    auto.new_answer(pinned=pinned)
+    assert auto.decide(2048, 16, SURE).width == pinned + 1
+    assert auto.decide(2048, 1, SURE).width == 1
 
 
 @LATE

@@ -22,6 +22,8 @@ from dflash_chat.runtime.api import (
     Spec,
     Tokens,
 )
+from dflash_chat.runtime.controller import Controller
+from dflash_chat.runtime.costs import Costs, CostTable
 from dflash_chat.runtime.models import llama
 from dflash_chat.runtime.session import Session
 from dflash_chat.ui.origins import Trace
@@ -157,6 +159,24 @@ def test_every_emitted_token_is_the_argmax_of_its_verify_row(
             assert list(tokens) == rows[-1].argmax(-1)[: len(tokens)].tolist()
             emitted += len(tokens)
     assert emitted == 96
+
+
+def test_an_answer_that_copies_the_prompt_is_the_same_without_a_draft(
+    exact: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = _ask("Repeat word for word: Elm Street 17, Oak Street 18, Ash Street 19, Fir Street 20.")
+    widths = tuple(range(1, 9))
+    table = CostTable(widths, (64,), (10.0,), tuple((20.0 + n,) for n in widths))
+    for temperature in (0.0, 0.3):
+        params = SamplingParams(max_tokens=48, temperature=temperature, seed=3)
+        same, drafted, _ = _answer(exact, ask, params=params)
+        with monkeypatch.context() as chosen:  # widths, at times that are not a busy moment's
+            chosen.setattr(exact.engine, "_pinned", None)
+            chosen.setattr(exact.engine, "controller", Controller(Costs(table), 7, late=False))
+            text, finished, _ = _answer(exact, ask, params=params)
+        assert text == same
+        assert finished.spec.copied > finished.spec.lookups > 0
+        assert drafted.spec.lookups == 0, "its width is pinned"
 
 
 def test_the_drafter_earns_its_keep(quick: Session) -> None:

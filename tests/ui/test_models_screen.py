@@ -327,3 +327,9 @@ async def test_the_hub_is_waited_for_only_so_long(server: Hub) -> None:
     assert answer.state is State.UNREACHABLE
     assert gate.word([answer]) == "? unreachable"
     assert not gate.waits([answer])
+
+
+def test_another_pair_is_loaded_on_the_same_device_and_looks_up_as_before() -> None:
+    before = EngineOptions("cpu", "fp32", 4096, 5, 2, "fp8", "fp8", 16000, "fp8", "off")
+    load = models_screen.load_of("a-pair", "q4_1", before)
+    assert load == Load("a-pair", "q4_1", EngineOptions("cpu", "fp32", threads=2, lookup="off"))

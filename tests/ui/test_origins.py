@@ -12,8 +12,10 @@ from dflash_chat.runtime.text import Lengths, StopStrings
 from dflash_chat.ui.origins import Origin, Trace
 
 
-def passed(text: str, lengths: Sequence[int], drafted: int, accepted: int, tokens: int) -> Tokens:
-    stats = StepStats(drafted, accepted, tokens, 1.0, 2.0, 0.5, 0.5, 9)
+def passed(
+    text: str, lengths: Sequence[int], drafted: int, accepted: int, tokens: int, found: bool = False
+) -> Tokens:
+    stats = StepStats(drafted, accepted, tokens, 1.0, 2.0, 0.5, 0.5, 9, found=found)
     return Tokens(1, text, tokens, stats, tuple(lengths))
 
 
@@ -31,12 +33,14 @@ def test_every_origin() -> None:
     trace.take(passed(" bc d", (2, 1, 2), drafted=4, accepted=2, tokens=3))
     trace.take(passed("efg", (1, 1, 1), drafted=2, accepted=2, tokens=3))
     trace.take(passed("h", (1,), drafted=0, accepted=0, tokens=1))
+    trace.take(passed("ij", (1, 1), drafted=3, accepted=1, tokens=2, found=True))
 
-    assert texts(trace) == [["A"], [" b", "c", " d"], ["e", "f", "g"], ["h"]]
+    assert texts(trace) == [["A"], [" b", "c", " d"], ["e", "f", "g"], ["h"], ["i", "j"]]
     accepted = Origin.ACCEPTED
     assert origins(trace) == [
         [Origin.PROMPT], [accepted, accepted, Origin.CORRECTION],
         [accepted, accepted, Origin.BONUS], [Origin.PLAIN],
+        [Origin.LOOKUP, Origin.CORRECTION],
     ]  # fmt: skip
     assert [piece.place for piece in trace.blocks[1].pieces] == [0, 1, 2]
 

@@ -19,8 +19,12 @@ from dflash_chat.ui.xray_layout import Layout, figures, marked, next_missed, sha
 from tests.ui.test_chat_flow import Chat, open_chat
 
 
-def passed(*pieces: str, drafted: int, accepted: int, ms: float = 10.0) -> Tokens:
-    stats = StepStats(drafted, accepted, len(pieces), 1.0, ms - 2, 0.5, 0.5, 99, "because")
+def passed(
+    *pieces: str, drafted: int, accepted: int, ms: float = 10.0, found: bool = False
+) -> Tokens:
+    stats = StepStats(
+        drafted, accepted, len(pieces), 1.0, ms - 2, 0.5, 0.5, 99, "because", found=found
+    )
     return Tokens(1, "".join(pieces), len(pieces), stats, tuple(map(len, pieces)))
 
 
@@ -55,6 +59,15 @@ def test_marks_tell_every_origin_without_colour() -> None:
     ]
 
 
+def test_a_block_that_was_found_in_the_text_says_so_without_colour() -> None:
+    copied = passed(" of", " the", " town", drafted=4, accepted=2, found=True)
+    trace = trace_of(*SAID[:2], copied, SAID[3])
+    assert rows(trace, 60) == ["▏A▏ fixed-size ~buffer~≡ of the ~town~▏~,~"]
+    first, _ = figures(trace.blocks, 2)
+    assert first.startswith("block 3 of 4 · 2/4 accepted, found in the text · ")
+    assert "found" not in figures(trace.blocks, 1)[0]
+
+
 def test_no_row_is_wider_than_the_screen_and_tokens_stay_whole() -> None:
     assert rows(trace_of(*SAID), 12) == [
         "▏A▏ fixed", "-size ", "~buffer~▏", " keeps two", " indices▸▏", "~,~▏ head▏", "~↵~",
@@ -75,6 +88,7 @@ def test_no_row_is_wider_than_the_screen_and_tokens_stay_whole() -> None:
         (Origin.CORRECTION, "", "~_~"),
         (Origin.BONUS, " a\n", " a▸\n"),
         (Origin.BONUS, "\n", "↵▸\n"),
+        (Origin.LOOKUP, " a", " a"),
         (Origin.PLAIN, "a", "a"),
         (Origin.PROMPT, "a", "a"),
     ],

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from textual.app import App, SystemCommand
 from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
+from textual.filter import LineFilter
 from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
@@ -24,6 +25,9 @@ from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
+from dflash_chat.ui.colourless import Colourless
+
+HEIGHTS = [(0, "-low"), (8, "-short"), (24, "-high")]
 
 
 class Palette(CommandPalette):
@@ -45,6 +49,7 @@ class ChatApp(App[None], inherit_bindings=False):
 
     CSS_PATH = "app.tcss"
     TITLE = "dflash-chat"
+    VERTICAL_BREAKPOINTS = HEIGHTS
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(action.keys, action.method, action.name, id=action.id, priority=True)
         for action in in_scope(APP)
@@ -57,15 +62,20 @@ class ChatApp(App[None], inherit_bindings=False):
         on_started: Callable[[], None] = lambda: None,
         theme: str = "",
     ) -> None:
-        no_color = os.environ.get("NO_COLOR")
+        before = os.environ.pop("NO_COLOR", None)  # or Textual takes it out, and draws in grey
         super().__init__()
-        if no_color is not None:
-            os.environ["NO_COLOR"] = no_color  # Textual took it out; the engine and editors want it
+        if before is not None:
+            os.environ["NO_COLOR"] = before
+        self.no_color = bool(before)  # an empty one asks for nothing: no-color.org
         if theme:
             self.theme = theme
         self._client = client
         self._chat = chat
         self._on_started = on_started
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """What goes over each row before it is drawn."""
+        return [Colourless()] if self.no_color else super().get_line_filters()
 
     async def on_load(self) -> None:
         """Start the engine before anything is drawn, so that both start at once."""

@@ -20,8 +20,9 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from dflash_chat.chat import Turn
+from dflash_chat.terminals import CONTROLS
 from dflash_chat.ui.actions import TURN, in_scope
-from dflash_chat.ui.answer import CONTROLS, AnswerTurn
+from dflash_chat.ui.answer import AnswerTurn
 
 SHOWN_CHARS = 8000
 WELCOME = """\

@@ -26,6 +26,7 @@ from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
 from dflash_chat.ui.colourless import Colourless
+from dflash_chat.ui.legible import legible
 
 HEIGHTS = [(0, "-low"), (8, "-short"), (24, "-high")]
 
@@ -76,6 +77,11 @@ class ChatApp(App[None], inherit_bindings=False):
     def get_line_filters(self) -> Sequence[LineFilter]:
         """What goes over each row before it is drawn."""
         return [Colourless()] if self.no_color else super().get_line_filters()
+
+    def get_css_variables(self) -> dict[str, str]:
+        """The theme's colours; the terminal's own stay as they are."""
+        variables = super().get_css_variables()
+        return variables if self.current_theme.ansi else legible(variables)
 
     async def on_load(self) -> None:
         """Start the engine before anything is drawn, so that both start at once."""

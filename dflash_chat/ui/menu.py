@@ -50,5 +50,5 @@ class Menu(Static):
         for at, choice in enumerate(shown, first):
             mark = "› " if at == self._at else "  "
             name = Content.styled(mark + choice.text.ljust(width), "bold" * (at == self._at))
-            lines.append(name + Content.styled(f"  {choice.note}", "dim"))
+            lines.append(name + Content.styled(f"  {choice.note}", "$text-muted"))
         self.update(Content("\n").join(lines))

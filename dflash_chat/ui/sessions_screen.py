@@ -207,8 +207,8 @@ def _line(entry: Listed, current: bool) -> Content:
     """A chat in the list: two lines when it was found by its words."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.updated))
     facts = f"  {when} · {entry.turns} turn{'s' * (entry.turns != 1)} · {entry.pair}"
-    line = Content(("● " if current else "  ") + entry.title) + Content.styled(facts, "dim")
-    return line + Content.styled(f"\n    {entry.found}", "italic dim") if entry.found else line
+    line = Content("● " if current else "  ") + Content.styled(entry.title, "bold") + facts
+    return line + Content.styled(f"\n    {entry.found}", "italic") if entry.found else line
 
 
 def _free_path(title: str, form: str) -> Path:

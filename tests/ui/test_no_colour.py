@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.segment import Segment
 from textual.widgets import OptionList
 
 from dflash_chat.ui.prompt import Prompt
+from tests.ui.pty_bench import in_pty
 from tests.ui.screenshots import scene
 from tests.ui.terminal import Terminal
 from tests.ui.test_chat_flow import Chat
@@ -57,6 +59,24 @@ def test_a_real_terminal_gets_no_colour_at_any_size(tmp_path: Path, own_folders:
         assert terminal.end() == 0
     assert 1 in terminal.styles
     assert terminal.styles <= STYLES
+
+
+def test_what_commands_print_on_a_terminal_has_no_order_in_it(own_folders: Path) -> None:
+    code = (
+        "from dflash_chat import cli\n"
+        "for words in ('list', 'plan', 'plan qwen3-8b', 'show qwen3-8b', 'sessions', '--help'):\n"
+        "    try: print('exit code', cli.main(words.split()))\n"
+        "    except SystemExit as end: print('exit code', end.code)\n"
+    )
+    process, master = in_pty([sys.executable, "-c", code])
+    printed = b""
+    with contextlib.suppress(OSError):  # the end
+        while piece := os.read(master, 1 << 16):
+            printed += piece
+    os.close(master)
+    assert process.wait() == 0
+    assert printed.count(b"exit code 0") == 6, printed
+    assert b"\x1b" not in printed
 
 
 async def test_code_and_what_one_types_at_selects_and_drags_are_marked() -> None:

@@ -51,7 +51,7 @@ def is_usable(chat: Chat) -> None:
         assert focused.content_size.height >= 1
 
 
-async def test_the_choice_of_the_menu_and_the_prompt_are_in_view_on_six_rows() -> None:
+async def test_menu_prompt_and_palette_are_in_view_on_six_rows() -> None:
     async with scene("chat", (20, 6)) as chat:
         prompt = chat.screen.query_one(Prompt)
         prompt.put("/")
@@ -61,6 +61,10 @@ async def test_the_choice_of_the_menu_and_the_prompt_are_in_view_on_six_rows() -
             chosen = chat.screen.query_one(Menu).chosen
             assert f"› {chosen.text.strip()}" in text(chat)
         assert "▌ /" in text(chat)
+        await chat.pilot.press("ctrl+p", "t", "h")
+        while "Thoughts" not in text(chat):
+            await chat.pilot.pause(0.05)
+        assert "🔎 th" in text(chat)
 
 
 async def test_a_long_message_leaves_room_for_the_chat() -> None:

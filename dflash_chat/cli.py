@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error becomes one line and a hint."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 still gets its answer
     _set_up_logging()
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader left. Python flushes once more at exit; that must not fail aloud either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return EXIT_OTHER
     except Exception as error:  # a bug: one line for the person, the traceback on demand
         log.debug("unexpected", exc_info=True)
@@ -321,13 +322,19 @@ def _chat(args: argparse.Namespace) -> int:
     reopening = args.continue_ or args.resume is not None or args.replay
     if reopening and args.once is not None:
         raise UsageError("--once asks nothing of a saved chat")
-    if args.once is not None or (not reopening and not _is_terminal(sys.stdin)):
+    typed = args.plain or _is_terminal(sys.stdin)
+    if args.once is not None or (not reopening and not typed):
         return _once(args)
-    if not _is_terminal(sys.stdin):
-        raise UsageError("the chat needs a terminal to type in", hint="do not redirect stdin")
+    if not typed:
+        raise UsageError(
+            "the chat needs a terminal to type in", hint="do not redirect stdin, or use --plain"
+        )
     from dflash_chat import terminals
 
-    in_lines = args.plain or terminals.only_lines(os.environ)
+    why = "" if args.plain else terminals.only_lines(os.environ)
+    if not (args.plain or why or _is_terminal(sys.stdout)):
+        why = "stdout is not a terminal"
+    in_lines = args.plain or bool(why)
     if not in_lines and not _is_terminal(sys.stderr):
         raise UsageError(
             "the chat is drawn on stderr, and stderr is not a terminal",
@@ -335,6 +342,11 @@ def _chat(args: argparse.Namespace) -> int:
         )
     if args.json or args.extract or (args.stats and not in_lines):
         raise UsageError("--json and -x need --once, --stats needs --once or --plain")
+    if args.replay and in_lines:
+        raise UsageError(
+            "a replay is drawn, and here are only lines",
+            hint="dflash-chat sessions import FILE, then sessions show ID",
+        )
     if args.replay:
         return _replay(args)
     chat, given = _reopened(args), parse_options(_options(args))
@@ -351,6 +363,8 @@ def _chat(args: argparse.Namespace) -> int:
     if in_lines:
         from dflash_chat import plain
 
+        if why:
+            plain.say(f"{why}, so the chat goes line by line")
         return plain.run(pair.name, settings, system, draft, args.stats, chat)
     from dflash_chat import config
     from dflash_chat.ui import app

@@ -1,8 +1,8 @@
 """`dflash-chat --plain`: the chat line by line, for screen readers and terminals without a cursor.
 
-No colour, no drawing, nothing but the conversation on stdout; everything else goes to stderr. The
-pair is loaded in this process, as for `--once`. Ctrl+C stops an answer, at the prompt it asks to
-leave with Ctrl+D.
+No colour, no drawing, nothing but the conversation on stdout; everything else goes to stderr. What
+comes through a pipe is a message a line, and nothing asks for it. The pair is loaded in this
+process, as for `--once`. Ctrl+C stops an answer; at the prompt it leaves the second time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 from dflash_chat import attach, hub, pairs
 from dflash_chat.chat import COMPLETE, STOPPED, Conversation
 from dflash_chat.errors import EXIT_OK, UsageError, UserError
+from dflash_chat.figures import numbers_words
 from dflash_chat.keeper import Keeper
 from dflash_chat.once import InterruptAsCancel, in_words
 from dflash_chat.record import Record
@@ -37,9 +38,11 @@ from dflash_chat.settings import (
     sampling_option,
     suggest,
 )
+from dflash_chat.terminals import CONTROLS
 from dflash_chat.thinking import ThoughtSplitter
 
-PROMPT = "> "
+PROMPT, MORE = "> ", "... "
+QUOTES = '"""'  # before and behind a message of several lines
 COMMANDS = {
     "/help": "these commands",
     "/system": "TEXT: set the system prompt; alone: none",
@@ -49,7 +52,7 @@ COMMANDS = {
     "/regen": "answer the last question again",
     "/undo": "forget the last question and its answer",
     "/clear": "start a new chat",
-    "/stats": "show or hide the figures after an answer",
+    "/stats": "all figures after an answer, or one line of them",
     "/quit": "leave; so does Ctrl+D",
 }
 
@@ -81,6 +84,8 @@ def run(
 
     session = Session.load(installed, settings.engine, loading)
     say(f"{session.info.pair} on {session.info.device}. /help lists commands, Ctrl+D leaves.")
+    if not draft:
+        say("draft OFF: switched off")
     pinned = settings.engine.draft_tokens
     keeper = Keeper()
     record = Record(reopened or Conversation(system), keeper)
@@ -126,15 +131,42 @@ def _with_line_editing(asked: Iterable[str]) -> None:
 
 
 def _ask() -> str | None:
-    """A line from the person; None at the end of input."""
+    """A message from the person; None at the end of input. Raises KeyboardInterrupt the second
+    time it comes."""
+    warned = False
     while True:
         try:
-            return input(PROMPT)
+            return _message()
         except EOFError:
-            sys.stdout.write("\n")
+            if sys.stdin.isatty():
+                say("")
             return None
         except KeyboardInterrupt:
-            say("\nCtrl+D leaves")
+            if warned:
+                raise
+            say("\nCtrl+C again leaves, and so does Ctrl+D")
+            warned = True
+
+
+def _message() -> str:
+    """A line, or all lines between `QUOTES`. Raises EOFError."""
+    line = _line(PROMPT)
+    if not line.startswith(QUOTES):
+        return line
+    lines = [line.removeprefix(QUOTES)]
+    while not lines[-1].endswith(QUOTES):
+        lines.append(_line(MORE))
+    return "\n".join(lines).removesuffix(QUOTES).strip("\n")
+
+
+def _line(prompt: str) -> str:
+    """A line, asked for only where somebody types."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)
+    if sys.stdin.isatty():
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+    return input()
 
 
 def say(words: str) -> None:
@@ -202,11 +234,13 @@ class LineChat:
                         pieces = splitter.finish()
                     else:
                         pieces = []
+                    if not turn.thinking and any(thought for thought, _ in pieces):
+                        say("thinking …")
                     turn.thinking += _joined(pieces, True)
                     turn.content += _joined(pieces, False)
                     if isinstance(event, Prefill | Tokens):
                         self.record.take(event)
-                    sys.stdout.write(_joined(pieces, False))
+                    sys.stdout.write(_harmless(_joined(pieces, False)))
                     sys.stdout.flush()
             if finished and finished.reason in ("stop", "context"):
                 state = COMPLETE
@@ -218,9 +252,10 @@ class LineChat:
         if self.record.problem:
             say(f"not saved: {self.record.problem}")
         if finished and finished.reason in ("cancelled", "length"):
-            say("stopped; /continue goes on")
-        if finished and self.stats:
-            say(in_words(finished, self.session.info.load_s))
+            say("/continue goes on with it")
+        if finished:
+            load_s = self.session.info.load_s
+            say(in_words(finished, load_s) if self.stats else numbers_words(finished))
 
     def _command(self, name: str, argument: str) -> bool:
         argument, last = argument.strip(), self.chat.last
@@ -258,6 +293,11 @@ class LineChat:
             case _:
                 raise UsageError(f"There is no command {name}.", suggest(name, COMMANDS))
         return False
+
+
+def _harmless(text: str) -> str:
+    """What a model wrote, as a terminal may have it; elsewhere as it is."""
+    return text.translate(CONTROLS) if sys.stdout.isatty() else text
 
 
 def _joined(pieces: list[tuple[bool, str]], thought: bool) -> str:

@@ -8,6 +8,7 @@ terminal and writes a line per stage and per ten percent elsewhere; `JsonLines` 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from dflash_chat import terminals
 from dflash_chat.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ class Reporter:
 
     def show(self, step: Step) -> None:
         """Draw a step, or write it down where nothing can be drawn."""
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not terminals.only_lines(os.environ):
             self._draw(step)
         elif step.total > 0:
             self._line(step)

@@ -67,12 +67,11 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Runners:
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Streams named in the set are terminals; all of them at first."""
-    terminals = {"stdin", "stderr"}
+    terminals = {"stdin", "stdout", "stderr"}
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
-        cli, "_is_terminal", lambda s: (s is sys.stdin and "stdin" in terminals)
-        or (s is sys.stderr and "stderr" in terminals),
-    )  # fmt: skip
+        cli, "_is_terminal", lambda s: any(s is getattr(sys, name) for name in terminals)
+    )
     return terminals
 
 
@@ -243,16 +242,29 @@ def test_a_wrong_key_in_the_configuration_is_named(
     assert got["config"] == Config("nord", {"help": "f7"})
 
 
-@pytest.mark.parametrize(("term", "argv"), [("dumb", []), ("xterm", ["--plain"])])
+@pytest.mark.parametrize(
+    ("term", "argv", "piped", "why"),
+    [
+        ("dumb", [], "", "TERM is dumb"),
+        ("xterm", [], "stdout", "stdout is not a terminal"),
+        ("xterm", ["--plain"], "", ""),
+        ("xterm", ["--plain"], "stdin", ""),
+    ],
+)
 def test_a_chat_in_lines(
     runners: Runners,
     terminal: set[str],
     monkeypatch: pytest.MonkeyPatch,
     term: str,
     argv: list[str],
+    piped: str,
+    why: str,
 ) -> None:
     taken: list[tuple[object, ...]] = []
+    said: list[str] = []
+    terminal.discard(piped)
     module = ModuleType("dflash_chat.plain")
+    vars(module)["say"] = said.append
     vars(module)["run"] = lambda *given: taken.append(given) or EXIT_OK
     monkeypatch.setitem(sys.modules, "dflash_chat.plain", module)
     monkeypatch.setattr(sys.modules["dflash_chat"], "plain", module, False)
@@ -262,6 +274,7 @@ def test_a_chat_in_lines(
     assert (pair, rest) == ("smollm2-135m", ["Be kind.", True, True, None])
     assert settings.sampling == SamplingParams(temperature=0.2, top_p=0.9)
     assert runners.chats == []
+    assert said == ([f"{why}, so the chat goes line by line"] if why else [])
 
 
 # ── errors and exit codes ───────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from dflash_chat import plain, terminals
 from dflash_chat.chat import Conversation
+from dflash_chat.errors import EXIT_OTHER
 from dflash_chat.keeper import Keeper
 from dflash_chat.plain import LineChat
 from dflash_chat.record import Record
@@ -45,7 +47,7 @@ class Scripted:
 
     @classmethod
     def load(cls, *_: object) -> Scripted:
-        return cls("wait for it")
+        return cls(os.environ.get("SCRIPTED", "wait for it"))
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         self.asked.append(request)
@@ -147,10 +149,34 @@ def test_a_file_goes_along(chat: LineChat, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("term", "lines"), [("dumb", True), ("", True), ("xterm-256color", False), ("nobody-x", False)]
-)
-def test_a_terminal_without_a_cursor_gets_lines(term: str, lines: bool) -> None:
-    assert terminals.only_lines({"TERM": term}) is lines
+    ("environ", "why"),
+    [({"TERM": "dumb"}, "TERM is dumb"), ({}, "TERM is not set"), ({"TERM": "xterm"}, ""),
+     ({"TERM": "nobody-x"}, "")],
+)  # fmt: skip
+def test_a_terminal_without_a_cursor_gets_lines(environ: dict[str, str], why: str) -> None:
+    assert terminals.only_lines(environ) == why
+
+
+def test_a_message_may_have_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter(['"""One', "", 'two"""', '"""', "three", '"""', '"""four"""', "five"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(typed))
+    assert [plain._ask() for _ in range(4)] == ["One\n\ntwo", "three", "four", "five"]
+
+
+def test_what_a_model_writes_is_no_order_to_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    LineChat(Scripted("\x1b[2J\x9b1m Hi\tyou"), SamplingParams()).obey("Hi?")
+    assert capsys.readouterr().out == "\ufffd[2J\ufffd1m Hi\tyou \n"
+
+
+def test_thoughts_are_announced_once_and_figures_take_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat = LineChat(Scripted("<think> a b c </think> Yes."), SamplingParams())
+    chat.obey("Hi?")
+    assert capsys.readouterr().err == "thinking …\ncached 0 · read 5 · ttft 0 ms · 0 tok/s\n"
 
 
 def test_what_is_said_in_lines_is_saved_with_its_steps(tmp_path: Path) -> None:
@@ -178,18 +204,20 @@ module.Session = script.Scripted
 sys.modules["dflash_chat.runtime.session"] = module
 from dflash_chat import cli, hub
 hub.ensure = lambda *_: None
-sys.exit(cli.main(["--stats"]))
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.parametrize(("term", "keys", "code"), [("dumb", b"\x04", 0), (None, b"\x03", 130)])
 def test_a_dumb_terminal_chats_stops_and_continues_without_escape_sequences(
-    own_folders: Path,
+    own_folders: Path, term: str | None, keys: bytes, code: int
 ) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ["TERM"] = "dumb"
+        os.environ.pop("TERM", None)
+        os.environ.update({"TERM": term} if term else {})
         os.chdir(Path(__file__).parents[1])
-        os.execv(sys.executable, [sys.executable, "-c", PROGRAM])
+        os.execv(sys.executable, [sys.executable, "-c", PROGRAM, "--stats"])
     seen = b""
 
     def until(words: bytes, since: int = 0) -> None:
@@ -205,14 +233,19 @@ def test_a_dumb_terminal_chats_stops_and_continues_without_escape_sequences(
     until(b"wait ")
     os.write(terminal, b"\x03")
     until(b"/continue goes on")
+    stopped = len(seen)
     os.write(terminal, b"/continue\n")
-    until(b"for it", len(seen))
-    until(b"> ", len(seen) - 2)
-    os.write(terminal, b"\x04")
+    until(b"for it", stopped)
+    until(b"\n> ", seen.index(b"for it", stopped))
+    os.write(terminal, keys)
+    if code:
+        until(b"Ctrl+C again leaves")
+        os.write(terminal, keys)
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
 
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert os.waitstatus_to_exitcode(status) == code
+    assert seen.count(b"so the chat goes line by line") == 1
     assert b"\x1b" not in seen
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
@@ -222,3 +255,40 @@ def test_lines_asked_before_can_be_recalled() -> None:
     plain._with_line_editing(["one line", "two\nlines"])
 
     assert readline.get_history_item(readline.get_current_history_length()) == "one line"
+
+
+def piped(*, stderr: int = subprocess.PIPE, **environ: str) -> subprocess.Popen[bytes]:
+    """The chat in lines, between pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "--plain"], cwd=Path(__file__).parents[1],
+        env={**os.environ, "SCRIPTED": "The answer.", **environ},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+    )  # fmt: skip
+
+
+def test_a_whole_chat_goes_through_pipes(own_folders: Path) -> None:
+    asked = 'Hi?\n"""Two\nlines?"""\n/help\n/regen\n'
+    out, err = piped().communicate(asked.encode(), 60)
+    assert out == b"The answer. \n" * 3
+    assert b"> " not in err
+    assert b"/continue" in err
+    assert err.count(b"tok/s") == 3
+
+
+def test_a_reader_that_leaves_ends_the_chat_quietly(own_folders: Path) -> None:
+    chat = piped(stderr=subprocess.STDOUT)
+    assert chat.stdin is not None
+    assert chat.stdout is not None
+    assert b"/help lists commands" in chat.stdout.readline()
+    chat.stdout.close()
+    chat.stdin.write(b"Hi?\n")
+    chat.stdin.close()
+    assert chat.wait(60) == EXIT_OTHER
+
+
+def test_letters_that_the_locale_does_not_have_are_no_error(own_folders: Path) -> None:
+    poor = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
+    chat = piped(SCRIPTED="Größe ✓", **poor)
+    out, err = chat.communicate("Grüße?\n".encode() + b"\xff\n", 60)
+    assert out == b"Gr??e ? \n" * 2
+    assert chat.returncode == 0, err

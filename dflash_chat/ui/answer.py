@@ -24,7 +24,8 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from dflash_chat.chat import STREAMING, Turn
-from dflash_chat.runtime.api import Finished, Spec, Tokens
+from dflash_chat.runtime.api import Spec, Tokens
+from dflash_chat.terminals import CONTROLS
 from dflash_chat.thinking import ThoughtSplitter
 from dflash_chat.ui import pace
 from dflash_chat.ui.markdown import Flow, plain, render
@@ -35,18 +36,6 @@ from dflash_chat.ui.words import Words
 PIECE_CHARS = 1000
 FRAME_S = 0.02  # after which a frame takes no further piece
 BLOCK_CHARS = 1500
-
-# What a model writes must not reach the terminal as a control sequence.
-CONTROLS: dict[int, str] = dict.fromkeys(
-    (*range(0x20), 0x7F, *range(0x80, 0xA0)), "\N{REPLACEMENT CHARACTER}"
-)
-CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
-
-_ENDINGS = {
-    "cancelled": "stopped · ",
-    "length": "cut at max_tokens · ",
-    "context": "context is full · ",
-}
 
 
 class Block(Widget):
@@ -297,17 +286,3 @@ class AnswerTurn(Vertical):
         if self._thought_spec.steps:
             words.append(f"tau {self._thought_spec.tau:.1f}")
         return " · ".join(words)
-
-
-def numbers_words(finished: Finished) -> str:
-    """The line under an answer."""
-    usage, timing, spec = finished.usage, finished.timing, finished.spec
-    words = [
-        f"cached {usage.cached}",
-        f"read {usage.prompt - usage.cached}",
-        f"ttft {timing.ttft_s * 1000:.0f} ms",
-        f"{timing.tok_s:.0f} tok/s",
-    ]
-    if spec.steps:
-        words.append(f"tau {spec.tau:.1f}")
-    return _ENDINGS.get(finished.reason, "") + " · ".join(words)

@@ -7,7 +7,7 @@ import codecs
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
 from textual.drivers import linux_driver
+from textual.filter import LineFilter
 from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
@@ -26,8 +27,11 @@ from dflash_chat.runtime.client import EngineClient
 from dflash_chat.ui import pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
+from dflash_chat.ui.colourless import Colourless
+from dflash_chat.ui.legible import legible
 from dflash_chat.ui.words import literal
 
+HEIGHTS = [(0, "-low"), (8, "-short"), (24, "-high")]
 SETTLE_S = 0.5  # by then the first screenful of a reopened chat is drawn
 
 
@@ -58,6 +62,7 @@ class ChatApp(App[None], inherit_bindings=False):
 
     CSS_PATH = "app.tcss"
     TITLE = "dflash-chat"
+    VERTICAL_BREAKPOINTS = HEIGHTS
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(action.keys, action.method, action.name, id=action.id, priority=True)
         for action in in_scope(APP)
@@ -70,15 +75,25 @@ class ChatApp(App[None], inherit_bindings=False):
         on_started: Callable[[], None] = lambda: None,
         theme: str = "",
     ) -> None:
-        no_color = os.environ.get("NO_COLOR")
+        before = os.environ.pop("NO_COLOR", None)  # or Textual takes it out, and draws in grey
         super().__init__()
-        if no_color is not None:
-            os.environ["NO_COLOR"] = no_color  # Textual took it out; the engine and editors want it
+        if before is not None:
+            os.environ["NO_COLOR"] = before
+        self.no_color = bool(before)  # an empty one asks for nothing: no-color.org
         if theme:
             self.theme = theme
         self._client = client
         self._chat = chat
         self._on_started = on_started
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """What goes over each row before it is drawn."""
+        return [Colourless()] if self.no_color else super().get_line_filters()
+
+    def get_css_variables(self) -> dict[str, str]:
+        """The theme's colours; the terminal's own stay as they are."""
+        variables = super().get_css_variables()
+        return variables if self.current_theme.ansi else legible(variables)
 
     async def on_load(self) -> None:
         """Start the engine before anything is drawn, so that both start at once."""

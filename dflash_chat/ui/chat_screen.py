@@ -377,4 +377,4 @@ def progress_words(progress: Progress) -> str:
         return f"{progress.stage} …"
     share = progress.done / progress.total
     megabytes = f"{progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB"
-    return f"{progress.stage} {bar(share, 20)} {share:4.0%} · {megabytes}"
+    return f"{progress.stage} {share:4.0%} · {megabytes} {bar(share, 20)}"

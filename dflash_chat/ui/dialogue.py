@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dflash_chat.chat import COMPLETE, FAILED, STOPPED, Conversation, Turn
 from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK
+from dflash_chat.figures import numbers_words
 from dflash_chat.keeper import Keeper
 from dflash_chat.record import Record
 from dflash_chat.runtime.api import (
@@ -37,7 +38,7 @@ from dflash_chat.runtime.api import (
 from dflash_chat.runtime.client import EngineClient, EngineDied
 from dflash_chat.thinking import split
 from dflash_chat.ui import pace
-from dflash_chat.ui.answer import AnswerTurn, numbers_words
+from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.effects import law
 from dflash_chat.ui.meter import Meter
 from dflash_chat.ui.origins import Trace

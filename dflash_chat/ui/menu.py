@@ -9,7 +9,7 @@ from textual.widgets import Static
 
 from dflash_chat.ui.completion import Choice
 
-ROWS = 6
+ROWS = 6  # a third of the screen at most
 
 
 class Menu(Static):
@@ -42,12 +42,13 @@ class Menu(Static):
         return self._choices[self._at]
 
     def _draw(self) -> None:
-        first = min(max(self._at - ROWS // 2, 0), max(len(self._choices) - ROWS, 0))
-        shown = self._choices[first : first + ROWS]
+        rows = min(ROWS, max(self.app.size.height // 3, 1))
+        first = min(max(self._at - rows // 2, 0), max(len(self._choices) - rows, 0))
+        shown = self._choices[first : first + rows]
         width = max((len(choice.text) for choice in shown), default=0)
         lines = []
         for at, choice in enumerate(shown, first):
             mark = "› " if at == self._at else "  "
             name = Content.styled(mark + choice.text.ljust(width), "bold" * (at == self._at))
-            lines.append(name + Content.styled(f"  {choice.note}", "dim"))
+            lines.append(name + Content.styled(f"  {choice.note}", "$text-muted"))
         self.update(Content("\n").join(lines))

@@ -264,7 +264,13 @@ class PlanScreen(Screen[Load | None]):
     def action_choose(self, by: int) -> None:
         """Go to another of the three choices."""
         self._row, self._typed = (self._row + by) % 3, ""
+        self._look_at_choices()
         self._draw()
+
+    def _look_at_choices(self) -> None:
+        """What is being changed is in view, however few rows there are."""
+        choices = self.query_one("#plan-choices")
+        self.query_one("#plan-page").scroll_to_widget(choices, animate=False)
 
     def action_page(self, by: int) -> None:
         """Scroll."""
@@ -312,6 +318,7 @@ class PlanScreen(Screen[Load | None]):
 
     def _wish(self, wishes: Wishes) -> None:
         self._wishes, self.settled = wishes, False
+        self._look_at_choices()
         self._draw()
         self._plan_again()
 

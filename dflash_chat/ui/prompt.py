@@ -19,8 +19,8 @@ from textual.message import Message
 from textual.widgets import TextArea
 from textual.widgets.text_area import Edit, EditResult, Location
 
+from dflash_chat.terminals import CONTROLS
 from dflash_chat.ui.actions import PROMPT, Keymap, in_scope, keys_of
-from dflash_chat.ui.answer import CONTROLS
 from dflash_chat.ui.completion import Completion, complete
 from dflash_chat.ui.menu import Menu
 

@@ -16,16 +16,20 @@ from textual.binding import Binding
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Input, OptionList, Static
+from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
 from dflash_chat.chat import Conversation
 from dflash_chat.errors import UserError
 from dflash_chat.sessions import exported
 from dflash_chat.store import Listed, Store
+from dflash_chat.ui.words import Words, flowing
 
 LIST_MOST = 500
-KEYS = "Enter open   / search   n rename   e Markdown   j JSON   x delete   Esc close"
+FRAME = 4  # cells beside its lines
+KEYS = (
+    "Enter open", "/ search", "n rename", "e Markdown", "j JSON", "x delete", "Esc close",
+)  # fmt: skip
 
 
 class SessionsScreen(ModalScreen[Conversation | None]):
@@ -58,13 +62,18 @@ class SessionsScreen(ModalScreen[Conversation | None]):
             yield Input(placeholder="search all chats", id="session-search")
             yield OptionList(id="session-list")
             yield Input(placeholder="new title", id="session-title")
-            yield Static(Content(KEYS), id="session-keys")
+            yield Words(id="session-keys")
 
     def on_mount(self) -> None:
         """Show the latest."""
         self.query_one("#session-title").display = False
         self._fill("")
         self._list.focus()
+
+    def on_resize(self) -> None:
+        """No key is parted from what it does."""
+        width = self.app.size.width * 9 // 10 - FRAME
+        self.query_one("#session-keys", Words).show(flowing(KEYS, width))
 
     @property
     def _list(self) -> OptionList:
@@ -198,8 +207,8 @@ def _line(entry: Listed, current: bool) -> Content:
     """A chat in the list: two lines when it was found by its words."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.updated))
     facts = f"  {when} · {entry.turns} turn{'s' * (entry.turns != 1)} · {entry.pair}"
-    line = Content(("● " if current else "  ") + entry.title) + Content.styled(facts, "dim")
-    return line + Content.styled(f"\n    {entry.found}", "italic dim") if entry.found else line
+    line = Content("● " if current else "  ") + Content.styled(entry.title, "bold") + facts
+    return line + Content.styled(f"\n    {entry.found}", "italic") if entry.found else line
 
 
 def _free_path(title: str, form: str) -> Path:

@@ -74,11 +74,12 @@ class StatusLine(Words):
         words = [f"{rate:.0f} tok/s" if rate else "– tok/s"]
         if meter.speedup:
             words[0] += f" · {meter.speedup:.1f}×"
+        if info is not None:
+            words.append(draft_words(info, draft))
         if meter.spec.steps:
             words.append(f"tau {meter.spec.tau:.1f} {columns(meter.spec.histogram)[0]}")
         if info is not None:
             words.append(f"ctx {meter.context_tokens / info.context_tokens:.0%}")
-            words.append(draft_words(info, draft))
         while len(words) > 1 and len(" · ".join(words)) > self.size.width:
             words.pop()
         self.show(" · ".join(words))

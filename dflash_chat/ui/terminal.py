@@ -5,7 +5,7 @@ Sequences only; when to say them is the screen's business.
 
 from __future__ import annotations
 
-from dflash_chat.ui.answer import CONTROLS
+from dflash_chat.terminals import CONTROLS
 
 CALL_AFTER_S = 10.0  # shorter answers are waited for
 

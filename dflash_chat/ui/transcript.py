@@ -20,8 +20,9 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from dflash_chat.chat import Turn, new_id
+from dflash_chat.terminals import CONTROLS
 from dflash_chat.ui.actions import TURN, in_scope
-from dflash_chat.ui.answer import CONTROLS, AnswerTurn
+from dflash_chat.ui.answer import AnswerTurn
 
 SHOWN_CHARS = 8000
 WELCOME = """\
@@ -49,10 +50,10 @@ class UserTurn(Static):
         """Mark the turn as sent or not yet sent."""
         self.waits = waiting
         notes = [*self._notes, *(["waits for the engine"] if waiting else [])]
-        below = Content.styled("\n" + "\n".join(notes), "dim") if notes else Content("")
+        below = Content.styled("\n" + "\n".join(notes), "$text-muted") if notes else Content("")
         more = len(self.shown) - SHOWN_CHARS
         if more > 0:
-            below = Content.styled(f"\n… {more} characters more", "dim") + below
+            below = Content.styled(f"\n… {more} characters more", "$text-muted") + below
         self.update(Content(self.shown[:SHOWN_CHARS].translate(CONTROLS)) + below)
         self.set_class(waiting, "-waiting")
 
@@ -65,7 +66,7 @@ class Card(Static):
     ) -> None:
         content = Content(body)
         if details:
-            content += Content.styled("\n" + "\n".join(details), "dim")
+            content += Content.styled("\n" + "\n".join(details), "$text-muted")
         super().__init__(content, classes=f"-{kind}" if kind else "")
         self.border_title = Content(title)
 

@@ -18,14 +18,18 @@ from textual.screen import Screen
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.origins import Trace
 from dflash_chat.ui.words import Words
 from dflash_chat.ui.xray_layout import SHADES, Layout, figures, next_missed, worst
 
 REFRESH_S = 1 / 5
 
-LEGEND = "accepted, shaded by place · ~correction~ · bonus▸ · ▏ a block · ≡ looked up"
-KEYS = "←/→ block   Tab next without a hit   w worst   Home/End   F3 close"
+LEGEND = "~correction~ · bonus▸ · ▏ a block · ≡ looked up · accepted, shaded by place"
+KEYS = (
+    ("←/→", "block"), ("F3", "close"), ("w", "worst"), ("Tab", "next without a hit"),
+    ("Home/End", "first/last"),
+)  # fmt: skip
 
 
 class XrayView(ScrollView, can_focus=True):
@@ -151,13 +155,12 @@ class XrayScreen(Screen[None]):
         yield XrayView(self.trace)
         yield Words(id="xray-figures")
         yield Words(id="xray-legend")
-        yield Words(id="xray-keys")
+        yield KeyBar(KEYS)
 
     def on_mount(self) -> None:
         """Show what there is and look for more."""
         self.trace.news()
         self.query_one("#xray-legend", Words).show(LEGEND)
-        self.query_one("#xray-keys", Words).show(KEYS)
         self.query_one(XrayView).focus()
         self.call_after_refresh(self.query_one(XrayView).action_last)
         self.set_interval(REFRESH_S, self.show_news)

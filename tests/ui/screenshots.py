@@ -306,13 +306,14 @@ def _on_a_machine(folder: Path, patch: MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def scene(name: str) -> AsyncIterator[Chat]:
-    """The app in the state of one picture; what it saves is gone afterwards."""
-    size, play = PICTURES[name]
+async def scene(name: str, size: tuple[int, int] = (0, 0)) -> AsyncIterator[Chat]:
+    """The app in the state of one picture, at its size or another; what it saves is gone
+    afterwards."""
+    pictured, play = PICTURES[name]
     with TemporaryDirectory() as folder, MonkeyPatch.context() as patch:
         _on_a_machine(Path(folder), patch)
         keeper = Keeper(Path(folder))
-        async with open_chat(size, keeper=keeper) as chat:
+        async with open_chat(size if any(size) else pictured, keeper=keeper) as chat:
             await play(chat)
             await chat.settle()
             yield chat

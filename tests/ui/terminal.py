@@ -1,15 +1,19 @@
 """A terminal for tests: runs a program in a pty, keeps what it draws as rows of text, types keys.
 
 Understands what Textual writes: cursor addresses, line ends, clearing, and texts for the clipboard.
-Colours are skipped, and every character is one cell wide.
+Of colours and styles it only keeps which there were; every character is one cell wide.
 """
 
 from __future__ import annotations
 
 import base64
+import fcntl
 import os
 import re
 import select
+import signal
+import struct
+import termios
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -17,7 +21,14 @@ from types import TracebackType
 from tests.ui.pty_bench import in_pty
 
 WAIT_S = 60.0  # for what has to come
-KEYS = {"enter": "\r", "escape": "\x1b", "up": "\x1b[A", "alt+up": "\x1b[1;3A", "f3": "\x1bOR"}
+KEYS = {
+    "enter": "\r",
+    "escape": "\x1b",
+    "up": "\x1b[A",
+    "alt+up": "\x1b[1;3A",
+    "f1": "\x1bOP",
+    "f3": "\x1bOR",
+}
 _SEQUENCE = re.compile(
     r"\x1b\[([?>=]?)([\d;]*)\$?([@-~])"  # an order: private mark, numbers, letter
     r"|\x1b\]([^\x07\x1b]*)(?:\x07|\x1b\\\\)"  # a word to the terminal
@@ -34,6 +45,7 @@ class Terminal:
         self._row = self._column = 0
         self._left = b""
         self.clipboard = ""
+        self.styles: set[int] = set()  # all numbers in SGR orders
         self.process, self._master = in_pty(command, rows, columns)
 
     def __enter__(self) -> Terminal:
@@ -59,6 +71,13 @@ class Terminal:
         for key in keys:
             typed = chr(ord(key[-1]) - 96) if key.startswith("ctrl+") else KEYS.get(key, key)
             os.write(self._master, typed.encode(errors="surrogateescape"))
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Make the window another size, and forget what it showed."""
+        self._size = columns, rows
+        self._cells = [[" "] * columns for _ in range(rows)]
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.process.send_signal(signal.SIGWINCH)
 
     def wait(self, what: Callable[[], bool], doing: str) -> None:
         """Let the program draw until `what` is so."""
@@ -109,6 +128,8 @@ class Terminal:
             self._row, self._column = max(row, 1) - 1, max(column, 1) - 1
         elif letter == "J" and numbers == [2]:
             self._cells = [[" "] * len(row) for row in self._cells]
+        elif letter == "m":
+            self.styles.update(numbers)
         elif letter in "ABCD":
             by = max(numbers[0], 1)
             self._row += {"A": -by, "B": by}.get(letter, 0)

@@ -510,7 +510,8 @@ async def test_help_and_palette_have_all_of_them(chat: Chat) -> None:
         await chat.pilot.pause(0.05)
     assert any("\n" in each and each.endswith("· /model [PAIR]") for each in listed)
     await chat.pilot.press("escape", "f1")
-    page = "\n".join(str(part.content) for part in chat.app.screen.query("#help Static"))
+    parts = chat.app.screen.query("#help Static")
+    page = " ".join(" ".join(str(part.content) for part in parts).split())
     for action in ACTIONS:
         assert action.does in page
         assert action.usage in page

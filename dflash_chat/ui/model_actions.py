@@ -30,16 +30,23 @@ class ModelActions(Screen[None]):
     dialogue: Dialogue
     pull: Pull
 
-    @work(exclusive=True, group="plan")
-    async def action_plan(self) -> None:
+    def action_plan(self) -> None:
         """Show what the loaded pair takes, and why; load it otherwise."""
+        self._show_plan()
+
+    def action_bench(self) -> None:
+        """The same, while what is loaded is measured."""
+        self._show_plan(bench=True)
+
+    @work(exclusive=True, group="plan")
+    async def _show_plan(self, bench: bool = False) -> None:
         dialogue = self.dialogue
         try:
             pair = pairs.find(dialogue.load.pair)
         except UserError as error:
             self.notify(f"{error.message} {error.hint}".strip(), markup=False)
             return
-        screen = PlanScreen(pair, dialogue.load, self._held, dialogue.info, dialogue.meter)
+        screen = PlanScreen(pair, dialogue.load, self._held, dialogue, bench)
         if load := await self.app.push_screen_wait(screen):
             self.load_instead(load)
 

@@ -29,22 +29,23 @@ class Benching:
         self.running = False
         self._stopping = False
 
-    def start(self) -> str:
-        """Begin; or say why not."""
+    def start(self) -> None:
+        """Begin, unless it runs; or say why not."""
         dialogue = self._dialogue
-        if dialogue is None:
-            return "What is loaded can be measured: F4 or /bench in the chat"
         if self.running:
-            return "The bench is running; Esc stops it"
-        if dialogue.info is None:
-            return "Nothing is loaded yet that could be measured"
-        if dialogue.busy:
-            return "An answer is being written; the bench can begin once it is done"
-        self._request = Bench(0, dialogue.chat.messages(), dialogue.params)
-        self._state, self._problem = Benched(0), ""
-        self.running, self._stopping = True, False
-        dialogue.lend(self._request, self._take)
-        return ""
+            return
+        self._state = None
+        if dialogue is None:
+            self._problem = "this pair is not loaded; /bench in the chat measures the one that is"
+        elif dialogue.info is None:
+            self._problem = "nothing is loaded yet that could be measured"
+        elif dialogue.busy:
+            self._problem = "an answer is being written; b measures once it is done"
+        else:
+            self._request = Bench(0, dialogue.chat.messages(), dialogue.params)
+            self._state, self._problem = Benched(0), ""
+            self.running, self._stopping = True, False
+            dialogue.lend(self._request, self._take)
 
     def stop(self) -> None:
         """Ask it to end; it says what became of the cache."""

@@ -22,13 +22,15 @@ from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_screen import ModelsScreen, load_of
 from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.transcript import Card
+from dflash_chat.ui.watching import Watch
 
 
 class ModelActions(Screen[None]):
-    """Actions on pairs. `pull` outlives the screen that began it."""
+    """Actions on pairs. `pull` and `gates` outlive the screen that began them."""
 
     dialogue: Dialogue
     pull: Pull
+    gates: Watch
 
     def action_plan(self) -> None:
         """Show what the loaded pair takes, and why; load it otherwise."""
@@ -53,7 +55,8 @@ class ModelActions(Screen[None]):
     @work(exclusive=True, group="models")
     async def action_models(self) -> None:
         """Show all pairs."""
-        screen = ModelsScreen(self.dialogue.load, self._held, self.pull, self._begin_pull)
+        now = self.dialogue.load
+        screen = ModelsScreen(now, self._held, self.pull, self._begin_pull, self.gates)
         if load := await self.app.push_screen_wait(screen):
             self.load_instead(load)
 
@@ -124,6 +127,11 @@ class ModelActions(Screen[None]):
         words = fetching.end_words(pair, step)
         failed = step.stage == "failed"
         self.app.notify(words, severity="error" if failed else "information", markup=False)
+
+    def gate_opened(self, pair: str) -> None:
+        """The authors of a pair that was watched have agreed."""
+        self.app.notify(f"{pair} may be fetched now", markup=False)
+        self.dialogue.show(Card(f"{pair} may be fetched now", "Its gate is open; F8 fetches it."))
 
 
 def _system_of(pair: str) -> str:

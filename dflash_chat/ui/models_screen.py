@@ -36,11 +36,12 @@ from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_table import Entry
 from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.text_screen import TextScreen
+from dflash_chat.ui.watching import Watch
 from dflash_chat.ui.words import Words, flowing
 
 KEYS = (
     "Enter fetch or load", "/ filter", "s stop the pull", "d dry run", "x remove", "i details",
-    "F4 plan", "Esc close",
+    "n tell me once it is open", "F4 plan", "Esc close",
 )  # fmt: skip
 LOOK_S = 0.5
 SETTLE_S = 0.3  # a pair is asked about once the cursor rests on it
@@ -57,7 +58,7 @@ class PairList(OptionList):
 
 class ModelsScreen(Screen[Load | None]):
     """Ends with what should be loaded, or None. `loaded` is what is, `held` the bytes that its
-    engine holds. `begin` starts a pull, which outlives this screen.
+    engine holds. `begin` starts a pull, which outlives this screen as `gates` do.
     """
 
     BINDINGS: ClassVar = [
@@ -70,15 +71,16 @@ class ModelsScreen(Screen[Load | None]):
         Binding("o", "open_page", "Open its page", id="open_page"),
         Binding("c", "copy_link", "Copy its address", id="copy_link"),
         Binding("l", "login", "Log in", id="login"),
+        Binding("n", "watch", "Tell me once it is open", id="watch_gate"),
         Binding("f4", "plan", "Plan", id="plan_model"),
     ]
 
     def __init__(
-        self, loaded: Load, held: int, pull: Pull, begin: Callable[[str, str], None]
+        self, loaded: Load, held: int, pull: Pull, begin: Callable[[str, str], None], gates: Watch
     ) -> None:
         super().__init__()
         self._loaded, self._held = loaded, held
-        self._pull, self._begin = pull, begin
+        self._pull, self._begin, self._gates = pull, begin, gates
         self._entries: list[Entry] = []
         self._listed: list[Entry] = []
         self._asking = ""  # the pair that the hub is asked about
@@ -194,7 +196,9 @@ class ModelsScreen(Screen[Load | None]):
         return models_table.row(entry, self._width, self._is_loaded(entry), fetching)
 
     def _about(self, entry: Entry) -> list[str]:
-        lines = models_table.about(entry, self._is_loaded(entry), self._asking == entry.name)
+        since = self._gates.since.get(_to_watch(entry), "")
+        asking = self._asking == entry.name
+        lines = models_table.about(entry, self._is_loaded(entry), asking, since)
         pull = self._pull
         if pull.pair == entry.name:
             lines.append(f"{pull.step.stage} · {pull.words(20)}")
@@ -230,9 +234,11 @@ class ModelsScreen(Screen[Load | None]):
                 self._asking = ""
             if self._wanted == entry.name and self._is_open(entry):
                 self._fetch(entry)
-            self._draw()
             if not gate.waits(entry.answers):
+                self._wanted = ""
+                self._draw()
                 return
+            self._draw()
             await asyncio.sleep(RECHECK_S)
 
     def _is_open(self, entry: Entry) -> bool:
@@ -271,6 +277,18 @@ class ModelsScreen(Screen[Load | None]):
         except SuspendNotSupported:
             self.notify("This terminal cannot be lent: run `hf auth login` in another")
         self._ask_hub()
+
+    def action_watch(self) -> None:
+        """Be told once its authors have opened the gate, or no longer."""
+        entry = self.chosen
+        if entry is None:
+            return
+        name = _to_watch(entry)
+        if name in self._gates.since or gate.waits_for_others(entry.answers or []):
+            self._gates.toggle(name)
+            self._draw()
+        else:
+            self._tell(f"Nobody's approval is waited for: {entry.name}")
 
     # ── fetching and loading ────────────────────────────────────────────────────────────────────
 
@@ -402,6 +420,10 @@ def load_of(pair: str, quant: str, before: EngineOptions) -> Load:
     """Another pair on the same device; what was chosen for the one before is left to the plan."""
     options = EngineOptions(device=before.device, dtype=before.dtype, threads=before.threads)
     return Load(pair, quant, options)
+
+
+def _to_watch(entry: Entry) -> str:
+    return fetching.named(entry.name, entry.to_fetch)
 
 
 def _hf() -> str:

@@ -290,8 +290,7 @@ class PlanScreen(Screen[Load | None]):
 
     def action_bench(self) -> None:
         """Measure what is loaded, for some seconds."""
-        if problem := self._benching.start():
-            self.notify(problem, markup=False)
+        self._benching.start()
         self._draw()
 
     def action_choose(self, by: int) -> None:

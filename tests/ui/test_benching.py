@@ -102,7 +102,7 @@ async def test_questions_wait_for_it_and_it_waits_for_answers() -> None:
         assert chat.client.asked[-1].messages[-1].content == "Two?"
         await chat.type("/bench")
         await planned(chat)
-        assert "An answer is being written" in told(chat)
+        await until(chat, lambda: "! an answer is being written" in shown(chat, "bench"))
         assert not any(isinstance(sent, Bench) for sent in chat.client.sent[-2:])
 
 
@@ -130,5 +130,5 @@ async def test_only_what_is_loaded_can_be_measured(own_folders: Path) -> None:
         await until(chat, lambda: isinstance(chat.app.screen, PlanScreen))
         assert plan_screen(chat)
         await chat.pilot.press("b")
-        assert "Nothing is loaded yet" in told(chat)
+        assert "! nothing is loaded yet" in shown(chat, "bench")
         assert not any(isinstance(sent, Bench) for sent in chat.client.sent)

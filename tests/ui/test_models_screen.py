@@ -16,7 +16,7 @@ from dflash_chat.access import Access, State
 from dflash_chat.gpu import Gpu, Survey
 from dflash_chat.progress import Step
 from dflash_chat.runtime.api import EngineOptions, Load
-from dflash_chat.ui import browser, clipboard, fetching, gate, models_screen
+from dflash_chat.ui import browser, clipboard, fetching, gate, models_screen, watching
 from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_screen import ModelsScreen
 from dflash_chat.ui.plan_screen import PlanScreen
@@ -304,6 +304,52 @@ async def test_logging_in_is_the_hubs_own_command(
         monkeypatch.setattr(chat.app, "suspend", nullcontext)
         await chat.pilot.press("l")
         assert (tmp_path / "said").read_text() == "auth login\n"
+
+
+async def test_a_gate_that_others_open_is_watched_and_told_in_the_chat_after_a_restart(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "PERIOD_S", 0.1)
+    repo = server.repos["me/gguf"]
+    repo.gated, repo.refusal = "manual", hub_server.NOT_ASKED
+    async with opened(pair="duo") as chat:
+        await until(chat, lambda: "! ask" in rows(chat)["duo"])
+        assert "approve by hand, which may take days" in about(chat)
+        await chat.pilot.press("enter")
+        await until(chat, lambda: not models(chat)._wanted)  # asked again, and not for ever
+        await chat.pilot.press("n")
+        assert "watched since " in about(chat)
+        await chat.pilot.press("n")
+        assert "n watches it" in about(chat)
+        repo.refusal = hub_server.PENDING
+        await chat.pilot.press("n", "enter")
+        await until(chat, lambda: "… pending" in rows(chat)["duo"])
+    async with open_chat() as chat:
+        await chat.load()
+        repo.refusal = ""
+        await until(chat, lambda: "duo@x may be fetched now" in chat.text)
+        assert "duo@x may be fetched now" in told(chat)
+        assert not chat.screen.gates.since
+        assert watching.file().read_text() == "{}"
+        watching.file().write_text("no list")
+        chat.screen.gates.resume()
+        assert not chat.screen.gates.since
+
+
+async def test_a_token_that_is_wrong_or_may_too_little_says_what_to_do(server: Hub) -> None:
+    repo = server.repos["me/gguf"]
+    repo.gated, repo.refusal = "auto", hub_server.SCOPE
+    async with opened(pair="duo") as chat:
+        await until(chat, lambda: "! token" in rows(chat)["duo"])
+        assert "'Read access to contents of all public gated repos you can access'" in about(chat)
+        assert "tick it at https://huggingface.co/settings/tokens" in about(chat)
+        assert "asked again every 5 s" in about(chat)
+        await chat.pilot.press("n")
+        assert "Nobody's approval is waited for" in told(chat)
+        server.tokens.clear()  # it has expired
+        await until(chat, lambda: "! log in" in rows(chat)["duo"])
+        assert "the hub does not know the token from HF_TOKEN" in about(chat)
+        assert "until dflash-chat is started without it" in about(chat)
 
 
 # ── by name ─────────────────────────────────────────────────────────────────────────────────────

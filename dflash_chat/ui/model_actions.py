@@ -48,7 +48,8 @@ class ModelActions(Screen[None]):
         except UserError as error:
             self.notify(f"{error.message} {error.hint}".strip(), markup=False)
             return
-        screen = PlanScreen(pair, dialogue.load, self._held, dialogue, bench)
+        held, fetch = self._held, self._begin_pull
+        screen = PlanScreen(pair, dialogue.load, held, fetch, dialogue, bench)
         if load := await self.app.push_screen_wait(screen):
             self.load_instead(load)
 
@@ -119,8 +120,11 @@ class ModelActions(Screen[None]):
         )
         self.dialogue.show(card)
 
-    def _begin_pull(self, name: str, build: str) -> None:
+    def _begin_pull(self, name: str, build: str) -> str:
+        if self.pull.pair:
+            return f"{self.pull.pair} is being fetched; one at a time"
         self.run_worker(self.pull.fetch(name, build), group="pull")
+        return f"{fetching.named(name, build)} is being fetched; F8 shows how far it is"
 
     def pulled(self, pair: str, step: Step) -> None:
         """A pull has ended, wherever the person looks now."""

@@ -76,7 +76,7 @@ class ModelsScreen(Screen[Load | None]):
     ]
 
     def __init__(
-        self, loaded: Load, held: int, pull: Pull, begin: Callable[[str, str], None], gates: Watch
+        self, loaded: Load, held: int, pull: Pull, begin: Callable[[str, str], str], gates: Watch
     ) -> None:
         super().__init__()
         self._loaded, self._held = loaded, held
@@ -401,7 +401,7 @@ class ModelsScreen(Screen[Load | None]):
         load = self._loaded
         if not self._is_loaded(entry):
             load = load_of(entry.name, "", load.options)
-        self.app.push_screen(PlanScreen(entry.pair, load, self._held), self._planned)
+        self.app.push_screen(PlanScreen(entry.pair, load, self._held, self._begin), self._planned)
 
     def _planned(self, load: Load | None) -> None:
         if load is not None:

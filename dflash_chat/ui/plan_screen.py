@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, TypeVar
 
@@ -28,6 +29,7 @@ from dflash_chat.entries import Pair
 from dflash_chat.errors import UserError
 from dflash_chat.gpu import Gpu
 from dflash_chat.plan import as_json, free_ram
+from dflash_chat.progress import size
 from dflash_chat.reasons import gib, remedy, shortage
 from dflash_chat.runtime.api import Load, ModelInfo
 from dflash_chat.ui import clipboard, plan_page
@@ -94,7 +96,7 @@ class PlanScreen(Screen[Load | None]):
 
     `load` is how the pair is, or would be, loaded. `held` counts the bytes that the engine holds
     now of the device. `dialogue` is there if this is the pair that its engine has loaded; with
-    `bench` that is measured at once.
+    `bench` that is measured at once. `fetch` begins a pull of a pair's build and says so.
     """
 
     BINDINGS: ClassVar = [
@@ -114,12 +116,13 @@ class PlanScreen(Screen[Load | None]):
     ]
 
     def __init__(
-        self, pair: Pair, load: Load, held: int = 0, dialogue: Dialogue | None = None,
-        bench: bool = False,
+        self, pair: Pair, load: Load, held: int, fetch: Callable[[str, str], str],
+        dialogue: Dialogue | None = None, bench: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.pair, self.load = pair, load
         self._held, self._dialogue, self._bench_now = held, dialogue, bench
+        self._fetch, self._sure = fetch, ""  # the build that is fetched if it is wished again
         self._info = dialogue.info if dialogue else None
         self._benching = Benching(dialogue, self._benched)
         self._wishes = self._first = Wishes(load.quant, load.options)
@@ -358,6 +361,16 @@ class PlanScreen(Screen[Load | None]):
             text = json.dumps(as_json(self.made), indent=1)
             self.run_worker(clipboard.hand_over(self.app, text, "the plan"), group="copy")
 
+    def _fetched(self, made: Plan) -> str:
+        """Fetch its build, the second time it is asked for."""
+        name = made.build.name
+        if self._sure != name:
+            self._sure = name
+            count = size(made.build.source.bytes)
+            return f"{name} is not installed; a again fetches it, {count} and its drafter"
+        self._sure = ""
+        return self._fetch(self.pair.name, name)
+
     def action_apply(self) -> None:
         """Load the pair as planned, unless that cannot be."""
         made = self.made
@@ -368,7 +381,7 @@ class PlanScreen(Screen[Load | None]):
             self.notify("The bench is running; Esc stops it")
             return
         if hub.installed(self.pair, made.build.name) is None:
-            self.notify(f"{made.build.name} is not installed; F8 fetches it", markup=False)
+            self.notify(self._fetched(made), markup=False)
             return
         options = self._wishes.options
         wanted = replace(

@@ -171,7 +171,10 @@ async def test_details_plan_and_a_question_before_much_is_fetched(
         await until(chat, lambda: screen.settled)
         assert screen.pair.name == "qwen3-8b"
         await chat.pilot.press("a")
-        assert "is not installed; F8 fetches it" in told(chat)
+        assert "fp8 is not installed; a again fetches it, 9.4 GB and its drafter" in told(chat)
+        screen._fetch = lambda *told: begun.append(told) or "begun"  # type: ignore[func-returns-value]
+        await chat.pilot.press("a")
+        assert begun.pop() == ("qwen3-8b", "fp8")
         await chat.pilot.press("escape")
         assert chat.app.screen is models(chat)
 

@@ -63,7 +63,7 @@ class ModelsScreen(Screen[Load | None]):
 
     BINDINGS: ClassVar = [
         Binding("escape,f8", "back", "Close", id="close_models"),
-        Binding("slash", "filter", "Filter", id="filter_models"),
+        Binding("slash", "filter", "Filter", id="filter_models", priority=True),
         Binding("s", "stop", "Stop the pull", id="stop_pull"),
         Binding("d", "dry_run", "Dry run", id="dry_run"),
         Binding("x", "remove", "Remove", id="remove_model"),
@@ -124,7 +124,10 @@ class ModelsScreen(Screen[Load | None]):
         try:
             machine, words, found = await asyncio.to_thread(self._survey)
         except UserError as error:  # in a catalogue of one's own that was changed meanwhile
-            self.query_one("#models-title", Words).show(f"Models · {error.message}")
+            if self._whole:
+                self.query_one("#models-title", Words).show(f"Models · {error.message}")
+            return
+        if not self._whole:
             return
         before = {entry.name: entry.answers for entry in self._entries}
         for entry in found:
@@ -156,7 +159,7 @@ class ModelsScreen(Screen[Load | None]):
 
     def on_input_submitted(self) -> None:
         """Back to the list, as filtered."""
-        self._list.focus()
+        self.set_focus(self._list)
 
     def on_option_list_option_highlighted(self) -> None:
         """Another pair: nothing was asked about it yet."""
@@ -171,8 +174,13 @@ class ModelsScreen(Screen[Load | None]):
 
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def _whole(self) -> bool:
+        """Whether all of it is there still: what was awaited may end while it is taken apart."""
+        return len(self.query("#models-title, #models-head, #models-list, #models-words")) == 4
+
     def _draw(self) -> None:
-        if not self.is_mounted:
+        if not self._whole:
             return
         if self._fetching != self._pull.pair:  # a pull began, or ended
             ended, self._fetching = self._fetching, self._pull.pair
@@ -201,7 +209,7 @@ class ModelsScreen(Screen[Load | None]):
         lines = models_table.about(entry, self._is_loaded(entry), asking, since)
         pull = self._pull
         if pull.pair == entry.name:
-            lines.append(f"{pull.step.stage} · {pull.words(20)}")
+            lines = [lines[0], f"{pull.step.stage} · {pull.words(20)}"]
             lines += [fetching.safe_words(pull.step), "s stops it; Esc goes back, and it goes on"]
         elif pull.pair:
             lines.append(f"{pull.pair} is being fetched · {pull.words(10)}")
@@ -220,7 +228,7 @@ class ModelsScreen(Screen[Load | None]):
     async def _ask_hub(self, after_s: float = 0.0) -> None:
         """Ask about the pair under the cursor, and again while its gate is waited for."""
         await asyncio.sleep(after_s)
-        entry = self.chosen
+        entry = self.chosen if self._whole else None
         if entry is None or not entry.sources or not entry.loads:
             return
         if after_s and entry.answers is not None and not gate.waits(entry.answers):
@@ -318,7 +326,6 @@ class ModelsScreen(Screen[Load | None]):
     def _fetch(self, entry: Entry) -> None:
         self._wanted, self._said = "", ("", "")
         self._begin(entry.name, entry.to_fetch)
-        self._fetching = entry.name
         self._draw()
 
     def _pulled(self, name: str, step: Step) -> None:
@@ -342,15 +349,19 @@ class ModelsScreen(Screen[Load | None]):
         if isinstance(self.focused, Input) or line.value:
             line.value = ""
             line.display = False
-            self._list.focus()
+            self.set_focus(self._list)
         else:
             self.dismiss(None)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """A slash in the filter is one."""
+        return action != "filter" or not isinstance(self.focused, Input)
 
     def action_filter(self) -> None:
         """Show the line to filter by."""
         line = self.query_one("#models-filter", Input)
         line.display = True
-        line.focus()
+        self.set_focus(line)  # with the priority: no key behind the slash is the list's
 
     def action_details(self) -> None:
         """All that the catalogue knows of the pair."""

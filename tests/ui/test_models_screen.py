@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.strip import Strip
 from textual.widget import Widget
+from textual.widgets import Input
 
 from dflash_chat import gpu, hub, pairs
 from dflash_chat.access import Access, State
@@ -141,6 +143,17 @@ async def test_the_filter_and_the_way_out(unasked: None) -> None:
         assert chat.app.screen is chat.screen
 
 
+async def test_what_is_typed_at_once_behind_the_slash_is_the_filters(unasked: None) -> None:
+    async with opened() as chat:
+        for character in "/du/o":
+            key = "slash" if character == "/" else character
+            chat.app.post_message(events.Key(key, character))
+        await until(chat, lambda: models(chat).query_one(Input).value == "du/o")
+        await chat.pilot.press("left", "backspace", "enter")
+        assert list(rows(chat)) == ["duo"]
+        assert not chat.app._notifications  # d was no dry run
+
+
 async def test_what_cannot_run_is_not_fetched(
     unasked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +213,19 @@ async def test_it_fits_a_small_screen(unasked: None) -> None:
         assert "twin" in "\n".join(strip.text for strip in lines(models(chat)._list))
 
 
+async def test_what_comes_while_it_is_taken_apart_is_nobodys(unasked: None) -> None:
+    async with opened(pair="duo") as chat:
+        screen = models(chat)
+        for part in ("#models-words", "#models-list"):
+            await screen.query_one(part).remove()
+            screen._draw()
+            screen._look()
+            screen._ask_hub()
+            workers = chat.app.workers
+            await workers.wait_for_complete([each for each in workers if each.node is screen])
+        assert chat.app.is_running
+
+
 # ── fetching, loading, removing ─────────────────────────────────────────────────────────────────
 
 
@@ -213,6 +239,8 @@ async def test_a_pair_is_fetched_loaded_and_removed(server: Hub) -> None:
         assert "duo is not installed" in told(chat)
         await until(chat, lambda: "%" in rows(chat)["duo"])
         assert "files done, safe to stop" in about(chat)
+        assert "Enter fetches it" not in about(chat)
+        assert "not fetched" not in about(chat)
         await until(chat, lambda: rows(chat)["duo"].endswith("installed"))
         found = hub.installed(pairs.find("duo"))
         assert found is not None

@@ -53,6 +53,7 @@ REFRESH_S = 1.0
 QUANT, WIDTH, CONTEXT = range(3)
 T = TypeVar("T", str, int)
 _DIGITS = 8
+_WORDS = 7  # pieces of text on the screen
 
 
 class MemoryBar(Static):
@@ -228,7 +229,7 @@ class PlanScreen(Screen[Load | None]):
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────
 
     def _draw(self) -> None:
-        if not self.query("#plan-title"):  # not composed yet, or gone while the plan was made
+        if len(self.query(Words)) < _WORDS:  # not composed yet, or gone while the plan was made
             return
         made = self.made
         self.query_one("#plan-title", Words).show(self._title())

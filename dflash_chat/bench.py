@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -119,12 +119,13 @@ def load(args: BenchArgs) -> tuple[Installed, Session]:
 
 
 def answer(
-    session: Session, prompt: str, sampling: SamplingParams, draft: bool, draft_tokens: int = 0
-) -> tuple[str, Finished]:
-    """Text and figures of one answer; `draft_tokens` as in `Generate`."""
-    request = Generate(0, (Message("user", prompt),), sampling, draft, draft_tokens)
+    session: Session, prompt: str, sampling: SamplingParams, draft: bool, draft_tokens: int = 0,
+    before: tuple[Message, ...] = (), cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[str, Finished]:  # fmt: skip
+    """Text and figures of one answer, behind a chat; `draft_tokens` as in `Generate`."""
+    request = Generate(0, (*before, Message("user", prompt)), sampling, draft, draft_tokens)
     pieces: list[str] = []
-    for event in session.generate(request, lambda: False):
+    for event in session.generate(request, cancelled):
         if isinstance(event, Tokens):
             pieces.append(event.text)
         elif isinstance(event, Finished):

@@ -38,6 +38,8 @@ def why(
     if made.gpu:
         lines += [_kv(made), _drafter(made, chosen, wishes), _draft_head(made, chosen, wishes)]
         lines += [_head(made, chosen)]
+    if made.gpu and made.fits:
+        lines.append(_others(made))
     if made.gpu or made.costs:
         lines += [_width(made, chosen, wishes), _rates(made, chosen)]
     return tuple(lines)
@@ -146,10 +148,15 @@ def _context(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
     if largest < context and made.gpu:
         freed = made.budget.total - chosen.total(made.options, largest) if largest else 0
         instead = f"-o ctx={largest} would free {gib(freed)}" if largest else ""
-    elif largest == context < limit and context < COMFORTABLE:
+    elif made.gpu and largest == context < limit and context < COMFORTABLE:
         total = chosen.total(made.options, min(limit, COMFORTABLE))
         instead = f"{card_for(total)} would take {min(limit, COMFORTABLE)}"
     return Why("context", f"{context} of {limit}", because, instead)
+
+
+def _others(made: Plan) -> Why:
+    because = "if they take more before it is loaded, it is refused; what is loaded is held"
+    return Why("others", f"{gib(made.spare)} left", because)
 
 
 def _largest(made: Plan, chosen: Candidate, options: EngineOptions, most: int) -> int:

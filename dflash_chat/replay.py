@@ -17,6 +17,7 @@ from dflash_chat.chat import Conversation
 from dflash_chat.errors import EXIT_OTHER, UserError
 from dflash_chat.runtime.api import (
     PROTOCOL_VERSION,
+    Bench,
     Cancel,
     Event,
     Failed,
@@ -208,6 +209,9 @@ class ReplayClient(EngineClient):
                 self._playing = self._answers.popleft()
                 due = schedule(self._playing)
                 self._due.extend((now + at, replace(event, id=number)) for at, event in due)
+            case Bench(id=number):
+                words = "This is a recording; there is no engine to measure."
+                self._events.append(Failed(number, words, "", EXIT_OTHER))
             case Cancel(id=number) if self._due:
                 events = self._playing.events
                 played = events[: len(events) + 1 - len(self._due)]  # the figures were due, too

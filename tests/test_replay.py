@@ -12,6 +12,7 @@ from dflash_chat.chat import Conversation
 from dflash_chat.errors import UserError
 from dflash_chat.replay import PAUSE_S, Answer, Recording, ReplayClient, schedule
 from dflash_chat.runtime.api import (
+    Bench,
     Cancel,
     Failed,
     Finished,
@@ -144,6 +145,14 @@ def test_a_replay_can_be_stopped(recording: Recording) -> None:
     (finished,) = rest
     assert isinstance(finished, Finished)
     assert (finished.id, finished.reason, finished.spec.steps) == (1, "cancelled", 2)
+
+
+def test_a_recording_cannot_be_measured(recording: Recording) -> None:
+    client = ReplayClient(recording, Clock())
+    client.send(Bench(3))
+    (failed,) = client.drain()
+    assert isinstance(failed, Failed)
+    assert (failed.id, failed.message) == (3, "This is a recording; there is no engine to measure.")
 
 
 def test_a_question_of_ones_own_is_refused(recording: Recording) -> None:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 GLOSSARY = {
     "drafted": "proposed tokens that were put before the target; the anchor does not count",
@@ -337,8 +337,21 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure the loaded pair for about `seconds`, one round at least: plain decoding, numbers of
+    drafted tokens, and as many as pay. `messages` is the chat: it stands before every prompt, so
+    that the cache keeps it, unless most of it would have to be read for that.
+    """
+
+    id: int
+    messages: tuple[Message, ...] = ()
+    params: SamplingParams = SamplingParams()
+    seconds: float = 20.0
+
+
+@dataclass(frozen=True)
 class Cancel:
-    """Stop generation `id` after the block in flight; the partial answer stands."""
+    """Stop generation or bench `id` after the block in flight; the partial answer stands."""
 
     id: int
 
@@ -422,6 +435,25 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Benched:
+    """A bench as far as it is. `rates` has tok/s over whole rounds by how many tokens every pass
+    drafted: 0 is plain decoding, -1 as many as pay. `before` tokens of the chat stood before every
+    prompt; `forgotten` ones were in the cache and must be read again.
+
+    `reason`: "" while it goes on, "done" or "cancelled". `kept`: the next plan goes by it.
+    """
+
+    id: int
+    rounds: int = 0
+    seconds: float = 0.0
+    rates: tuple[tuple[int, float], ...] = ()
+    before: int = 0
+    reason: str = ""
+    forgotten: int = 0
+    kept: bool = False
+
+
+@dataclass(frozen=True)
 class Failed:
     """A request could not be carried out. `trace` is for the log and the crash card's details."""
 
@@ -432,15 +464,20 @@ class Failed:
     trace: str = ""
 
 
-Request = Load | Generate | Cancel | Shutdown
-Event = Hello | Progress | Ready | Prefill | Tokens | Finished | Failed
+Request = Load | Generate | Bench | Cancel | Shutdown
+Event = Hello | Progress | Ready | Prefill | Tokens | Finished | Benched | Failed
 
 # ── one JSON line each ──────────────────────────────────────────────────────────────────────────
 
+_ASKING = ("Generate", "Bench")
 _NESTED: dict[tuple[str, str], Any] = {
     ("Load", "options"): lambda d: EngineOptions(**d),
-    ("Generate", "messages"): lambda d: tuple(Message(**m) for m in d),
-    ("Generate", "params"): lambda d: SamplingParams(**{**d, "stop": tuple(d.get("stop", ()))}),
+    **{(kind, "messages"): lambda d: tuple(Message(**m) for m in d) for kind in _ASKING},
+    **{
+        (kind, "params"): lambda d: SamplingParams(**{**d, "stop": tuple(d.get("stop", ()))})
+        for kind in _ASKING
+    },
+    ("Benched", "rates"): lambda d: tuple((int(drafted), float(rate)) for drafted, rate in d),
     ("Ready", "info"): lambda d: ModelInfo(**d),
     ("Tokens", "stats"): lambda d: StepStats(**d),
     ("Tokens", "lengths"): tuple,
@@ -454,7 +491,8 @@ _NESTED: dict[tuple[str, str], Any] = {
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Load, Generate, Cancel, Shutdown, Hello, Progress, Ready, Prefill, Tokens, Finished, Failed,
+        Load, Generate, Bench, Cancel, Shutdown, Hello, Progress, Ready, Prefill, Tokens, Finished,
+        Benched, Failed,
     )
 }  # fmt: skip
 

@@ -280,9 +280,9 @@ class Engine:
             yield Prefilled(cached, begin + len(ids), len(prompt))
         return hidden[-1:]
 
-    def _reuse(self, prompt: Sequence[int]) -> int:
-        """Cut both caches back to the common prefix, or to nothing where a ring has lost what
-        stands before its end; at least one prompt token is always read again.
+    def reusable(self, prompt: Sequence[int]) -> int:
+        """How many of its first tokens are in both caches: the common prefix, or nothing where a
+        ring has lost what stands before its end; at least one prompt token is always read again.
         """
         held = min(len(self.log), self.cache.length, len(prompt) - 1)
         if self.drafter is not None:
@@ -293,6 +293,11 @@ class Engine:
         n = self.cache.rewindable(n)
         if self.drafter is not None:
             n = self.drafter.rewindable(n)
+        return n
+
+    def _reuse(self, prompt: Sequence[int]) -> int:
+        """Cut both caches back to what is reusable."""
+        n = self.reusable(prompt)
         self.cache.truncate(n)
         del self.log[n:]
         if self.drafter is not None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from dflash_chat.hub import Installed
 from dflash_chat.runtime import draft_head, fitting, kernels, memory, models, text, weights
 from dflash_chat.runtime.api import (
     DEFAULT_CONTEXT,
+    Bench,
+    Benched,
     EngineOptions,
     Event,
     Finished,
@@ -43,6 +46,7 @@ from dflash_chat.runtime.engine import Engine, Prefilled, Step
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.weights import Checkpoint, Shape
+from dflash_chat.speed import Survival
 
 if TYPE_CHECKING:
     from dflash_chat.runtime.graphed import GraphedSteps  # needs Triton
@@ -58,9 +62,15 @@ class Session:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: text.Tokenizer, info: ModelInfo, what_fits: str = ""
+        self,
+        engine: Engine,
+        tokenizer: text.Tokenizer,
+        info: ModelInfo,
+        what_fits: str = "",
+        keep: Callable[[Survival], bool] = lambda survival: False,
     ) -> None:
         self.engine, self.tokenizer, self.info = engine, tokenizer, info
+        self.keep = keep  # what a bench has found, for the next plan; says whether it is kept
         self._what_fits = what_fits  # the hint, should memory run out
         self._said: _Said | None = None
 
@@ -97,7 +107,8 @@ class Session:
             fitting.measure(installed, engine, options, card)
         took = time.perf_counter() - started
         info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
-        return cls(engine, opened.tokenizer, info, what_fits)
+        keep = partial(fitting.keep_survival, installed, engine, options)
+        return cls(engine, opened.tokenizer, info, what_fits, keep)
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         """Answer a chat: Prefill events, Tokens events, one Finished. Cancels between blocks.
@@ -116,6 +127,16 @@ class Session:
         if self.engine.cache.device.type == "cuda":
             torch.cuda.empty_cache()
         raise DoesNotFitError("the GPU's memory ran out during this answer", self._what_fits)
+
+    def bench(self, request: Bench, cancelled: Callable[[], bool]) -> Iterator[Benched]:
+        """Measure; an answer that was cut can still be continued as if nothing had been asked."""
+        from dflash_chat.runtime import bench
+
+        said = self._said
+        try:
+            yield from bench.run(self, request, cancelled)
+        finally:
+            self._said = said
 
     def _answer(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         started = time.perf_counter()

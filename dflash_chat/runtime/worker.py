@@ -25,6 +25,8 @@ from dflash_chat import __version__
 from dflash_chat.errors import EXIT_OTHER, UserError
 from dflash_chat.runtime.api import (
     PROTOCOL_VERSION,
+    Bench,
+    Benched,
     Cancel,
     Event,
     Failed,
@@ -57,7 +59,11 @@ class LoadedPair(Protocol):
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         """Prefill, Tokens, Finished; looks at `cancelled` once per block."""
 
+    def bench(self, request: Bench, cancelled: Callable[[], bool]) -> Iterator[Benched]:
+        """One after every answer; the last has a reason."""
 
+
+Asking = Generate | Bench
 Loader = Callable[[Load, Callable[[Progress], None]], LoadedPair]
 
 
@@ -66,7 +72,7 @@ class Inbox:
 
     def __init__(self, commands: BinaryIO) -> None:
         self._commands = commands
-        self._requests: queue.SimpleQueue[Load | Generate | ValueError | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Load | Asking | ValueError | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         self._closed = threading.Event()
         threading.Thread(target=self._read, name="requests", daemon=True).start()
@@ -76,7 +82,7 @@ class Inbox:
         """Nobody waits for answers any more: stdin has ended or `Shutdown` came."""
         return self._closed.is_set()
 
-    def next(self) -> Load | Generate | None:
+    def next(self) -> Load | Asking | None:
         """The next request, None when the process should end. Raises ValueError for a bad line."""
         request = self._requests.get()
         if isinstance(request, ValueError):
@@ -98,7 +104,7 @@ class Inbox:
                 break
             if isinstance(request, Cancel):
                 self._cancelled.add(request.id)
-            elif isinstance(request, Load | Generate):
+            elif isinstance(request, Load | Asking):
                 self._requests.put(request)
         self._closed.set()
         self._requests.put(None)
@@ -172,10 +178,18 @@ def serve(commands: BinaryIO, events: BinaryIO, load: Loader) -> None:
             outbox.send(Failed(generation, words, "The engine log has more.", EXIT_OTHER, trace))
 
 
-def _answer(pair: LoadedPair | None, request: Generate, inbox: Inbox, outbox: Outbox) -> None:
+def _answer(pair: LoadedPair | None, request: Asking, inbox: Inbox, outbox: Outbox) -> None:
     if pair is None:
         raise UserError("No pair is loaded.", "Wait for the engine to load one.")
-    for event in pair.generate(request, lambda: inbox.cancelled(request.id)):
+
+    def cancelled() -> bool:
+        return inbox.cancelled(request.id)
+
+    if isinstance(request, Bench):
+        for state in pair.bench(request, cancelled):
+            outbox.send(state)
+        return
+    for event in pair.generate(request, cancelled):
         if isinstance(event, Tokens):
             outbox.stream(event)
         else:

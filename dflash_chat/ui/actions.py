@@ -112,6 +112,8 @@ ACTIONS = (
     # by name
     Action("model", "Model", "load another installed pair; alone: what is loaded",
            command="/model", argument="[PAIR]"),
+    Action("bench", "Bench", "measure for some seconds: plain, drafted, as many as pay",
+           command="/bench"),
     Action("stats", "Figures", "the figures of the last answer", command="/stats"),
     Action("copy_answer", "Copy the answer", "copy the last answer, or its last code block",
            command="/copy", argument="[code]"),

@@ -122,6 +122,7 @@ class ChatApp(App[None], inherit_bindings=False):
     async def on_unmount(self) -> None:
         """Take the engine along."""
         self._chat.tell(terminal.RESTORE_TITLE)
+        await self._chat.gates.close()
         await self._chat.pull.close()
         await self._client.close()
 

@@ -50,6 +50,7 @@ from dflash_chat.ui.setting_actions import SettingActions
 from dflash_chat.ui.side_panel import SidePanel, StatusLine
 from dflash_chat.ui.transcript import Card, Transcript, UserTurn
 from dflash_chat.ui.view_actions import ViewActions
+from dflash_chat.ui.watching import Watch
 from dflash_chat.ui.words import Words
 
 NUMBERS_S = 1 / 5
@@ -82,6 +83,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         self.dialogue = Dialogue(client, load, params, draft, record)
         self.dialogue.ended = self._answered
         self.pull = Pull(self.pulled)
+        self.gates = Watch(self.gate_opened)
         self.keymap: Keymap = keymap or {}
         self._numbers_due = 0.0
         self._untidy = False  # an answer has ended since garbage was collected
@@ -113,6 +115,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         self.dialogue.transcript = self.query_one(Transcript)
         self.dialogue.start()
         self.query_one(Prompt).focus()
+        self.gates.resume()
         self.set_interval(pace.FRAME_S, self._frame)
         self.put_back()
         self.show_numbers()

@@ -19,6 +19,8 @@ from dflash_chat.figures import numbers_words
 from dflash_chat.keeper import Keeper
 from dflash_chat.record import Record
 from dflash_chat.runtime.api import (
+    Bench,
+    Benched,
     Cancel,
     Event,
     Failed,
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 _STATES = {"stop": COMPLETE, "cancelled": STOPPED, "length": STOPPED, "context": COMPLETE}
 
-AnswerEvent = Prefill | Tokens | Finished | Failed
+AnswerEvent = Prefill | Tokens | Finished | Benched | Failed
 Guest = Callable[[AnswerEvent | EngineDied], None]
 
 
@@ -137,7 +139,9 @@ class Dialogue:
                 self._crashed(event)
             case Failed(id=0):
                 self._refused_to_load(event)
-            case Prefill() | Tokens() | Finished() | Failed() if event.id == self._generation:
+            case Prefill() | Tokens() | Finished() | Benched() | Failed() if (
+                event.id == self._generation
+            ):
                 if self._guest:
                     self._guest(event)
                 else:
@@ -451,13 +455,17 @@ class Dialogue:
                 if turn.behind and turn not in self._drawing:
                     self._drawing.append(turn)
 
-    def lend(self, request: Generate, guest: Guest) -> None:
+    def lend(self, request: Generate | Bench, guest: Guest) -> None:
         """Send a request that is no part of the conversation; `guest` takes its events. Call
         `give_back` after it."""
         assert self.answer is None, "an answer is being written"
         self._generation += 1
         self._guest = guest
         self.client.send(replace(request, id=self._generation))
+
+    def stop_guest(self) -> None:
+        """Ask the guest's request to end; what still comes of it is the guest's."""
+        self.client.send(Cancel(self._generation))
 
     def give_back(self) -> None:
         """The guest has all it wants, or has left."""

@@ -20,6 +20,7 @@ PATIENCE_S = 8.0
 _IN_BROWSER = frozenset({  # what a person can change at once, so that asking again makes sense
     State.NO_TOKEN, State.INVALID_TOKEN, State.NOT_ACCEPTED, State.WRONG_SCOPE,
 })  # fmt: skip
+_BY_OTHERS = frozenset({State.MANUAL_APPROVAL, State.PENDING})
 _WORDS = {
     State.OPEN: "open", State.RENAMED: "open", State.GRANTED: "✓ granted",
     State.NO_TOKEN: "! log in", State.INVALID_TOKEN: "! log in", State.NOT_ACCEPTED: "! accept",
@@ -47,6 +48,11 @@ def waits(answers: list[Access]) -> bool:
     """Whether a person can open what is shut in the next minutes, with a browser or a login."""
     shut = [a for a in answers if a.state not in READABLE]
     return bool(shut) and all(a.state in _IN_BROWSER for a in shut)
+
+
+def waits_for_others(answers: list[Access]) -> bool:
+    """Whether the authors decide, in hours or days."""
+    return any(a.state in _BY_OTHERS for a in answers)
 
 
 def unreached(why: str) -> Access:

@@ -21,17 +21,26 @@ from dflash_chat.ui.bars import grouped
 from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.transcript import Card
+from dflash_chat.ui.watching import Watch
 
 
 class ModelActions(Screen[None]):
-    """Actions on pairs. `pull` outlives the screen that began it."""
+    """Actions on pairs. `pull` and `gates` outlive the screen that began them."""
 
     dialogue: Dialogue
     pull: Pull
+    gates: Watch
+
+    def action_plan(self) -> None:
+        """Show what the loaded pair takes, and why; load it otherwise."""
+        self._show_plan()
+
+    def action_bench(self) -> None:
+        """The same, while what is loaded is measured."""
+        self._show_plan(bench=True)
 
     @work(exclusive=True, group="plan")
-    async def action_plan(self) -> None:
-        """Show what the loaded pair takes, and why; load it otherwise."""
+    async def _show_plan(self, bench: bool = False) -> None:
         dialogue = self.dialogue
         try:
             pair = pairs.find(dialogue.load.pair)
@@ -40,7 +49,8 @@ class ModelActions(Screen[None]):
             return
         from dflash_chat.ui.plan_screen import PlanScreen
 
-        screen = PlanScreen(pair, dialogue.load, self._held, dialogue.info, dialogue.meter)
+        held, fetch = self._held, self._begin_pull
+        screen = PlanScreen(pair, dialogue.load, held, fetch, dialogue, bench)
         if load := await self.app.push_screen_wait(screen):
             self.load_instead(load)
 
@@ -49,7 +59,8 @@ class ModelActions(Screen[None]):
         """Show all pairs."""
         from dflash_chat.ui.models_screen import ModelsScreen
 
-        screen = ModelsScreen(self.dialogue.load, self._held, self.pull, self._begin_pull)
+        now = self.dialogue.load
+        screen = ModelsScreen(now, self._held, self.pull, self._begin_pull, self.gates)
         if load := await self.app.push_screen_wait(screen):
             self.load_instead(load)
 
@@ -114,14 +125,22 @@ class ModelActions(Screen[None]):
         )
         self.dialogue.show(card)
 
-    def _begin_pull(self, name: str, build: str) -> None:
+    def _begin_pull(self, name: str, build: str) -> str:
+        if self.pull.pair:
+            return f"{self.pull.pair} is being fetched; one at a time"
         self.run_worker(self.pull.fetch(name, build), group="pull")
+        return f"{fetching.named(name, build)} is being fetched; F8 shows how far it is"
 
     def pulled(self, pair: str, step: Step) -> None:
         """A pull has ended, wherever the person looks now."""
         words = fetching.end_words(pair, step)
         failed = step.stage == "failed"
         self.app.notify(words, severity="error" if failed else "information", markup=False)
+
+    def gate_opened(self, pair: str) -> None:
+        """The authors of a pair that was watched have agreed."""
+        self.app.notify(f"{pair} may be fetched now", markup=False)
+        self.dialogue.show(Card(f"{pair} may be fetched now", "Its gate is open; F8 fetches it."))
 
 
 def _system_of(pair: str) -> str:

@@ -36,11 +36,12 @@ from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_table import Entry
 from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.text_screen import TextScreen
+from dflash_chat.ui.watching import Watch
 from dflash_chat.ui.words import Words, flowing
 
 KEYS = (
     "Enter fetch or load", "/ filter", "s stop the pull", "d dry run", "x remove", "i details",
-    "F4 plan", "Esc close",
+    "n tell me once it is open", "F4 plan", "Esc close",
 )  # fmt: skip
 LOOK_S = 0.5
 SETTLE_S = 0.3  # a pair is asked about once the cursor rests on it
@@ -57,12 +58,12 @@ class PairList(OptionList):
 
 class ModelsScreen(Screen[Load | None]):
     """Ends with what should be loaded, or None. `loaded` is what is, `held` the bytes that its
-    engine holds. `begin` starts a pull, which outlives this screen.
+    engine holds. `begin` starts a pull, which outlives this screen as `gates` do.
     """
 
     BINDINGS: ClassVar = [
         Binding("escape,f8", "back", "Close", id="close_models"),
-        Binding("slash", "filter", "Filter", id="filter_models"),
+        Binding("slash", "filter", "Filter", id="filter_models", priority=True),
         Binding("s", "stop", "Stop the pull", id="stop_pull"),
         Binding("d", "dry_run", "Dry run", id="dry_run"),
         Binding("x", "remove", "Remove", id="remove_model"),
@@ -70,15 +71,16 @@ class ModelsScreen(Screen[Load | None]):
         Binding("o", "open_page", "Open its page", id="open_page"),
         Binding("c", "copy_link", "Copy its address", id="copy_link"),
         Binding("l", "login", "Log in", id="login"),
+        Binding("n", "watch", "Tell me once it is open", id="watch_gate"),
         Binding("f4", "plan", "Plan", id="plan_model"),
     ]
 
     def __init__(
-        self, loaded: Load, held: int, pull: Pull, begin: Callable[[str, str], None]
+        self, loaded: Load, held: int, pull: Pull, begin: Callable[[str, str], str], gates: Watch
     ) -> None:
         super().__init__()
         self._loaded, self._held = loaded, held
-        self._pull, self._begin = pull, begin
+        self._pull, self._begin, self._gates = pull, begin, gates
         self._entries: list[Entry] = []
         self._listed: list[Entry] = []
         self._asking = ""  # the pair that the hub is asked about
@@ -106,10 +108,10 @@ class ModelsScreen(Screen[Load | None]):
         self.set_interval(LOOK_S, self._draw)
 
     @property
-    def _shown(self) -> bool:
-        """Whether there is anything to draw on: not before the first layout, nor when the screen
-        has gone while an answer was on its way."""
-        return bool(self.query("#models-words"))
+    def _whole(self) -> bool:
+        """Whether there is anything to draw on: not before the first layout, nor while the screen
+        is taken apart, when something that was awaited may end."""
+        return len(self.query("#models-title, #models-head, #models-list, #models-words")) == 4
 
     @property
     def _list(self) -> OptionList:
@@ -118,7 +120,7 @@ class ModelsScreen(Screen[Load | None]):
     @property
     def chosen(self) -> Entry | None:
         """The pair under the cursor."""
-        at = self._list.highlighted if self._shown else None
+        at = self._list.highlighted if self._whole else None
         return self._listed[at] if at is not None and at < len(self._listed) else None
 
     # ── what there is ───────────────────────────────────────────────────────────────────────────
@@ -128,9 +130,10 @@ class ModelsScreen(Screen[Load | None]):
         try:
             machine, words, found = await asyncio.to_thread(self._survey)
         except UserError as error:  # in a catalogue of one's own that was changed meanwhile
-            self.query_one("#models-title", Words).show(f"Models · {error.message}")
+            if self._whole:
+                self.query_one("#models-title", Words).show(f"Models · {error.message}")
             return
-        if not self._shown:
+        if not self._whole:
             return
         before = {entry.name: entry.answers for entry in self._entries}
         for entry in found:
@@ -148,7 +151,7 @@ class ModelsScreen(Screen[Load | None]):
 
     def _fill(self, name: str) -> None:
         """List what the filter finds, with the cursor on the pair of this name, or the first."""
-        if not self._shown:
+        if not self._whole:
             return
         words = self.query_one("#models-filter", Input).value
         self._listed = [entry for entry in self._entries if models_table.found(entry, words)]
@@ -164,7 +167,7 @@ class ModelsScreen(Screen[Load | None]):
 
     def on_input_submitted(self) -> None:
         """Back to the list, as filtered."""
-        self._list.focus()
+        self.set_focus(self._list)
 
     def on_option_list_option_highlighted(self) -> None:
         """Another pair: nothing was asked about it yet."""
@@ -180,7 +183,7 @@ class ModelsScreen(Screen[Load | None]):
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────
 
     def _draw(self) -> None:
-        if not self._shown:
+        if not self._whole:
             return
         if self._fetching != self._pull.pair:  # a pull began, or ended
             ended, self._fetching = self._fetching, self._pull.pair
@@ -204,10 +207,12 @@ class ModelsScreen(Screen[Load | None]):
         return models_table.row(entry, self._width, self._is_loaded(entry), fetching)
 
     def _about(self, entry: Entry) -> list[str]:
-        lines = models_table.about(entry, self._is_loaded(entry), self._asking == entry.name)
+        since = self._gates.since.get(_to_watch(entry), "")
+        asking = self._asking == entry.name
+        lines = models_table.about(entry, self._is_loaded(entry), asking, since)
         pull = self._pull
         if pull.pair == entry.name:
-            lines.append(f"{pull.step.stage} · {pull.words(20)}")
+            lines = [lines[0], f"{pull.step.stage} · {pull.words(20)}"]
             lines += [fetching.safe_words(pull.step), "s stops it; Esc goes back, and it goes on"]
         elif pull.pair:
             lines.append(f"{pull.pair} is being fetched · {pull.words(10)}")
@@ -226,7 +231,7 @@ class ModelsScreen(Screen[Load | None]):
     async def _ask_hub(self, after_s: float = 0.0) -> None:
         """Ask about the pair under the cursor, and again while its gate is waited for."""
         await asyncio.sleep(after_s)
-        entry = self.chosen
+        entry = self.chosen if self._whole else None
         if entry is None or not entry.sources or not entry.loads:
             return
         if after_s and entry.answers is not None and not gate.waits(entry.answers):
@@ -240,9 +245,11 @@ class ModelsScreen(Screen[Load | None]):
                 self._asking = ""
             if self._wanted == entry.name and self._is_open(entry):
                 self._fetch(entry)
-            self._draw()
             if not gate.waits(entry.answers):
+                self._wanted = ""
+                self._draw()
                 return
+            self._draw()
             await asyncio.sleep(RECHECK_S)
 
     def _is_open(self, entry: Entry) -> bool:
@@ -282,6 +289,18 @@ class ModelsScreen(Screen[Load | None]):
             self.notify("This terminal cannot be lent: run `hf auth login` in another")
         self._ask_hub()
 
+    def action_watch(self) -> None:
+        """Be told once its authors have opened the gate, or no longer."""
+        entry = self.chosen
+        if entry is None:
+            return
+        name = _to_watch(entry)
+        if name in self._gates.since or gate.waits_for_others(entry.answers or []):
+            self._gates.toggle(name)
+            self._draw()
+        else:
+            self._tell(f"Nobody's approval is waited for: {entry.name}")
+
     # ── fetching and loading ────────────────────────────────────────────────────────────────────
 
     def on_option_list_option_selected(self) -> None:
@@ -310,7 +329,6 @@ class ModelsScreen(Screen[Load | None]):
     def _fetch(self, entry: Entry) -> None:
         self._wanted, self._said = "", ("", "")
         self._begin(entry.name, entry.to_fetch)
-        self._fetching = entry.name
         self._draw()
 
     def _pulled(self, name: str, step: Step) -> None:
@@ -334,15 +352,19 @@ class ModelsScreen(Screen[Load | None]):
         if isinstance(self.focused, Input) or line.value:
             line.value = ""
             line.display = False
-            self._list.focus()
+            self.set_focus(self._list)
         else:
             self.dismiss(None)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """A slash in the filter is one."""
+        return action != "filter" or not isinstance(self.focused, Input)
 
     def action_filter(self) -> None:
         """Show the line to filter by."""
         line = self.query_one("#models-filter", Input)
         line.display = True
-        line.focus()
+        self.set_focus(line)  # with the priority: no key behind the slash is the list's
 
     def action_details(self) -> None:
         """All that the catalogue knows of the pair."""
@@ -393,7 +415,7 @@ class ModelsScreen(Screen[Load | None]):
         load = self._loaded
         if not self._is_loaded(entry):
             load = load_of(entry.name, "", load.options)
-        self.app.push_screen(PlanScreen(entry.pair, load, self._held), self._planned)
+        self.app.push_screen(PlanScreen(entry.pair, load, self._held, self._begin), self._planned)
 
     def _planned(self, load: Load | None) -> None:
         if load is not None:
@@ -414,6 +436,10 @@ def load_of(pair: str, quant: str, before: EngineOptions) -> Load:
         device=before.device, dtype=before.dtype, threads=before.threads, lookup=before.lookup
     )
     return Load(pair, quant, options)
+
+
+def _to_watch(entry: Entry) -> str:
+    return fetching.named(entry.name, entry.to_fetch)
 
 
 def _hf() -> str:

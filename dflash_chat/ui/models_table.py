@@ -6,12 +6,13 @@ neither keys nor widgets.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from dflash_chat import hub, listing, pairs
-from dflash_chat.access import READABLE, Access
+from dflash_chat.access import READABLE, Access, State
 from dflash_chat.candidates import Plan
 from dflash_chat.entries import Build, HubSource, Pair
 from dflash_chat.errors import UserError
@@ -161,8 +162,10 @@ def state_words(entry: Entry, loaded: bool) -> str:
 # ── below the list ──────────────────────────────────────────────────────────────────────────────
 
 
-def about(entry: Entry, loaded: bool, asking: bool) -> list[str]:
-    """The pair, what Enter does with it, and what stands in the way."""
+def about(entry: Entry, loaded: bool, asking: bool, since: str) -> list[str]:
+    """The pair, what Enter does with it, and what stands in the way; `since` when its gate is
+    watched, or "".
+    """
     pair, plan = entry.pair, entry.plan
     lines = [f"{pair.title} · {pair.licence} · {entry.build.name}, {size(entry.bytes)}"]
     if not entry.loads:
@@ -176,11 +179,11 @@ def about(entry: Entry, loaded: bool, asking: bool) -> list[str]:
     elif entry.installed:
         lines.append("Enter loads it; what is loaded now ends first, the chat is kept")
     elif plan is None or plan.fits:
-        lines += [*_gate_lines(entry), *(["asking the hub …"] if asking else [])]
+        lines += [*_gate_lines(entry, since), *(["asking the hub …"] if asking else [])]
     return lines
 
 
-def _gate_lines(entry: Entry) -> list[str]:
+def _gate_lines(entry: Entry, since: str) -> list[str]:
     """The hub's answers, and the next step."""
     answers = entry.answers or []
     shut = [answer for answer in answers if answer.state not in READABLE]
@@ -188,6 +191,12 @@ def _gate_lines(entry: Entry) -> list[str]:
     lines += [f"  {hint}" for hint in dict.fromkeys(answer.hint for answer in shut) if hint]
     if gate.waits(answers):
         lines.append("  asked again every 5 s · o opens the page, c copies its address, l logs in")
+        if os.environ.get("HF_TOKEN") and any(a.state is State.INVALID_TOKEN for a in shut):
+            lines.append("  HF_TOKEN goes before a login until dflash-chat is started without it")
+    elif since:
+        lines.append(f"  watched since {since}: you are told in the chat · n gives it up")
+    elif gate.waits_for_others(answers):
+        lines.append("  n watches it and tells you in the chat · o opens the page, c copies it")
     elif answers and not shut:
         lines.append("Enter fetches it")
     return lines

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from dflash_chat import listing
 from dflash_chat.budget import Budget
-from dflash_chat.candidates import Plan, Wishes
+from dflash_chat.candidates import MEASURED_AT, Plan, Wishes
 from dflash_chat.entries import Pair
 from dflash_chat.reasons import gib
 from dflash_chat.runtime.api import ModelInfo
@@ -181,11 +181,15 @@ def _two(estimate: int, measured: int) -> list[str]:
 
 def _pass_lines(loaded: Loaded) -> list[str]:
     """Milliseconds of passes: by the bytes they read, as timed on this card, and as they are."""
-    lines = []
+    info = loaded.info
+    caches = next((p.bytes for p in parts(loaded.plan.budget) if p.name == "caches"), 0)
+    estimate, measured = (n / info.context_tokens / 1000 for n in (caches, info.cache_bytes))
+    lines = [f"caches, a token   {estimate:.1f} kB estimated, {measured:.1f} kB measured"]
     if loaded.estimated:
-        lines.append(f"passes estimated  {_costs_words(loaded.estimated)}")
+        context = min(loaded.plan.context_tokens, MEASURED_AT)
+        lines.append(f"passes estimated  {_costs_words(loaded.estimated, context)}")
     if loaded.measured:
-        lines.append(f"passes measured   {_costs_words(loaded.measured)}")
+        lines.append(f"passes measured   {_costs_words(loaded.measured, MEASURED_AT)}")
     if loaded.plain:
         age = loaded.plain_age_s
         when = "at load" if age is None else f"{age:.0f} s ago"
@@ -197,13 +201,13 @@ def _pass_lines(loaded: Loaded) -> list[str]:
     return lines
 
 
-def _costs_words(costs: Costs) -> str:
+def _costs_words(costs: Costs, context: int) -> str:
     shown: Mapping[int, float] = costs.verify_ms
     rows = [n for n in (1, 2, 4, 8, 16) if n in shown]
     if max(shown) not in rows:
         rows.append(max(shown))
     words = " · ".join(f"{n} row{'s' * (n > 1)} {shown[n]:.1f}" for n in rows)
-    return f"{words} · draft {costs.draft_ms:.1f} ms"
+    return f"{words} · draft {costs.draft_ms:.1f} ms at {grouped(context)} tokens"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, TypeVar
 
@@ -28,10 +29,12 @@ from dflash_chat.entries import Pair
 from dflash_chat.errors import UserError
 from dflash_chat.gpu import Gpu
 from dflash_chat.plan import as_json, free_ram
+from dflash_chat.progress import size
 from dflash_chat.reasons import gib, remedy, shortage
 from dflash_chat.runtime.api import Load, ModelInfo
 from dflash_chat.ui import clipboard, plan_page
-from dflash_chat.ui.meter import Meter
+from dflash_chat.ui.benching import Benching
+from dflash_chat.ui.dialogue import Dialogue
 from dflash_chat.ui.plan_page import Loaded, Part
 from dflash_chat.ui.words import GAP, Words, flow, flowing
 
@@ -41,6 +44,7 @@ KEYS = (
     "0–9 type it",
     "PageDown more",
     "a apply",
+    "b bench now",
     "r reset",
     "j copy JSON",
     "Esc close",
@@ -49,6 +53,7 @@ REFRESH_S = 1.0
 QUANT, WIDTH, CONTEXT = range(3)
 T = TypeVar("T", str, int)
 _DIGITS = 8
+_WORDS = 7  # pieces of text on the screen
 
 
 class MemoryBar(Static):
@@ -91,7 +96,8 @@ class PlanScreen(Screen[Load | None]):
     """Ends with what should be loaded instead, or None.
 
     `load` is how the pair is, or would be, loaded. `held` counts the bytes that the engine holds
-    now of the device. `info` and `meter` belong to the engine if this is the pair it has loaded.
+    now of the device. `dialogue` is there if this is the pair that its engine has loaded; with
+    `bench` that is measured at once. `fetch` begins a pull of a pair's build and says so.
     """
 
     BINDINGS: ClassVar = [
@@ -104,18 +110,22 @@ class PlanScreen(Screen[Load | None]):
         Binding("pagedown", "page(1)", "Page down", id="plan_page_down"),
         Binding("a", "apply", "Load it so", id="plan_apply"),
         Binding("r", "reset", "As it was", id="plan_reset"),
+        Binding("b", "bench", "Bench now", id="plan_bench"),
         Binding("j", "copy_json", "Copy as JSON", id="plan_json"),
         Binding("backspace", "rub_out", "Take a digit back", id="plan_rub_out"),
         *(Binding(digit, f"digit('{digit}')", show=False) for digit in "0123456789"),
     ]
 
     def __init__(
-        self, pair: Pair, load: Load, held: int = 0, info: ModelInfo | None = None,
-        meter: Meter | None = None,
+        self, pair: Pair, load: Load, held: int, fetch: Callable[[str, str], str],
+        dialogue: Dialogue | None = None, bench: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.pair, self.load = pair, load
-        self._held, self._info, self._meter = held, info, meter
+        self._held, self._dialogue, self._bench_now = held, dialogue, bench
+        self._fetch, self._sure = fetch, ""  # the build that is fetched if it is wished again
+        self._info = dialogue.info if dialogue else None
+        self._benching = Benching(dialogue, self._benched)
         self._wishes = self._first = Wishes(load.quant, load.options)
         self.made: Plan | None = None
         self.settled = False  # `made` is of the present wishes
@@ -132,6 +142,7 @@ class PlanScreen(Screen[Load | None]):
             yield MemoryBar(id="plan-memory")
             yield Words(id="plan-choices")
             yield Words(id="plan-problem")
+            yield Words(id="plan-bench")
             yield Words(id="plan-why")
             yield Words(id="plan-figures")
         yield Words(id="plan-keys")
@@ -158,6 +169,8 @@ class PlanScreen(Screen[Load | None]):
         if self._loaded and self.made and self.made.build != self._loaded.plan.build:
             self._first = self._wishes = replace(self._wishes, build=self._loaded.plan.build.name)
             await self._plan()
+        if self._bench_now:
+            self.action_bench()
 
     def _survey(self) -> None:
         on_cpu = self._info is not None and self._info.device.lower() == "cpu"
@@ -205,10 +218,18 @@ class PlanScreen(Screen[Load | None]):
     async def _plan_again(self) -> None:
         await self._plan()
 
+    @work(exclusive=True, group="plan")
+    async def _benched(self) -> None:
+        """A bench has ended: the plan may go by what it found."""
+        self._info = self._dialogue.info if self._dialogue else None
+        if self._info is not None:
+            self._loaded = await asyncio.to_thread(self._as_loaded, self._info)
+        await self._plan()
+
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────
 
     def _draw(self) -> None:
-        if not self.query("#plan-title"):  # not composed yet, or gone while the plan was made
+        if len(self.query(Words)) < _WORDS:  # not composed yet, or gone while the plan was made
             return
         made = self.made
         self.query_one("#plan-title", Words).show(self._title())
@@ -217,6 +238,9 @@ class PlanScreen(Screen[Load | None]):
         problem = self.query_one("#plan-problem", Words)
         problem.display = bool(words := self._trouble())
         problem.show(words)
+        bench = self.query_one("#plan-bench", Words)
+        bench.display = bool(lines := self._benching.lines())
+        bench.show("\n".join(lines), "bench")
         if made is None:
             return
         self.query_one(MemoryBar).show(made)
@@ -250,16 +274,28 @@ class PlanScreen(Screen[Load | None]):
         return "" if made.fits else f"✗ {shortage(made)}; {remedy(made)}"
 
     def _now_loaded(self) -> Loaded | None:
-        if self._loaded is None or self._meter is None:
+        if self._loaded is None or self._dialogue is None:
             return self._loaded
-        now, meter = time.monotonic(), self._meter
+        now, meter = time.monotonic(), self._dialogue.meter
         return replace(self._loaded, plain=meter.plain, plain_age_s=meter.plain_age_s(now))
 
     # ── keys ────────────────────────────────────────────────────────────────────────────────────
 
     def action_leave(self) -> None:
-        """Back, and nothing is loaded."""
-        self.dismiss(None)
+        """Stop the bench; else back, and nothing is loaded."""
+        if self._benching.running:
+            self._benching.stop()
+        else:
+            self.dismiss(None)
+
+    def on_unmount(self) -> None:
+        """Nobody waits for the bench any more."""
+        self._benching.close()
+
+    def action_bench(self) -> None:
+        """Measure what is loaded, for some seconds."""
+        self._benching.start()
+        self._draw()
 
     def action_choose(self, by: int) -> None:
         """Go to another of the three choices."""
@@ -333,14 +369,27 @@ class PlanScreen(Screen[Load | None]):
             text = json.dumps(as_json(self.made), indent=1)
             self.run_worker(clipboard.hand_over(self.app, text, "the plan"), group="copy")
 
+    def _fetched(self, made: Plan) -> str:
+        """Fetch its build, the second time it is asked for."""
+        name = made.build.name
+        if self._sure != name:
+            self._sure = name
+            count = size(made.build.source.bytes)
+            return f"{name} is not installed; a again fetches it, {count} and its drafter"
+        self._sure = ""
+        return self._fetch(self.pair.name, name)
+
     def action_apply(self) -> None:
         """Load the pair as planned, unless that cannot be."""
         made = self.made
         if made is None or not self.settled or self._trouble():
             self.notify(self._trouble() or "The plan is being made", markup=False)
             return
+        if self._benching.running:
+            self.notify("The bench is running; Esc stops it")
+            return
         if hub.installed(self.pair, made.build.name) is None:
-            self.notify(f"{made.build.name} is not installed; F8 fetches it", markup=False)
+            self.notify(self._fetched(made), markup=False)
             return
         options = self._wishes.options
         wanted = replace(

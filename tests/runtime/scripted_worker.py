@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 from dflash_chat.errors import AccessError, DoesNotFitError, UserError
 from dflash_chat.runtime.api import (
+    Bench,
+    Benched,
     Finished,
     Generate,
     Load,
@@ -66,6 +68,15 @@ class ScriptedPair:
             yield Tokens(request.id, f"{steps} ", 2, STEP)
         spec = Spec(steps, 7 * steps, steps, (0, steps))
         yield Finished(request.id, reason, Usage(4, 0, 1 + 2 * steps), spec, Timing(0, 0.1, 0.1, 9))
+
+    def bench(self, request: Bench, cancelled: Callable[[], bool]) -> Iterator[Benched]:
+        """Rounds of 5 ms until it is cancelled or its seconds are over."""
+        rounds, rates = 0, ((0, 40.0), (-1, 58.0))
+        while not cancelled() and rounds * 0.005 < request.seconds:
+            yield Benched(request.id, rounds, rounds * 0.005, rates)
+            time.sleep(0.005)
+            rounds += 1
+        yield Benched(request.id, rounds, reason="cancelled" if cancelled() else "done")
 
 
 def load(request: Load, progress: Callable[[Progress], None]) -> LoadedPair:

@@ -194,6 +194,24 @@ async def test_what_the_engine_before_a_restart_said_is_nobodys(client: EngineCl
     assert not [event for event in events if not isinstance(event, Hello)]
 
 
+async def test_the_engine_before_is_gone_with_all_it_held_before_the_next_one_starts(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.send(Load("pair"))
+    ask(client, 1, "forever")
+    await until(client, Tokens)
+    before, start, gone = client.pid, client.start, []
+    assert before is not None
+
+    async def start_later() -> None:
+        gone.append(not Path(f"/proc/{before}").exists())  # reaped, too
+        await start()
+
+    monkeypatch.setattr(client, "start", start_later)
+    await client.restart()
+    assert gone == [True]
+
+
 async def test_a_command_that_cannot_start_is_a_death_too() -> None:
     client = EngineClient(("/no/such/program",))
     await client.start()

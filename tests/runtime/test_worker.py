@@ -15,6 +15,8 @@ import pytest
 from dflash_chat.errors import EXIT_DOES_NOT_FIT
 from dflash_chat.runtime.api import (
     PROTOCOL_VERSION,
+    Bench,
+    Benched,
     Cancel,
     Event,
     Failed,
@@ -105,6 +107,23 @@ def test_loading_reports_progress_then_ready(engine: Engine) -> None:
     assert all(isinstance(event, Progress) for event in progress)
     assert isinstance(ready, Ready)
     assert ready.info.pair == "pair"
+
+
+def test_a_bench_says_how_far_it_is_and_ends_early_where_it_is_cancelled(loaded: Engine) -> None:
+    loaded.send(Bench(1, (Message("user", "One?"),), seconds=0.02))
+    states = [loaded.receive() for _ in range(5)]
+    assert [s.reason for s in states if isinstance(s, Benched)] == ["", "", "", "", "done"]
+    assert isinstance(states[0], Benched)
+    assert states[0].rates == ((0, 40.0), (-1, 58.0))
+
+    loaded.send(Bench(2, seconds=600))
+    loaded.receive()
+    loaded.send(Cancel(2))
+    state = loaded.receive()
+    while isinstance(state, Benched) and not state.reason:
+        state = loaded.receive()
+    assert isinstance(state, Benched)
+    assert (state.id, state.reason) == (2, "cancelled")
 
 
 def test_an_answer_is_prefill_then_tokens_then_finished(loaded: Engine) -> None:

@@ -12,7 +12,7 @@ from textual.widgets import OptionList
 
 from dflash_chat.export import from_json
 from dflash_chat.keeper import Keeper
-from dflash_chat.runtime.api import Message, Tokens
+from dflash_chat.runtime.api import Bench, Message, Tokens
 from dflash_chat.ui import actions, clipboard, editor
 from dflash_chat.ui.actions import ACTIONS, BY_ID, COMMANDS
 from dflash_chat.ui.answer import AnswerTurn
@@ -433,6 +433,11 @@ async def other_models(chat: Chat) -> None:
         await chat.type(command)
         assert isinstance(chat.app.screen, screen)
         await chat.pilot.press("escape")
+    await chat.type("/clear")
+    await chat.type("/bench")
+    while not isinstance(chat.client.sent[-1], Bench):  # once the plan is made
+        await chat.pilot.pause(0.01)
+    assert isinstance(chat.app.screen, PlanScreen)
 
 
 async def saved(chat: Chat) -> None:
@@ -465,7 +470,7 @@ SAID: dict[Callable[[Chat], Awaitable[None]], set[str]] = {
     looks: {"/theme", "/think", "/clear", "/help"},
     side_by_side: {"/ab"},
     by_origin: {"/xray"},
-    other_models: {"/model", "/plan", "/models"},
+    other_models: {"/model", "/plan", "/models", "/bench"},
     saved: {"/branch", "/resume"},
     leaving: {"/quit"},
 }

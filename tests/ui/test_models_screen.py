@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.strip import Strip
 from textual.widget import Widget
+from textual.widgets import Input
 
 from dflash_chat import gpu, hub, pairs
 from dflash_chat.access import Access, State
 from dflash_chat.gpu import Gpu, Survey
 from dflash_chat.progress import Step
 from dflash_chat.runtime.api import EngineOptions, Load
-from dflash_chat.ui import browser, clipboard, fetching, gate, models_screen
+from dflash_chat.ui import browser, clipboard, fetching, gate, models_screen, watching
 from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_screen import ModelsScreen
 from dflash_chat.ui.plan_screen import PlanScreen
@@ -141,6 +143,17 @@ async def test_the_filter_and_the_way_out(unasked: None) -> None:
         assert chat.app.screen is chat.screen
 
 
+async def test_what_is_typed_at_once_behind_the_slash_is_the_filters(unasked: None) -> None:
+    async with opened() as chat:
+        for character in "/du/o":
+            key = "slash" if character == "/" else character
+            chat.app.post_message(events.Key(key, character))
+        await until(chat, lambda: models(chat).query_one(Input).value == "du/o")
+        await chat.pilot.press("left", "backspace", "enter")
+        assert list(rows(chat)) == ["duo"]
+        assert not chat.app._notifications  # d was no dry run
+
+
 async def test_what_cannot_run_is_not_fetched(
     unasked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +184,10 @@ async def test_details_plan_and_a_question_before_much_is_fetched(
         await until(chat, lambda: screen.settled)
         assert screen.pair.name == "qwen3-8b"
         await chat.pilot.press("a")
-        assert "is not installed; F8 fetches it" in told(chat)
+        assert "fp8 is not installed; a again fetches it, 9.4 GB and its drafter" in told(chat)
+        screen._fetch = lambda *told: begun.append(told) or "begun"  # type: ignore[func-returns-value]
+        await chat.pilot.press("a")
+        assert begun.pop() == ("qwen3-8b", "fp8")
         await chat.pilot.press("escape")
         assert chat.app.screen is models(chat)
 
@@ -197,6 +213,19 @@ async def test_it_fits_a_small_screen(unasked: None) -> None:
         assert "twin" in "\n".join(strip.text for strip in lines(models(chat)._list))
 
 
+async def test_what_comes_while_it_is_taken_apart_is_nobodys(unasked: None) -> None:
+    async with opened(pair="duo") as chat:
+        screen = models(chat)
+        for part in ("#models-words", "#models-list"):
+            await screen.query_one(part).remove()
+            screen._draw()
+            screen._look()
+            screen._ask_hub()
+            workers = chat.app.workers
+            await workers.wait_for_complete([each for each in workers if each.node is screen])
+        assert chat.app.is_running
+
+
 # ── fetching, loading, removing ─────────────────────────────────────────────────────────────────
 
 
@@ -210,6 +239,8 @@ async def test_a_pair_is_fetched_loaded_and_removed(server: Hub) -> None:
         assert "duo is not installed" in told(chat)
         await until(chat, lambda: "%" in rows(chat)["duo"])
         assert "files done, safe to stop" in about(chat)
+        assert "Enter fetches it" not in about(chat)
+        assert "not fetched" not in about(chat)
         await until(chat, lambda: rows(chat)["duo"].endswith("installed"))
         found = hub.installed(pairs.find("duo"))
         assert found is not None
@@ -304,6 +335,52 @@ async def test_logging_in_is_the_hubs_own_command(
         monkeypatch.setattr(chat.app, "suspend", nullcontext)
         await chat.pilot.press("l")
         assert (tmp_path / "said").read_text() == "auth login\n"
+
+
+async def test_a_gate_that_others_open_is_watched_and_told_in_the_chat_after_a_restart(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "PERIOD_S", 0.1)
+    repo = server.repos["me/gguf"]
+    repo.gated, repo.refusal = "manual", hub_server.NOT_ASKED
+    async with opened(pair="duo") as chat:
+        await until(chat, lambda: "! ask" in rows(chat)["duo"])
+        assert "approve by hand, which may take days" in about(chat)
+        await chat.pilot.press("enter")
+        await until(chat, lambda: not models(chat)._wanted)  # asked again, and not for ever
+        await chat.pilot.press("n")
+        assert "watched since " in about(chat)
+        await chat.pilot.press("n")
+        assert "n watches it" in about(chat)
+        repo.refusal = hub_server.PENDING
+        await chat.pilot.press("n", "enter")
+        await until(chat, lambda: "… pending" in rows(chat)["duo"])
+    async with open_chat() as chat:
+        await chat.load()
+        repo.refusal = ""
+        await until(chat, lambda: "duo@x may be fetched now" in chat.text)
+        assert "duo@x may be fetched now" in told(chat)
+        assert not chat.screen.gates.since
+        assert watching.file().read_text() == "{}"
+        watching.file().write_text("no list")
+        chat.screen.gates.resume()
+        assert not chat.screen.gates.since
+
+
+async def test_a_token_that_is_wrong_or_may_too_little_says_what_to_do(server: Hub) -> None:
+    repo = server.repos["me/gguf"]
+    repo.gated, repo.refusal = "auto", hub_server.SCOPE
+    async with opened(pair="duo") as chat:
+        await until(chat, lambda: "! token" in rows(chat)["duo"])
+        assert "'Read access to contents of all public gated repos you can access'" in about(chat)
+        assert "tick it at https://huggingface.co/settings/tokens" in about(chat)
+        assert "asked again every 5 s" in about(chat)
+        await chat.pilot.press("n")
+        assert "Nobody's approval is waited for" in told(chat)
+        server.tokens.clear()  # it has expired
+        await until(chat, lambda: "! log in" in rows(chat)["duo"])
+        assert "the hub does not know the token from HF_TOKEN" in about(chat)
+        assert "until dflash-chat is started without it" in about(chat)
 
 
 # ── by name ─────────────────────────────────────────────────────────────────────────────────────

@@ -126,6 +126,7 @@ async def test_bar_legend_reasons_and_json_are_the_planners(big: None) -> None:
             assert " ".join(f"{why['choice']}: {why['because']}".split()) in reasons
             assert why["instead"] in reasons
         assert "RTX 4090" in shown(chat, "title")
+        assert f"{gib(made.spare)} left: if they take more before it is loaded" in reasons
         await press(chat, "j")
         await until(chat, lambda: chat.app.clipboard)
         assert json.loads(chat.app.clipboard) == json.loads(json.dumps(as_json(made)))
@@ -224,6 +225,9 @@ async def test_a_cpu_has_a_plan_too(own_folders: Path) -> None:
         assert "W  weights 92 MiB" in legend[0]
         assert "the pair's own first choice" in shown(chat, "why")
         assert gib(INFO.cache_bytes) in shown(chat, "figures")
+        assert "kB estimated, 3.7 kB measured" in shown(chat, "figures")
+        assert (await press(chat, *"2000")).context_tokens == 2000
+        assert "card would take" not in shown(chat, "why")
 
 
 async def test_it_fits_a_small_screen(big: None) -> None:

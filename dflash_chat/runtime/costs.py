@@ -102,6 +102,7 @@ class StepCosts:
     plain_ms: float
     draft_ms: float
     drafted_ms: tuple[float, ...]  # draft and verify together
+    stakes: tuple[float, ...]  # plain steps that each loses if nothing is accepted
 
 
 class Costs:
@@ -132,7 +133,9 @@ class Costs:
             self._at = None
         if self._at is None:
             draft, *verify = (ms * f for ms, f in zip(self._raw, self._factors, strict=True))
-            self._at = StepCosts(verify[0], draft, tuple(draft + ms for ms in verify))
+            plain, drafted = verify[0], tuple([draft + ms for ms in verify])
+            stakes = tuple([ms / plain - 1.0 for ms in drafted])
+            self._at = StepCosts(plain, draft, drafted, stakes)
         return self._at
 
     def observe(self, width: int, context: int, draft_ms: float, verify_ms: float) -> None:
@@ -151,8 +154,10 @@ class Costs:
             return
         factor = self._factors[row]
         surprise = ms / (self._raw[row] * factor) - 1
+        if not -_CLIP < surprise < _CLIP:
+            surprise = _CLIP if surprise > 0 else -_CLIP
         rate = _RATE if self._steps - seen < _RARE else _RARE_RATE
-        self._factors[row] = factor * (1 + rate * max(-_CLIP, min(_CLIP, surprise)))
+        self._factors[row] = factor * (1 + rate * surprise)
 
     def _interpolated(self, context: int) -> tuple[float, ...]:
         """Every row at `context`: linear between the measured lengths and beyond the last, where

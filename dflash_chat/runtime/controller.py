@@ -198,6 +198,7 @@ class Controller:
         """Another answer begins, of which less is known; `pinned` as for the whole."""
         self.pinned = pinned if len(self.widths) > 1 else 0
         self.acceptance.relax(_NEW_ANSWER)
+        self._look_after = max(_FIRST_LOOK, self._look_after / _LOOK_RARER)
         self._untold = 0
 
     def told(self, decision: Decision) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -265,6 +266,28 @@ def test_figures_are_told_in_the_first_and_every_fiftieth_step_of_an_answer() ->
                 assert words_of_step == figures(decision)
                 assert auto.reason == f"{decision.why}: {words_of_step}"
         assert told == [1, 51, 101]
+
+
+def _plain_until_a_look(auto: Controller) -> int:
+    """Plain steps until one is drafted, whose confidence is low and whose drafts are wrong."""
+    for plain in range(1000):
+        decision = auto.decide(2048, 16)
+        if decision.draft:
+            auto.cut(decision, [0.02] * sim.SLOTS)
+        auto.observe(decision, 0, 2048, 0.57 * decision.draft, 1.84)
+        if decision.draft:
+            return plain
+    raise AssertionError("drafting was given up")
+
+
+def test_looks_that_fail_are_ever_rarer_until_another_answer_begins() -> None:
+    auto = _controller(late=False)
+    waits = [_plain_until_a_look(auto) for _ in range(20)]
+    assert waits[-1] > 100
+    assert waits[-1] > 3 * next(n for n in waits if n > 1)
+    again = deepcopy(auto)
+    again.new_answer()
+    assert _plain_until_a_look(again) < _plain_until_a_look(auto) / 2
 
 
 def test_what_a_pinned_width_loses_is_not_charged_to_the_controllers_own_choice() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 _VERSION = 1  # of what is kept
 _BUCKET = 128  # tokens of context that share one interpolation
-_REFRESH = 16  # steps after which their corrections are put to use
+_REFRESH = 16  # steps after which their corrections are put to use; a lone plain step's at once
 _RATE = 0.1  # how much one step corrects a pass that runs all the time …
 _RARE_RATE = 0.4  # … and one that has not run for `_RARE` steps
 _RARE = 64
@@ -120,6 +120,7 @@ class Costs:
         self._factors = [1.0] * len(self._rows)
         self._seen: list[int | None] = [None] * len(self._rows)
         self._steps = 0
+        self._plain = False  # whether the last step was
         self._bucket = -1
         self._raw: tuple[float, ...] = ()
         self._at: StepCosts | None = None
@@ -145,8 +146,9 @@ class Costs:
         self._correct(self._index[width], verify_ms)
         if draft_ms > 0:
             self._correct(0, draft_ms)
-        if self._steps % _REFRESH == 0 or width == 1:
+        if self._steps % _REFRESH == 0 or (width == 1 and not self._plain):
             self._at = None
+        self._plain = width == 1
 
     def _correct(self, row: int, ms: float) -> None:
         seen, self._seen[row] = self._seen[row], self._steps

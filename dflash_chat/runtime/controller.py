@@ -3,14 +3,15 @@
 Every step takes the width that commits most tokens per millisecond, by what steps cost
 (`costs.py`) and what drafts are worth (`acceptance.py`); one row is plain decoding and drafts
 nothing. Estimates may be wrong, so a purse backs them, counted in plain steps: what drafting may
-lose to begin with and, up to a limit, what it has won since. No step is drafted whose worst outcome
-costs more than half of it, and once that leaves none, decoding is plain until the purse has filled
-a little. So in all drafting never loses more than `PURSE` plain steps beyond what it has won, and
-`REFILL` for every token decoded plainly.
+lose to begin with and, up to a limit, what it has won since. No step is drafted that may lose more
+than half of it, and the emptier it is, the less a step may seem to lose.
 
-While plain decoding wins, single drafted steps look whether it still does, ever more rarely. Where
-drafts were found in the text (`lookup.py`), which cost no draft, they are verified if that seems to
-win more. Knows rows, tokens and milliseconds; knows neither models nor devices nor the clock.
+While plain decoding wins or the purse cannot pay, single drafted steps look whether drafting wins
+again, ever more rarely; one that does lets the purse begin anew. So from one look that wins to the
+next, drafting never loses more than `PURSE_LIMIT` plain steps of what it has won, and `REFILL` for
+every token decoded plainly. Where drafts were found in the text (`lookup.py`), which cost no draft,
+they are verified if that seems to win more. Knows rows, tokens and milliseconds; knows neither models
+nor devices nor the clock.
 
     decision = controller.decide(context, most)          before the draft
     controller.cut(decision, confidence)                 behind it, if that is known in time
@@ -27,19 +28,19 @@ from operator import mul
 from dflash_chat.runtime.acceptance import Acceptance
 from dflash_chat.runtime.costs import Costs, StepCosts
 
-PURSE = 7.0  # plain steps that drafting may lose before it has won any …
-PURSE_LIMIT = 30.0  # … and after it has won many
-REFILL = 0.01  # plain steps, for every token decoded plainly
+PURSE = 5.0  # plain steps that drafting may lose before it has won any …
+PURSE_LIMIT = 16.0  # … and after it has won many
+REFILL = 0.006  # plain steps, for every token decoded plainly, up to `PURSE`
 _BET = 0.5  # share of the purse that one step may lose
-_RESUME = 3.0  # plain steps to be refilled after it could not pay
 _BASELINE_EVERY = 400.0  # plain steps' time between two of them while drafting: 0.25 %
 _FIRST_LOOK, _LAST_LOOK = 15.0, 300.0  # plain tokens before a look, for each plain step it may lose
 _LOOK_STAKE = 1.0  # plain steps that a look may lose, if any width loses so little
-_TIE = (
-    0.25  # drafting goes on while it seems to lose no more, nor more than half of the least stake
-)
-_HOPE = 0.3  # how much one block counts in what drafting seems to win
-_FADE = 0.97  # share of the moment's text that is left after a plain step …
+_LOOK_RARER = 3.0  # times longer before the next, when a look has not won
+_TIE = 0.25  # plain steps that a step may seem to lose, and never more than half of the least stake
+_TRUST = 10.0  # plain steps in the purse below which that shrinks with it
+_HOPE = 0.3  # how much one block counts in what drafting seems to win …
+_MOST_HOPE = 0.6  # … which is never more than this: good text may end at any moment
+_FADE = 0.99  # share of the moment's text that is left after a plain step …
 _NEW_ANSWER = 0.5  # … and in the next answer
 _RECENT = 0.98  # share of a step that counts one step later in the speed-up
 _TELL_EVERY = 50  # steps between two whose figures are told
@@ -70,7 +71,7 @@ class Decision:
     ms: float
     tokens: float = 1.0
     stake: float = 0.0
-    confidence: Sequence[float] | None = None
+    bins: Sequence[int] | None = None  # of the draft's confidence
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,27 @@ class Controller:
     """Decides every step's width from what the steps before it have shown.
 
     `late`: a width must be final before its draft is there, so `cut` is never called. `pinned`:
-    that many drafted tokens are verified whatever they cost; 0 never drafts.
+    that many drafted tokens are verified whatever they cost; 0 never drafts. `survival` as
+    `Acceptance` takes it.
     """
 
     def __init__(
-        self, costs: Costs, draft_tokens: int, late: bool, pinned: int | None = None
+        self,
+        costs: Costs,
+        draft_tokens: int,
+        late: bool,
+        pinned: int | None = None,
+        survival: Sequence[float] = (),
     ) -> None:
         self.widths = tuple(n for n in costs.table.widths if n <= draft_tokens + 1)
         self.costs, self.late = costs, late
         self.pinned = pinned if len(self.widths) > 1 else 0
-        self.acceptance = Acceptance(draft_tokens, late)
+        self.acceptance = Acceptance(draft_tokens, late, survival)
         self.histogram = dict.fromkeys(self.widths, 0)  # steps by width
         self.last: Decision | None = None
-        self._purse, self._spent = PURSE, False
+        self._purse = PURSE
         self._staked = 0.0  # by steps whose outcome is not known yet
-        self._hope = 0.0  # plain steps that a block seems to win, as its confidence was cut
+        self._hope = self._outlook(survival)  # plain steps that a block seems to win
         self._plain_tokens = 0  # since the last drafted step
         self._look_after = _FIRST_LOOK
         self._decoded_ms = self._baseline_due_ms = 0.0
@@ -132,20 +139,21 @@ class Controller:
         """How many rows of a drafted step are worth verifying, now that the drafter's probability
         of each drafted token is known; they become the decision's width.
         """
-        decision.confidence = confidence
+        bins = decision.bins = self.acceptance.bins(confidence)
         if decision.why is PINNED:
             return decision.width
         costs = decision.costs
         self._staked -= decision.stake
-        expected = self.acceptance.expected(confidence)
+        expected = self.acceptance.expected(bins)
         one_row_ms = costs.drafted_ms[0]
-        i = self._best(expected, costs, decision.width, self._limit_ms(costs), one_row_ms)
+        i = self._best(expected, costs, decision.width, self._bet(), one_row_ms)
         if decision.why is LOOK:
             i = max(i, 1)
         self._set(decision, i, expected)
         self._staked += decision.stake
-        hope = decision.tokens - decision.ms / costs.plain_ms
-        self._hope += (1.0 if decision.why is LOOK else _HOPE) * (hope - self._hope)
+        hope = decision.tokens - 1.0 - decision.stake
+        share = 1.0 if decision.why is LOOK else _HOPE
+        self._hope = min(_MOST_HOPE, self._hope + share * (hope - self._hope))
         return decision.width
 
     def observe(
@@ -182,11 +190,14 @@ class Controller:
             self.acceptance.relax(_FADE)
             self._purse = max(self._purse, min(PURSE, self._purse + REFILL))
             return
-        self.acceptance.observe(decision.width - 1, accepted, confidence or decision.confidence)
+        self.acceptance.observe(decision.width - 1, accepted, decision.bins, confidence)
         self._settle(decision, won)
         self._plain_tokens = 0
-        if won > 0 and decision.why is PAYS:
-            self._look_after = _FIRST_LOOK
+        if won > 0:
+            if decision.why is LOOK:
+                self._purse = max(self._purse, PURSE)
+            else:
+                self._look_after = _FIRST_LOOK
 
     def drop(self, decision: Decision) -> None:
         """The step's outcome will never be read."""
@@ -196,6 +207,7 @@ class Controller:
         """Another answer begins, of which less is known; `pinned` as for the whole."""
         self.pinned = pinned if len(self.widths) > 1 else 0
         self.acceptance.relax(_NEW_ANSWER)
+        self._look_after = max(_FIRST_LOOK, self._look_after / _LOOK_RARER)
         self._untold = 0
 
     def told(self, decision: Decision) -> str:
@@ -256,66 +268,65 @@ class Controller:
         if self.pinned == 0 or most < self.widths[1]:
             return _plain(costs, OFF if self.pinned == 0 else NO_ROOM)
         if self.pinned is not None:
-            i = self._widest(costs, min(most, self.pinned + 1), _NO_LIMIT)
+            i = self._widest(costs, min(most, self.pinned + 1))
             return self._drafted(i, PINNED, costs, self.acceptance.expected())
         if self._decoded_ms >= self._baseline_due_ms:
             self._baseline_due_ms = self._decoded_ms + _BASELINE_EVERY * costs.plain_ms
             return _plain(costs, BASELINE)
-        limit_ms = self._limit_ms(costs)
-        if not self._solvent(costs) or costs.drafted_ms[1] > limit_ms:
-            return _plain(costs, SPENT)
-        tie = min(_TIE, (costs.drafted_ms[1] / costs.plain_ms - 1.0) / 2)
+        bet, stake = self._bet(), costs.stakes[1]
+        if stake > bet:
+            if stake > self._purse - self._staked:
+                return _plain(costs, SPENT)
+            return self._look(1, SPENT, costs)
+        tie = min(_TIE, stake / 2) * min(1.0, self._purse / _TRUST)
         if not self.late and self._hope > -tie:
-            return self._drafted(self._widest(costs, most, _NO_LIMIT), PAYS, costs, None)
+            return self._drafted(self._widest(costs, most), PAYS, costs, None)
         expected = self.acceptance.expected()
-        i = self._best(expected, costs, most, limit_ms, costs.plain_ms * (1.0 + tie))
+        i = self._best(expected, costs, most, bet, costs.plain_ms * (1.0 + tie))
         if i:
             return self._drafted(i, PAYS if self.late else LOOK, costs, expected)
-        i = self._widest(costs, most, (1.0 + _LOOK_STAKE) * costs.plain_ms)
-        stake = costs.drafted_ms[i] / costs.plain_ms - 1.0
-        if self._plain_tokens < self._look_after * stake:
-            return _plain(costs, PLAIN)
-        self._look_after = min(2 * self._look_after, _LAST_LOOK)
-        return self._drafted(i, LOOK, costs, expected)
+        return self._look(self._widest(costs, most, _LOOK_STAKE), PLAIN, costs)
 
-    def _limit_ms(self, costs: StepCosts) -> float:
-        """The longest step whose worst outcome the purse can pay."""
-        return (1.0 + _BET * (self._purse - self._staked)) * costs.plain_ms
+    def _look(self, index: int, why: str, costs: StepCosts) -> Decision:
+        """A look, if it is time for one, else a plain step and `why`."""
+        if self._plain_tokens < self._look_after * costs.stakes[index]:
+            return _plain(costs, why)
+        self._look_after = min(_LOOK_RARER * self._look_after, _LAST_LOOK)
+        return self._drafted(index, LOOK, costs, self.acceptance.expected())
 
-    def _solvent(self, costs: StepCosts) -> bool:
-        """Whether the purse can pay for a drafted step, or has been refilled since it could not."""
-        if self._spent:
-            self._spent = self._purse < _RESUME
-        else:
-            self._spent = costs.drafted_ms[1] > (1.0 + _BET * self._purse) * costs.plain_ms
-        return not self._spent
+    def _outlook(self, survival: Sequence[float]) -> float:
+        """Plain steps that a block seems to win before any was drafted; 0 if nothing is known."""
+        if not survival:
+            return 0.0
+        stakes = self.costs.at(self.costs.table.contexts[0]).stakes
+        drafted = list(zip(self.widths, stakes, strict=True))[1:]
+        hopes = [sum(survival[: n - 1]) - stake for n, stake in drafted]
+        return min(_MOST_HOPE, max(hopes, default=0.0))
+
+    def _bet(self) -> float:
+        """Plain steps that the next one may stake."""
+        return _BET * (self._purse - self._staked)
 
     def _best(
-        self,
-        expected: Sequence[float],
-        costs: StepCosts,
-        most: int,
-        limit_ms: float,
-        one_row_ms: float,
+        self, expected: Sequence[float], costs: StepCosts, most: int, bet: float, one_row_ms: float
     ) -> int:
         """Index of the width with most tokens per millisecond, among those of at most `most` rows
-        and `limit_ms`, if one row takes `one_row_ms`.
+        that stake no more than `bet`, if one row takes `one_row_ms`.
         """
         index, best = 0, 1.0 / one_row_ms
-        drafted_ms = costs.drafted_ms
+        stakes, drafted_ms = costs.stakes, costs.drafted_ms
         for i, n in enumerate(self.widths):
-            ms = drafted_ms[i]
-            if n > most or ms > limit_ms:
+            if n > most or stakes[i] > bet:
                 break
-            rate = expected[n - 1] / ms
+            rate = expected[n - 1] / drafted_ms[i]
             if rate > best and i:
                 index, best = i, rate
         return index
 
-    def _widest(self, costs: StepCosts, most: int, limit_ms: float) -> int:
-        """Index of the widest drafted width of at most `most` rows and `limit_ms`; 1 if none is."""
+    def _widest(self, costs: StepCosts, most: int, bet: float = _NO_LIMIT) -> int:
+        """Index of the widest drafted width of at most `most` rows and that stake; 1 if none is."""
         for i in range(len(self.widths) - 1, 1, -1):
-            if self.widths[i] <= most and costs.drafted_ms[i] <= limit_ms:
+            if self.widths[i] <= most and costs.stakes[i] <= bet:
                 return i
         return 1
 
@@ -331,7 +342,7 @@ class Controller:
         width, costs = self.widths[index], decision.costs
         decision.width = width
         decision.ms = costs.drafted_ms[index]
-        decision.stake = decision.ms / costs.plain_ms - 1.0
+        decision.stake = costs.stakes[index]
         if expected is not None:
             decision.tokens = expected[width - 1]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 _VERSION = 1  # of what is kept
 _BUCKET = 128  # tokens of context that share one interpolation
-_REFRESH = 16  # steps after which their corrections are put to use
+_REFRESH = 16  # steps after which their corrections are put to use; a lone plain step's at once
 _RATE = 0.1  # how much one step corrects a pass that runs all the time …
 _RARE_RATE = 0.4  # … and one that has not run for `_RARE` steps
 _RARE = 64
@@ -102,6 +102,7 @@ class StepCosts:
     plain_ms: float
     draft_ms: float
     drafted_ms: tuple[float, ...]  # draft and verify together
+    stakes: tuple[float, ...]  # plain steps that each loses if nothing is accepted
 
 
 class Costs:
@@ -119,6 +120,7 @@ class Costs:
         self._factors = [1.0] * len(self._rows)
         self._seen: list[int | None] = [None] * len(self._rows)
         self._steps = 0
+        self._plain = False  # whether the last step was
         self._bucket = -1
         self._raw: tuple[float, ...] = ()
         self._at: StepCosts | None = None
@@ -132,7 +134,9 @@ class Costs:
             self._at = None
         if self._at is None:
             draft, *verify = (ms * f for ms, f in zip(self._raw, self._factors, strict=True))
-            self._at = StepCosts(verify[0], draft, tuple(draft + ms for ms in verify))
+            plain, drafted = verify[0], tuple([draft + ms for ms in verify])
+            stakes = tuple([ms / plain - 1.0 for ms in drafted])
+            self._at = StepCosts(plain, draft, drafted, stakes)
         return self._at
 
     def observe(self, width: int, context: int, draft_ms: float, verify_ms: float) -> None:
@@ -142,8 +146,9 @@ class Costs:
         self._correct(self._index[width], verify_ms)
         if draft_ms > 0:
             self._correct(0, draft_ms)
-        if self._steps % _REFRESH == 0 or width == 1:
+        if self._steps % _REFRESH == 0 or (width == 1 and not self._plain):
             self._at = None
+        self._plain = width == 1
 
     def _correct(self, row: int, ms: float) -> None:
         seen, self._seen[row] = self._seen[row], self._steps
@@ -151,8 +156,10 @@ class Costs:
             return
         factor = self._factors[row]
         surprise = ms / (self._raw[row] * factor) - 1
+        if not -_CLIP < surprise < _CLIP:
+            surprise = _CLIP if surprise > 0 else -_CLIP
         rate = _RATE if self._steps - seen < _RARE else _RARE_RATE
-        self._factors[row] = factor * (1 + rate * max(-_CLIP, min(_CLIP, surprise)))
+        self._factors[row] = factor * (1 + rate * surprise)
 
     def _interpolated(self, context: int) -> tuple[float, ...]:
         """Every row at `context`: linear between the measured lengths and beyond the last, where

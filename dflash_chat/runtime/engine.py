@@ -140,6 +140,7 @@ class Engine:
         self.graphed: GraphedSteps | None = None  # runs the steps, if there
         self.eager_because = ""  # why it is not there
         self.measured = False
+        self._survival: Sequence[float] = ()  # what controllers begin with
         self._budget = 0  # tokens the answer may have in all
         self.log: list[int] = []  # ids of the committed rows, the key of prefix reuse
 
@@ -191,18 +192,24 @@ class Engine:
         allocation. On a GPU also the largest chunk of a prompt, whose memory is then held.
         """
         assert self.cache.length == 0, "only an empty engine is warmed up"
-        features = self._dry_pass(self.draft_tokens + 1)
+        _, features = self._dry_pass(self.draft_tokens + 1)
         if self.target.device.type == "cuda":
-            features = self._dry_pass(min(self.cache.largest_block, self.cache.capacity))
+            _, features = self._dry_pass(min(self.cache.largest_block, self.cache.capacity))
         if self.drafter is not None:
             self.drafter.observe(features)
             self.drafter.draft(0, self.draft_tokens)
             self.drafter.truncate(0)
 
     @torch.inference_mode()
-    def measure(self, pinned: bool = False, known: CostTable | None = None) -> None:
+    def measure(
+        self,
+        pinned: bool = False,
+        known: CostTable | None = None,
+        survival: Sequence[float] = (),
+    ) -> None:
         """Time the draft and every verify width, unless they are `known`; from then on verify what
-        pays or, with `pinned`, all drafts as before.
+        pays or, with `pinned`, all drafts as before. `survival`: how far the pair's drafts got
+        before, as `Controller` takes it.
         """
         late = False
         if self.graphed is not None:
@@ -211,13 +218,18 @@ class Engine:
         else:
             table = known or self._costs()
         self._pinned = self.draft_tokens if pinned else None
-        self.controller = Controller(Costs(table), self.draft_tokens, late, self._pinned)
+        self._survival = survival
+        self.controller = Controller(
+            Costs(table), self.draft_tokens, late, self._pinned, self._survival
+        )
         self.measured = True
 
     def new_controller(self) -> Controller:
         """One that knows what was measured at load and nothing that was learnt since."""
         old = self.controller
-        return Controller(Costs(old.costs.table), self.draft_tokens, old.late, self._pinned)
+        return Controller(
+            Costs(old.costs.table), self.draft_tokens, old.late, self._pinned, self._survival
+        )
 
     @property
     def plain(self) -> Plain | None:
@@ -230,33 +242,37 @@ class Engine:
         return Plain(self.controller.costs.at(context).plain_ms, context)
 
     def _costs(self) -> CostTable:
-        """Every pass timed behind a few lengths of context."""
-        widths = self._widths
+        """Every pass timed behind a few lengths of context, with the greedy choice of its tokens.
+        What a draw costs beyond that is paid for every token alike, drafted or not.
+        """
+        widths, sampler = self._widths, Sampler(SamplingParams(temperature=0.0), [])
+
+        def verify(n: int, context: int) -> None:
+            sampler.choose(self._dry_pass(n, context)[0], self._tensor([0] * (n - 1)))
+
         most = self.cache.capacity - widths[-1]
         contexts = sorted({min(n, most) for n in CONTEXTS_OF_MEASURE})
         drafts: list[float] = []
         verifies: list[list[float]] = []
         for context in contexts:
-            passes: list[Callable[[], object]] = [
-                partial(self._dry_pass, n, context) for n in widths
-            ]
-            if self.drafter is not None:
-                passes.append(partial(self.drafter.draft, 0, self.draft_tokens))
+            passes: list[Callable[[], object]] = [partial(verify, n, context) for n in widths]
+            if (drafter := self.drafter) is not None:
+                passes.append(lambda: sampler.guess(drafter.draft(0, self.draft_tokens)))
             times = quickest_ms(passes, self.target.device)
             verifies.append(times[: len(widths)])
             drafts.append(times[-1])  # without a drafter never looked at
         return CostTable.measured(widths, contexts, drafts, list(zip(*verifies, strict=True)))
 
-    def _dry_pass(self, n: int, context: int = 0) -> Tensor:
-        """A pass of n rows that commits nothing; its features [n, K·C]. With `context` as if so
-        many rows stood before it, whatever they hold.
+    def _dry_pass(self, n: int, context: int = 0) -> tuple[Tensor, Tensor]:
+        """A pass of n rows that commits nothing; its logits [≤ n, V] and features [n, K·C]. With
+        `context` as if so many rows stood before it, whatever they hold.
         """
         self.cache.length = context
         hidden, features = self.target.forward(self._tensor([0] * n), self.cache, self.taps)
-        self.target.logits(hidden[-self.draft_tokens - 1 :])
+        logits = self.target.logits(hidden[-self.draft_tokens - 1 :])
         self.cache.commit(0)
         self.cache.length = 0
-        return features
+        return logits, features
 
     def forget(self) -> None:
         """Empty both caches, whatever state an error has left them in."""

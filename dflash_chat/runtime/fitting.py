@@ -64,16 +64,20 @@ def rig_of(engine: Engine, options: EngineOptions) -> str:
 
 
 def measure(installed: Installed, engine: Engine, options: EngineOptions, card: Gpu | None) -> None:
-    """Time the engine's passes, or take what was measured of its graphs before, and keep it."""
-    pinned = options.draft_tokens > 0
+    """Time the engine's passes, or take what was measured of its graphs before, and keep it. How
+    far drafts got in an earlier sweep is where the controller begins.
+    """
+    pinned, key = options.draft_tokens > 0, key_of(installed, card)
+    kept = calibration.read(key).survival
+    survival = kept.shares if kept else ()
     if card is None or engine.graphed is None:
-        engine.measure(pinned)
+        engine.measure(pinned, survival=survival)
         return
-    key, rig = key_of(installed, card), rig_of(engine, options)
+    rig = rig_of(engine, options)
     known = calibration.table(key, rig)
     if known is not None and known.widths != tuple(engine.graphed.widths):
         known = None
-    engine.measure(pinned, known)
+    engine.measure(pinned, known, survival)
     if known is None:
         calibration.write(key, rig, engine.controller.costs.table)
 

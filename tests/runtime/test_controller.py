@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -83,7 +84,7 @@ def test_text_that_switches_beats_every_pinned_width(rig: Rig, late: bool) -> No
     ours = pooled([sim.controlled(sim.controller(rig, late), rig, drafts) for drafts in traces])
     for width in sim.WIDTHS:
         pinned = pooled([sim.fixed(rig, drafts, width) for drafts in traces])
-        assert ours > pinned * (1.0 if late else 1.08)
+        assert ours > pinned * (1.005 if late else 1.08)
 
 
 @LATE
@@ -105,16 +106,60 @@ def test_no_500_tokens_are_slower_than_plain_decoding(
     assert _run(rig, text, confidence, late).worst(500) > 0.98
 
 
-@LATE
-@pytest.mark.parametrize("rig", MOE, ids=str)
-def test_a_drafter_that_dies_amid_code_costs_less_than_the_purse_holds(
-    rig: Rig, late: bool
-) -> None:
-    code, dead = _trace("code", "honest", 2000), _trace("dead", "honest", 1500)
+def _dies(rig: Rig, late: bool, seed: int) -> float:
+    """The slowest 500 tokens around a drafter's end after 2000 tokens of code."""
+    code, dead = sim.trace(["code"], 2000, seed), sim.trace(["dead"], 1500, seed)
     drafts = Trace(code.accepted + dead.accepted, code.confidence + dead.confidence)
-    run = sim.controlled(sim.controller(rig, late), rig, drafts)
-    most = words.PURSE_LIMIT + 500 * (words.REFILL + 0.0025)
-    assert run.worst(500) > 500 / (500 + most)
+    return sim.controlled(sim.controller(rig, late), rig, drafts).worst(500)
+
+
+@pytest.mark.parametrize(
+    ("rig", "late"),
+    [
+        *((rig, False) for rig in RIGS),
+        *((rig, True) for rig in RIGS[3:]),  # a pass whose rows cost is long enough not to be late
+    ],
+    ids=str,
+)
+def test_a_drafter_that_dies_amid_code_makes_no_500_tokens_slower(rig: Rig, late: bool) -> None:
+    assert min(_dies(rig, late, seed) for seed in range(3)) > 0.98
+
+
+@pytest.mark.parametrize("rig", MOE, ids=str)
+def test_a_late_width_that_costs_much_loses_what_the_purse_holds_when_a_drafter_dies(
+    rig: Rig,
+) -> None:
+    most = words.PURSE_LIMIT + 500 * words.REFILL
+    assert min(_dies(rig, True, seed) for seed in range(3)) > 500 / (500 + most)
+
+
+@LATE
+@pytest.mark.parametrize("rig", MOE[:2], ids=str)
+def test_a_first_answer_with_a_weak_drafter_is_cheaper_if_a_sweep_has_shown_it(
+    rig: Rig, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sim.TEXTS, "weak", (0.35, 0.4))
+    shares = [0.35 * 0.4**i for i in range(sim.SLOTS)]
+
+    def first_answers(survival: Sequence[float]) -> float:
+        runs = []
+        for seed in range(20):
+            auto = Controller(Costs(rig.table()), sim.SLOTS, late, survival=survival)
+            runs.append(sim.controlled(auto, rig, sim.trace(["weak"], 200, seed)))
+        return pooled(runs)
+
+    unknown, known = first_answers(()), first_answers(shares)
+    assert unknown > 0.965
+    assert known > unknown + 0.005
+    assert known > 0.98
+
+
+def test_a_curve_that_promises_much_drafts_at_once_and_one_that_does_not_waits() -> None:
+    for shares, why in (((0.9, 0.8, 0.7), words.PAYS), ((0.2, 0.05, 0.0), words.PLAIN)):
+        for late in (True, False):
+            auto = Controller(Costs(MOE[0].table()), sim.SLOTS, late, survival=shares)
+            auto.observe(auto.decide(2048, 16), 0, 2048, 0.0, 1.84)
+            assert auto.decide(2048, 16).why == why
 
 
 @LATE
@@ -221,6 +266,28 @@ def test_figures_are_told_in_the_first_and_every_fiftieth_step_of_an_answer() ->
                 assert words_of_step == figures(decision)
                 assert auto.reason == f"{decision.why}: {words_of_step}"
         assert told == [1, 51, 101]
+
+
+def _plain_until_a_look(auto: Controller) -> int:
+    """Plain steps until one is drafted, whose confidence is low and whose drafts are wrong."""
+    for plain in range(1000):
+        decision = auto.decide(2048, 16)
+        if decision.draft:
+            auto.cut(decision, [0.02] * sim.SLOTS)
+        auto.observe(decision, 0, 2048, 0.57 * decision.draft, 1.84)
+        if decision.draft:
+            return plain
+    raise AssertionError("drafting was given up")
+
+
+def test_looks_that_fail_are_ever_rarer_until_another_answer_begins() -> None:
+    auto = _controller(late=False)
+    waits = [_plain_until_a_look(auto) for _ in range(20)]
+    assert waits[-1] > 100
+    assert waits[-1] > 3 * next(n for n in waits if n > 1)
+    again = deepcopy(auto)
+    again.new_answer()
+    assert _plain_until_a_look(again) < _plain_until_a_look(auto) / 2
 
 
 def test_what_a_pinned_width_loses_is_not_charged_to_the_controllers_own_choice() -> None:
@@ -331,4 +398,4 @@ def test_deciding_and_learning_take_microseconds(late: bool) -> None:
         sum([i * 2 for i in range(25000)])
         loops.append(time.perf_counter() - between)
         steps.append(between - begun)
-    assert min(steps) < 1.5 * min(loops)
+    assert min(steps) < 0.9 * min(loops)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,9 +78,13 @@ class Measured:
     def __init__(self, graphed: bool = True) -> None:
         self.graphed = SimpleNamespace(widths=[1, 2, 4]) if graphed else None
         self.measured: list[CostTable | None] = []
+        self.survival: Sequence[float] = ()
 
-    def measure(self, pinned: bool, known: CostTable | None = None) -> None:
+    def measure(
+        self, pinned: bool, known: CostTable | None = None, survival: Sequence[float] = ()
+    ) -> None:
         self.measured.append(known)
+        self.survival = survival
         self.controller = Controller(Costs(known or self.table), 3, late=True)
 
 
@@ -131,6 +136,9 @@ def test_acceptance_is_kept_for_the_device_and_on_a_cpu_the_costs_with_it(
     assert kept.costs.verify_ms == {1: 5.0, 2: 5.5, 4: 7.0}
     made = planner.plan(installed.pair, Wishes("int4"), card, measured=calibration.read)
     assert made.survival == SURVIVAL
+    assert not engine.survival
+    fitting.measure(installed, cast(Any, engine), EngineOptions(), card)
+    assert engine.survival == SURVIVAL.shares
 
 
 def test_a_card_that_nvml_does_not_tell_of_keeps_nothing(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
 from dflash_chat.runtime import engine as engine_module
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.controller import PINNED
 from dflash_chat.runtime.engine import BlockDrafter, Engine, Step
 from dflash_chat.runtime.lookup import Chances, Found
+from dflash_chat.runtime.sampling import Sampler
 from tests.runtime import tiny
 from tests.runtime.any_width import AnyWidth
 
@@ -153,6 +156,33 @@ def test_measuring_leaves_the_engine_as_it_was() -> None:
     assert engine.plain.ms > 0
     steps = tiny.run(engine, PROMPT, SamplingParams(max_tokens=60))
     assert tiny.tokens(steps) == _plain(60)
+
+
+def test_what_passes_cost_includes_the_choice_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny.target()
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 3, frozenset())
+    chosen, guessed = [], []
+    choose, guess = Sampler.choose, Sampler.guess
+
+    def slow_choose(self: Sampler, logits: Tensor, drafted: Tensor) -> Tensor:
+        chosen.append((len(logits), len(drafted)))
+        time.sleep(0.004 * len(logits))
+        return choose(self, logits, drafted)
+
+    def slow_guess(self: Sampler, logits: Tensor) -> tuple[Tensor, Tensor]:
+        guessed.append(len(logits))
+        time.sleep(0.01)
+        return guess(self, logits)
+
+    monkeypatch.setattr(Sampler, "choose", slow_choose)
+    monkeypatch.setattr(Sampler, "guess", slow_guess)
+    engine.measure()
+    table = engine.controller.costs.table
+    assert set(chosen) == {(n, n - 1) for n in table.widths}
+    assert set(guessed) == {3}
+    assert min(table.draft_ms) >= 10
+    for width, row in zip(table.widths, table.verify_ms, strict=True):
+        assert min(row) >= 4 * width
 
 
 def test_a_pinned_width_is_measured_against_plain_decoding_and_stays() -> None:

@@ -10,8 +10,9 @@ While plain decoding wins or the purse cannot pay, single drafted steps look whe
 again, ever more rarely; one that does lets the purse begin anew. So from one look that wins to the
 next, drafting never loses more than `PURSE_LIMIT` plain steps of what it has won, and `REFILL` for
 every token decoded plainly. Where drafts were found in the text (`lookup.py`), which cost no draft,
-they are verified if that seems to win more. Knows rows, tokens and milliseconds; knows neither models
-nor devices nor the clock.
+they are verified if that seems to win more.
+
+Knows rows, tokens and milliseconds; knows neither models nor devices nor the clock.
 
     decision = controller.decide(context, most)          before the draft
     controller.cut(decision, confidence)                 behind it, if that is known in time

@@ -12,7 +12,6 @@ from functools import partial
 from typing import ClassVar
 
 from textual.app import App, SystemCommand
-from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
 from textual.drivers import linux_driver
@@ -29,19 +28,15 @@ from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
 from dflash_chat.ui.colourless import Colourless
 from dflash_chat.ui.legible import legible
+from dflash_chat.ui.overlay import ClosesOnce
 from dflash_chat.ui.words import literal
 
 HEIGHTS = [(0, "-low"), (8, "-short"), (24, "-high")]
 SETTLE_S = 0.5  # by then the first screenful of a reopened chat is drawn
 
 
-class Palette(CommandPalette):
-    """Textual's palette, which fails when a page of a list is asked for that is not drawn yet, and
-    when Enter comes twice."""
-
-    def dismiss(self, result: None = None) -> AwaitComplete:
-        """Close, once."""
-        return super().dismiss(result) if self.is_active else AwaitComplete()
+class Palette(ClosesOnce, CommandPalette):
+    """Textual's palette, which fails when a page of a list is asked for that is not drawn yet."""
 
     def _action_command_list(self, action: str) -> None:
         with contextlib.suppress(KeyError):

@@ -21,6 +21,7 @@ from dflash_chat.runtime.client import EngineDied
 from dflash_chat.ui import pace
 from dflash_chat.ui.answer import AnswerTurn
 from dflash_chat.ui.dialogue import AnswerEvent, Dialogue
+from dflash_chat.ui.overlay import ClosesOnce
 from dflash_chat.ui.transcript import Turns
 from dflash_chat.ui.words import Words
 
@@ -67,7 +68,7 @@ class Run(Vertical):
         self.query_one(Words).show(self._words, self.title)
 
 
-class CompareScreen(Screen[None]):
+class CompareScreen(ClosesOnce, Screen[None]):
     """Call `start`, then show it. Esc ends it."""
 
     HORIZONTAL_BREAKPOINTS = NARROW

@@ -15,6 +15,7 @@ from textual.widgets import Static
 
 from dflash_chat.runtime.api import GLOSSARY
 from dflash_chat.ui.actions import ACTIONS, COMMANDS, TURN, Keymap, key_words, keys_of
+from dflash_chat.ui.overlay import ClosesOnce
 
 WIDTH, LEAST_WIDTH = 66, 44  # cells of a line where there is room, and of one in two columns
 FRAME = 6  # cells beside it
@@ -29,7 +30,7 @@ ALSO = (
 )
 
 
-class HelpScreen(ModalScreen[None]):
+class HelpScreen(ClosesOnce, ModalScreen[None]):
     """Closes with Esc, F1 or Enter."""
 
     BINDINGS: ClassVar = [Binding("escape,f1,enter,q", "dismiss", "Close", id="close_help")]

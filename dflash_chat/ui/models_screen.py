@@ -34,6 +34,7 @@ from dflash_chat.runtime.api import EngineOptions, Load
 from dflash_chat.ui import browser, clipboard, fetching, gate, models_table
 from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_table import Entry
+from dflash_chat.ui.overlay import ClosesOnce
 from dflash_chat.ui.plan_screen import PlanScreen
 from dflash_chat.ui.text_screen import TextScreen
 from dflash_chat.ui.watching import Watch
@@ -56,7 +57,7 @@ class PairList(OptionList):
         self.call_after_refresh(self.scroll_to_highlight)
 
 
-class ModelsScreen(Screen[Load | None]):
+class ModelsScreen(ClosesOnce, Screen[Load | None]):
     """Ends with what should be loaded, or None. `loaded` is what is, `held` the bytes that its
     engine holds. `begin` starts a pull, which outlives this screen as `gates` do.
     """

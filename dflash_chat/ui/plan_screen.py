@@ -35,6 +35,7 @@ from dflash_chat.runtime.api import Load, ModelInfo
 from dflash_chat.ui import clipboard, plan_page
 from dflash_chat.ui.benching import Benching
 from dflash_chat.ui.dialogue import Dialogue
+from dflash_chat.ui.overlay import ClosesOnce
 from dflash_chat.ui.plan_page import Loaded, Part
 from dflash_chat.ui.words import GAP, Words, flow, flowing
 
@@ -92,7 +93,7 @@ class MemoryBar(Static):
         return self.get_visual_style(f"part-{letter if letter.isalpha() else 'spare'}")
 
 
-class PlanScreen(Screen[Load | None]):
+class PlanScreen(ClosesOnce, Screen[Load | None]):
     """Ends with what should be loaded instead, or None.
 
     `load` is how the pair is, or would be, loaded. `held` counts the bytes that the engine holds

@@ -23,6 +23,7 @@ from dflash_chat.chat import Conversation
 from dflash_chat.errors import UserError
 from dflash_chat.sessions import exported
 from dflash_chat.store import Listed, Store
+from dflash_chat.ui.overlay import ClosesOnce
 from dflash_chat.ui.words import Words, flowing
 
 LIST_MOST = 500
@@ -32,7 +33,7 @@ KEYS = (
 )  # fmt: skip
 
 
-class SessionsScreen(ModalScreen[Conversation | None]):
+class SessionsScreen(ClosesOnce, ModalScreen[Conversation | None]):
     """Ends with the conversation that should be opened. `current` is the one on screen; `remove`
     deletes one."""
 
@@ -139,7 +140,7 @@ class SessionsScreen(ModalScreen[Conversation | None]):
         if isinstance(self.focused, Input):
             self.query_one("#session-title").display = False
             self._list.focus()
-        elif self.is_current:
+        else:
             self.dismiss(None)
 
     def action_search(self) -> None:

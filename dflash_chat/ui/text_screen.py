@@ -11,8 +11,10 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from dflash_chat.ui.overlay import ClosesOnce
 
-class TextScreen(ModalScreen[None]):
+
+class TextScreen(ClosesOnce, ModalScreen[None]):
     """Closes with Esc, Enter or q."""
 
     BINDINGS: ClassVar = [Binding("escape,enter,q", "dismiss", "Close", id="close_text")]

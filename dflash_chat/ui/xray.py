@@ -20,6 +20,7 @@ from textual.strip import Strip
 
 from dflash_chat.ui.key_bar import KeyBar
 from dflash_chat.ui.origins import Trace
+from dflash_chat.ui.overlay import ClosesOnce
 from dflash_chat.ui.words import Words
 from dflash_chat.ui.xray_layout import SHADES, Layout, figures, next_missed, worst
 
@@ -140,7 +141,7 @@ class XrayView(ScrollView, can_focus=True):
         self.select(found)
 
 
-class XrayScreen(Screen[None]):
+class XrayScreen(ClosesOnce, Screen[None]):
     """Closes with F3 or Esc."""
 
     BINDINGS: ClassVar = [Binding("escape,f3,q", "dismiss", "Close", id="close_xray")]

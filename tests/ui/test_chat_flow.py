@@ -24,6 +24,7 @@ from dflash_chat.runtime.api import (
     SamplingParams,
     Tokens,
 )
+from dflash_chat.ui import answer as answer_module
 from dflash_chat.ui.answer import AnswerTurn, Block
 from dflash_chat.ui.app import ChatApp
 from dflash_chat.ui.chat_screen import ChatScreen
@@ -644,15 +645,16 @@ async def test_long_answers_need_few_widgets(loaded: Chat, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LONG)
-async def test_one_frame_takes_a_bounded_piece(loaded: Chat, kind: str) -> None:
+async def test_a_frame_takes_a_bounded_piece_once_its_time_is_over(
+    loaded: Chat, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_module, "FRAME_S", 0.0)
     await loaded.type("Long, please")
     answer = loaded.screen.query_one(AnswerTurn)
     answer.go_on(LONG[kind])
     answer.draw()
 
-    blocks = list(answer.query(Block))
-    assert answer.behind
-    assert len(blocks) < 20
+    assert answer.undrawn == len(LONG[kind]) - answer_module.PIECE_CHARS
 
 
 async def test_a_wrapped_line_is_copied_as_one_line(loaded: Chat) -> None:

@@ -157,9 +157,13 @@ async def test_ten_thousand_keys_and_pastes(
             await chat.settle()
         await chat.pilot.press("ctrl+n")
         await chat.type("Still there?")
-        engine.go_on()
-        await chat.settle()
-        assert chat.client.asked[-1].messages[-1].content == "Still there?"
+        for _ in range(50):  # the engine may have to be started again first
+            engine.go_on()
+            await chat.settle()
+            if chat.client.asked[-1].messages[-1].content == "Still there?":
+                break
+        else:
+            pytest.fail("the last question was not asked")
 
 
 async def nobody(*_: object) -> list[Access]:

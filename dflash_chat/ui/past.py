@@ -13,7 +13,7 @@ from dflash_chat.ui.answer import PIECE_CHARS, AnswerTurn
 from dflash_chat.ui.transcript import Transcript, Turns, UserTurn
 
 PAGE_TURNS = 10
-PAGE_CHARS = 5_000  # what is drawn before anything is seen; fills most screens
+PAGE_CHARS = 3_000  # what is drawn before anything is seen; fills most screens
 NEAR_ROWS = 4
 LOOK_S = 0.25
 

@@ -1,22 +1,25 @@
 """What the screen costs the engine: `python -m tests.ui.engine_bench [gpu|cpu] [ROUNDS]`.
 
 The same prompts in turns without a screen, as `bench` runs them, and in the real app in a pty, with
-the real worker, protocol, tokenizer and store. "cpu" is the default pair. "gpu" keeps all of its
-host work but for the tensors: steps end when those of a GPU would that is given one step ahead,
-6.35 ms a step for 5 tokens, as Gemma-4-26B-A4B in bf16 takes on an H200.
+the real worker, protocol, tokenizer and store; both are loaded all the while, and one of them
+waits. "cpu" is the default pair, three tokens drafted for every pass, so that both ways do the
+same. "gpu" keeps all of its host work but for the tensors: steps end when those of a GPU would that
+is given one step ahead, 6.35 ms a step for 5 tokens, as Gemma-4-26B-A4B in bf16 takes on an H200.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import os
 import select
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from subprocess import PIPE
 from typing import TYPE_CHECKING
 
 from dflash_chat.runtime.api import (
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from dflash_chat.runtime.engine import Prefilled, Step
     from dflash_chat.runtime.session import Session
 
-PAIR, MAX_TOKENS = "smollm2-135m", 256
+PAIR, MAX_TOKENS, DRAFT_TOKENS = "smollm2-135m", 256, 3
 GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)  # both ways write the same
 STEP_S, STEP_TOKENS, GPU_TOKENS = 6.35e-3, 5, 4000
 
@@ -78,13 +81,16 @@ def prompts(kind: str) -> list[str]:
 
 
 def alone(kind: str) -> None:
-    """Answer without a screen; print tokens per second, one answer a line."""
+    """Answer without a screen, a prompt for every line of stdin; print tokens per second."""
     session = loaded(kind, lambda progress: None)
-    for prompt in prompts(kind):
-        request = Generate(1, (Message("user", prompt),), GREEDY, draft=True)
+    sys.stdout.write("ready\n")
+    for prompt, _ in zip(itertools.cycle(prompts(kind)), sys.stdin, strict=False):
+        messages = (Message("user", prompt),)
+        request = Generate(1, messages, GREEDY, draft=True, draft_tokens=DRAFT_TOKENS)
         *_, finished = session.generate(request, lambda: False)
         assert isinstance(finished, Finished)
         sys.stdout.write(f"{finished.timing.tok_s}\n")
+        sys.stdout.flush()
 
 
 def worker(kind: str) -> None:
@@ -95,8 +101,8 @@ def worker(kind: str) -> None:
     real.main(lambda request, progress: loaded(kind, progress))
 
 
-def inside(kind: str, report: str) -> None:
-    """The app in its pty: ask, wait, write what the engine says of its speed."""
+def inside(kind: str, folder: str) -> None:
+    """The app in its pty: a prompt for every file "ask N"; the file "told N" has its speed."""
     from dflash_chat.keeper import Keeper
     from dflash_chat.runtime.client import EngineClient
     from dflash_chat.ui import pace
@@ -108,21 +114,21 @@ def inside(kind: str, report: str) -> None:
     keeper = Keeper()
     screen = ChatScreen(client, Load(PAIR), GREEDY, keeper=keeper)
     app = ChatApp(client, screen, pace.give_way)
-    speeds: list[float] = []
 
     async def drive() -> None:
-        while screen.dialogue.info is None:
+        dialogue = screen.dialogue
+        while dialogue.info is None:
             await asyncio.sleep(0.1)
-        for prompt in prompts(kind):
-            screen.action_new_chat()
-            screen.dialogue.last_finished = None
-            screen.post_message(Prompt.Submitted(prompt))
-            while screen.dialogue.last_finished is None:
+        dialogue.draft_tokens = DRAFT_TOKENS
+        for number, prompt in enumerate(itertools.cycle(prompts(kind))):
+            while not Path(folder, f"ask {number}").exists():
                 await asyncio.sleep(0.1)
-            speeds.append(screen.dialogue.last_finished.timing.tok_s)
-            await asyncio.sleep(0.5)
-        Path(report).write_text("".join(f"{speed}\n" for speed in speeds))
-        app.exit()
+            screen.action_new_chat()
+            dialogue.last_finished = None
+            screen.post_message(Prompt.Submitted(prompt))
+            while dialogue.last_finished is None:
+                await asyncio.sleep(0.1)
+            Path(folder, f"told {number}").write_text(f"{dialogue.last_finished.timing.tok_s}")
 
     tasks: list[asyncio.Task[None]] = []
     app.call_later(lambda: tasks.append(asyncio.create_task(drive())))
@@ -133,54 +139,62 @@ def inside(kind: str, report: str) -> None:
 # ── outside ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(*arguments: str) -> str:
-    """Run this module in a pty with `arguments`; what it wrote there."""
-    process, master = in_pty([sys.executable, "-m", __spec__.name, *arguments])
-    written = b""
-    while process.poll() is None:
-        if select.select([master], [], [], 0.2)[0]:
-            try:
-                data = os.read(master, 1 << 16)
-            except OSError:
-                break
-            written += data
+def on_screen(folder: Path, number: int, master: int) -> float:
+    """Tokens per second of the app's answer to prompt `number`; what it draws is thrown away."""
+    told = folder / f"told {number}"
+    (folder / f"ask {number}").touch()
+    while not told.exists() or not told.read_text():
+        if select.select([master], [], [], 0.1)[0]:
+            data = os.read(master, 1 << 16)
             if b"\x1b[?2026$p" in data:  # the app asks for synchronised updates: yes
                 os.write(master, b"\x1b[?2026;2$y")
-    if process.wait():
-        raise SystemExit(written[-4000:].decode(errors="replace"))
-    return written.decode(errors="replace")
+    return float(told.read_text())
 
 
-def harmonic(lines: str) -> float:
-    """Tokens per second of answers of one length."""
-    speeds = [float(line) for line in lines.split()]
-    return len(speeds) / sum(1 / speed for speed in speeds)
+def compare(kind: str, rounds: int, folder: Path) -> None:
+    """Every prompt both ways, the order of ways in turns; a line for each, and the sum of times."""
+    os.environ["DFLASH_CHAT_DATA"] = str(folder)
+    me = [sys.executable, "-m", __spec__.name]
+    with subprocess.Popen([*me, "--alone", kind], stdin=PIPE, stdout=PIPE, text=True) as without:
+        assert without.stdin is not None
+        assert without.stdout is not None
+        without.stdout.readline()
+        app, master = in_pty([*me, "--inside", kind, str(folder)])
+        spent = {"alone": 0.0, "on screen": 0.0}  # seconds per token
+        for number in range(rounds * len(prompts(kind))):
+            speeds = {}
+            for way in ("alone", "on screen") if number % 2 else ("on screen", "alone"):
+                if way == "alone":
+                    without.stdin.write("\n")
+                    without.stdin.flush()
+                    speeds[way] = float(without.stdout.readline())
+                else:
+                    speeds[way] = on_screen(folder, number, master)
+                    time.sleep(1.0)  # until all of it is drawn and put in order
+            if number:  # the first warms up
+                for way, speed in speeds.items():
+                    spent[way] += 1 / speed
+                sys.stdout.write(" ".join(f"{w} {s:.1f}" for w, s in speeds.items()) + " tok/s\n")
+        without.stdin.close()
+        app.kill()
+        app.wait()
+    ratio = spent["alone"] / spent["on screen"]
+    sys.stdout.write(f"{kind}: {ratio:.3f} of the speed alone\n")
 
 
 def main() -> None:
-    """Both ways in turns; one line of figures per round and one for all."""
+    """Both ways of a kind, or one of the processes that takes."""
     match sys.argv[1:]:
         case ["--alone", kind]:
-            return alone(kind)
+            alone(kind)
         case ["--worker", kind, *_]:
-            return worker(kind)
-        case ["--inside", kind, report]:
-            return inside(kind, report)
-        case [kind, rounds]:
-            pass
-        case _:
-            kind, rounds = (sys.argv[1:] or ["gpu"])[0], "3"
-    ratios = []
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["DFLASH_CHAT_DATA"] = folder
-        for _ in range(int(rounds)):
-            without = harmonic(run("--alone", kind))
-            run("--inside", kind, f"{folder}/speeds")
-            with_screen = harmonic(Path(folder, "speeds").read_text())
-            ratios.append(with_screen / without)
-            figures = {"alone": without, "on_screen": with_screen, "ratio": ratios[-1]}
-            sys.stdout.write(json.dumps({k: round(v, 3) for k, v in figures.items()}) + "\n")
-    sys.stdout.write(f"{kind}: {sorted(ratios)[len(ratios) // 2]:.3f} of the speed alone\n")
+            worker(kind)
+        case ["--inside", kind, folder]:
+            inside(kind, folder)
+        case words:
+            kind, rounds = [*words, *("gpu", "3")[len(words) :]][:2]
+            with tempfile.TemporaryDirectory() as folder:
+                compare(kind, int(rounds), Path(folder))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Streams ten seconds of tokens, four characters each and 600 a second unless RATE says otherwise, as
 one long list, table, code fence or as prose, into the real app with a scripted engine, and prints
-one line of figures per kind. `start` measures the first paint of `dflash-chat` instead.
+one line of figures per kind. `start` measures the first paint of `dflash-chat` instead, `reopen`
+the first text of a chat of 200 turns, both from exec on.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 RATE, SECONDS, STEP_TOKENS = 600, 10, 3
 ROWS, COLUMNS = 40, 120
+TURNS, LAST_WORDS = 200, b"all-is-said"
 
 # ── inside the pty ──────────────────────────────────────────────────────────────────────────────
 
@@ -187,15 +191,35 @@ def first_paint(command: list[str], mark: bytes = b"Enter") -> float:
     return painted
 
 
+def reopened(saved: bool) -> list[str]:
+    """What opens a saved chat of 200 turns of 2400 characters, if one is wanted."""
+    from dflash_chat.chat import Conversation
+    from dflash_chat.store import Store
+
+    os.environ["DFLASH_CHAT_DATA"] = folder = tempfile.mkdtemp()
+    if not saved:
+        return []
+    chat = Conversation()
+    kinds = ("prose", "mixed", "code", "list", "table")
+    for number in range(TURNS // 2):
+        chat.ask(f"Question {number}")
+        chat.answer(text_of(kinds[number % len(kinds)], 2400))
+    chat.turns[-1].content += f"\n\n{LAST_WORDS.decode()}"
+    with Store(Path(folder)) as store:
+        store.save(chat)
+    return ["--continue"]
+
+
 def main() -> None:
     """Print the figures of the kinds named, or of all."""
     if sys.argv[1:2] == ["--inside"]:
         inside(sys.argv[2], int(sys.argv[3]), sys.argv[4])
         return
     for kind in sys.argv[1:] or ["prose", "mixed", "code", "list", "table"]:
-        if kind == "start":
-            command = [sys.executable, "-m", "dflash_chat"]
-            figures = {"first_paint_s": [round(first_paint(command), 3) for _ in range(5)]}
+        if kind in ("start", "reopen"):
+            command = [sys.executable, "-m", "dflash_chat", *reopened(kind == "reopen")]
+            mark = LAST_WORDS if kind == "reopen" else b"Enter"
+            figures = {"first_paint_s": [round(first_paint(command, mark), 3) for _ in range(7)]}
         else:
             name, _, rate = kind.partition(":")
             figures = {k: round(v, 2) for k, v in bench(name, int(rate or RATE)).items()}

@@ -28,10 +28,10 @@ class ViewActions(TurnActions):
     def seen_answer(self) -> AnswerTurn | None:
         """The answer under the cursor, or that to the question there; without a cursor the last."""
         transcript = self.query_one(Transcript)
-        if transcript.cursor is None:
+        cursor, turns = transcript.cursor, transcript.turns
+        if cursor not in turns:  # none, or its turn is being removed
             return self.last_answer
-        turns = transcript.turns
-        from_here = turns[turns.index(transcript.cursor) :][:2]
+        from_here = turns[turns.index(cursor) :][:2]
         return next((turn for turn in from_here if isinstance(turn, AnswerTurn)), None)
 
     def action_xray(self) -> None:

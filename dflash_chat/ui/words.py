@@ -41,8 +41,14 @@ class Words(Static):
             return
         same_shape = self._shape(text) == self._shape(self._shown[0])
         self._shown = (text, title)
-        content = Content.styled(title, "bold") + "\n" + text if title else Content(text)
+        content = self.painted(text)
+        if title:
+            content = Content.styled(title, "bold") + "\n" + content
         self.update(content, layout=not same_shape)
+
+    def painted(self, text: str) -> Content:
+        """The text with its colours: none."""
+        return Content(text)
 
     def _shape(self, text: str) -> list[int]:
         """Lengths of the lines that decide the size: those too long for their line, and the last

@@ -678,6 +678,9 @@ async def test_text_is_selected_with_the_mouse_and_copied(loaded: Chat) -> None:
     block = loaded.block
     await loaded.pilot.mouse_down(block, offset=(7, 0))
     await loaded.pilot.hover(block, offset=(4, 2))
+    ground = loaded.screen.get_component_styles("screen--selection").rich_style.bgcolor
+    marked = [s.text for s in block.render_line(0) if s.style and s.style.bgcolor == ground]
+    assert "".join(marked) == "these words, please."
     await loaded.pilot.mouse_up(block, offset=(4, 2))
     await loaded.pilot.press("ctrl+c")
 

@@ -34,6 +34,8 @@ PURSE_LIMIT = 16.0  # … and after it has won many
 REFILL = 0.006  # plain steps, for every token decoded plainly, up to `PURSE`
 _BET = 0.5  # share of the purse that one step may lose
 _BASELINE_EVERY = 400.0  # plain steps' time between two of them while drafting: 0.25 %
+_FIRST_BASELINE = 8.0  # the same for the first two, and twice as much every time, …
+_THIN = 1.8  # … while drafting seems to be no faster than this: the table may be wrong
 _FIRST_LOOK, _LAST_LOOK = 15.0, 300.0  # plain tokens before a look, for each plain step it may lose
 _LOOK_STAKE = 1.0  # plain steps that a look may lose, if any width loses so little
 _LOOK_RARER = 3.0  # times longer before the next, when a look has not won
@@ -119,6 +121,7 @@ class Controller:
         self._plain_tokens = 0  # since the last drafted step
         self._look_after = _FIRST_LOOK
         self._decoded_ms = self._baseline_due_ms = 0.0
+        self._doubt_ms, self._doubt_after = 0.0, _FIRST_BASELINE  # when plain is next in doubt
         self._context = 0
         self._measured: tuple[float, int] | None = None  # the baseline: when, behind what
         self._recent_tokens = self._recent_ms = 0.0
@@ -271,8 +274,7 @@ class Controller:
         if self.pinned is not None:
             i = self._widest(costs, min(most, self.pinned + 1))
             return self._drafted(i, PINNED, costs, self.acceptance.expected())
-        if self._decoded_ms >= self._baseline_due_ms:
-            self._baseline_due_ms = self._decoded_ms + _BASELINE_EVERY * costs.plain_ms
+        if self._baseline_is_due(costs.plain_ms):
             return _plain(costs, BASELINE)
         bet, stake = self._bet(), costs.stakes[1]
         if stake > bet:
@@ -287,6 +289,18 @@ class Controller:
         if i:
             return self._drafted(i, PAYS if self.late else LOOK, costs, expected)
         return self._look(self._widest(costs, most, _LOOK_STAKE), PLAIN, costs)
+
+    def _baseline_is_due(self, plain_ms: float) -> bool:
+        """Whether plain decoding was not measured for long; or, where steps are so long that the
+        host can time them, whether what was measured at load needs to be seen again."""
+        now, doubt = self._decoded_ms, self._decoded_ms >= self._doubt_ms and not self.late
+        if doubt:
+            self._doubt_ms = now + self._doubt_after * plain_ms
+            self._doubt_after *= 2.0
+        if now < self._baseline_due_ms and not (doubt and self.speedup < _THIN):
+            return False
+        self._baseline_due_ms = now + _BASELINE_EVERY * plain_ms
+        return True
 
     def _look(self, index: int, why: str, costs: StepCosts) -> Decision:
         """A look, if it is time for one, else a plain step and `why`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -399,3 +400,15 @@ def test_deciding_and_learning_take_microseconds(late: bool) -> None:
         loops.append(time.perf_counter() - between)
         steps.append(between - begun)
     assert min(steps) < 0.9 * min(loops)
+
+
+def test_a_plain_pass_that_was_timed_in_a_bad_moment_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sim.TEXTS, "weak", (0.4, 0.5))
+    rig = MOE[1]
+    true = rig.table()
+    slow = tuple(1.6 * ms for ms in true.verify_ms[0])
+    wrong = replace(true, verify_ms=(slow, *true.verify_ms[1:]))
+    misled = Controller(Costs(wrong), sim.SLOTS, late=False)
+    assert sim.controlled(misled, rig, _trace("weak", "honest", 1500)).speedup > 0.95

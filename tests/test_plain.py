@@ -220,12 +220,15 @@ def test_a_dumb_terminal_chats_stops_and_continues_without_escape_sequences(
         os.execv(sys.executable, [sys.executable, "-c", PROGRAM, "--stats"])
     seen = b""
 
-    def until(words: bytes, since: int = 0) -> None:
+    def until(words: bytes, since: int = 0, pressing: bytes = b"") -> None:
+        """Read until `words` come. A key that meets Python between its prompt and its waiting is
+        seen with the next one only, so it is pressed again, as a person would."""
         nonlocal seen
         deadline = time.monotonic() + 60
         while words not in seen[since:]:
             assert time.monotonic() < deadline, seen
-            if select.select([terminal], [], [], 0.2)[0]:
+            os.write(terminal, pressing)
+            if select.select([terminal], [], [], 0.5)[0]:
                 seen += os.read(terminal, 4096)
 
     until(b"> ")
@@ -237,11 +240,14 @@ def test_a_dumb_terminal_chats_stops_and_continues_without_escape_sequences(
     os.write(terminal, b"/continue\n")
     until(b"for it", stopped)
     until(b"\n> ", seen.index(b"for it", stopped))
-    os.write(terminal, keys)
     if code:
-        until(b"Ctrl+C again leaves")
+        until(b"Ctrl+C again leaves", pressing=keys)
+    ended, status, deadline = 0, 0, time.monotonic() + 60
+    while not ended:
+        assert time.monotonic() < deadline, seen
         os.write(terminal, keys)
-    _, status = os.waitpid(pid, 0)
+        time.sleep(0.5)
+        ended, status = os.waitpid(pid, os.WNOHANG)
     os.close(terminal)
 
     assert os.waitstatus_to_exitcode(status) == code

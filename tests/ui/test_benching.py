@@ -55,9 +55,13 @@ async def test_it_shows_how_far_it_is_and_the_plan_goes_by_what_it_finds() -> No
         assert [m.content for m in request.messages] == ["One?", "First."]
         chat.client.emit(Benched(request.id, 1, 9.0, RATES, before=61))
         await until(chat, lambda: "9 of about 20 s · Esc stops it" in shown(chat, "bench"))
-        assert "round 2" in shown(chat, "bench")
-        assert "plain 40.0 tok/s · K1 1.20× · K3 1.50× · K7 1.30× · auto 1.45×" in shown(
-            chat, "bench"
+        await until(chat, lambda: "round 2" in shown(chat, "bench"))
+        await until(
+            chat,
+            lambda: (
+                "plain 40.0 tok/s · K1 1.20× · K3 1.50× · K7 1.30× · auto 1.45×"
+                in shown(chat, "bench")
+            ),
         )
 
         build = pairs.find(INFO.pair).builds[0].name
@@ -67,12 +71,13 @@ async def test_it_shows_how_far_it_is_and_the_plan_goes_by_what_it_finds() -> No
         calibration.write_survival(key, Survival((0.8, 0.6, 0.5, 0.1, 0.1, 0.1, 0.1), 141))
         chat.client.emit(Benched(request.id, 2, 21.0, RATES, 61, "done", 0, True))
         await until(chat, lambda: "kept: plans go by it" in shown(chat, "bench"))
-        assert "measured on 2 prompts" in shown(chat, "bench")
-        assert "behind 61 tokens of this chat" in shown(chat, "bench")
+        await until(chat, lambda: "measured on 2 prompts" in shown(chat, "bench"))
+        await until(chat, lambda: "behind 61 tokens of this chat" in shown(chat, "bench"))
         assert "read again" not in shown(chat, "bench")
         await until(chat, lambda: "3 drafted" in shown(chat, "why"))
-        assert "acceptance measured on 141 tokens here" in " ".join(shown(chat, "why").split())
-        assert "passes measured   1 row 20.0" in shown(chat, "figures")
+        measured = "acceptance measured on 141 tokens here"
+        await until(chat, lambda: measured in " ".join(shown(chat, "why").split()))
+        await until(chat, lambda: "passes measured   1 row 20.0" in shown(chat, "figures"))
         assert not chat.screen.dialogue.busy
 
 
@@ -86,7 +91,9 @@ async def test_escape_stops_it_then_leaves() -> None:
         await until(chat, lambda: "stopping …" in shown(chat, "bench"))
         chat.client.emit(Benched(request.id, 0, 1.0, reason="cancelled", forgotten=1234))
         await until(chat, lambda: "nothing of it is kept" in shown(chat, "bench"))
-        assert "1 234 tokens of this chat are read again" in shown(chat, "bench")
+        await until(
+            chat, lambda: "1 234 tokens of this chat are read again" in shown(chat, "bench")
+        )
         await chat.pilot.press("escape")
         assert chat.app.screen is chat.screen
 
@@ -130,5 +137,5 @@ async def test_only_what_is_loaded_can_be_measured(own_folders: Path) -> None:
         await until(chat, lambda: isinstance(chat.app.screen, PlanScreen))
         assert plan_screen(chat)
         await chat.pilot.press("b")
-        assert "! nothing is loaded yet" in shown(chat, "bench")
+        await until(chat, lambda: "! nothing is loaded yet" in shown(chat, "bench"))
         assert not any(isinstance(sent, Bench) for sent in chat.client.sent)

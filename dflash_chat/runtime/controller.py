@@ -250,7 +250,7 @@ class Controller:
             drafted = self.acceptance.expected()
             by_width = zip(widths, costs.drafted_ms, strict=False)
             best = max(best, *(drafted[n - 1] / ms for n, ms in by_width))
-        bet = _BET * (self._purse - self._staked)
+        bet = self._bet()
         expected = list(accumulate(accumulate(found, mul, initial=1.0)))
         for n, drafted_ms in zip(widths[1:], costs.drafted_ms[1:], strict=False):
             ms = drafted_ms - costs.draft_ms

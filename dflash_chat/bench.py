@@ -28,11 +28,13 @@ from dflash_chat.runtime.api import (
     Tokens,
 )
 from dflash_chat.settings import BenchArgs
+from dflash_chat.speed import Survival
 
 if TYPE_CHECKING:
     from dflash_chat.hub import Installed
     from dflash_chat.runtime.session import Session
 
+PLAIN, CONTROLLER = 0, -1  # ways of decoding; another is the number of tokens always drafted
 _SEED = 0  # sampled runs are repeatable unless -o seed says otherwise
 
 
@@ -62,6 +64,12 @@ class Way:
     def step_ms(self) -> float:
         """Σ milliseconds ÷ Σ passes."""
         return 1000 * self.decode_s / self.spec.steps if self.spec.steps else 0.0
+
+    @property
+    def survival(self) -> Survival | None:
+        """How far drafts survived; None if none was verified."""
+        shares = self.spec.survival
+        return Survival(shares, self.decoded) if shares else None
 
     def plus(self, finished: Finished) -> Way:
         """With one more answer."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dflash_chat import bench, once
+from dflash_chat.bench import CONTROLLER, PLAIN
 from dflash_chat.errors import EXIT_OK, UsageError
 from dflash_chat.runtime.api import ModelInfo, SamplingParams
 from dflash_chat.settings import BenchArgs
@@ -22,7 +23,6 @@ from dflash_chat.speed import Survival
 if TYPE_CHECKING:
     from dflash_chat.runtime.session import Session
 
-PLAIN, CONTROLLER = 0, -1  # ways of decoding; another is the number of tokens always drafted
 _CLOSE = 0.98  # what the controller loses for the choice to be worth naming
 
 
@@ -90,9 +90,7 @@ def best_fixed(tallies: Mapping[int, Tally]) -> int:
 
 def survival_of(tallies: Mapping[int, Tally]) -> Survival | None:
     """How far drafts survived where most of them were verified; None if none ever was."""
-    widest = tallies[max(tallies)].way
-    shares = widest.spec.survival
-    return Survival(shares, widest.decoded) if shares else None
+    return tallies[max(tallies)].way.survival
 
 
 def as_json(

@@ -13,15 +13,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dflash_chat.bench import Way, answer, read_prompts
+from dflash_chat.bench import CONTROLLER, PLAIN, Way, answer, read_prompts
 from dflash_chat.runtime.api import Bench, Benched, Finished, Message
 from dflash_chat.runtime.controller import Controller
-from dflash_chat.speed import Survival
 
 if TYPE_CHECKING:
     from dflash_chat.runtime.session import Session
 
-PLAIN, CONTROLLER = 0, -1  # ways of decoding; another is the number of tokens always drafted
 ANSWER_TOKENS = 48  # the most of one answer
 _ROWS = (2, 4, 8, 16)  # of the passes that are tried, and the widest
 _MOST_READ = 512  # tokens to be read of a chat that the prompts may go on from
@@ -100,6 +98,5 @@ def _goes_on(session: Session, chat: tuple[Message, ...], prompt: str) -> bool:
 
 def _keep(session: Session, tallies: Mapping[int, Way]) -> bool:
     """Keep how far drafts survived where most of them were verified."""
-    widest = tallies[max(tallies)]
-    shares = widest.spec.survival
-    return bool(shares) and session.keep(Survival(shares, widest.decoded))
+    survival = tallies[max(tallies)].survival
+    return survival is not None and session.keep(survival)

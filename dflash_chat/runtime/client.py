@@ -81,6 +81,7 @@ class EngineClient:
         """Start the engine process; `Hello` follows among the events."""
         assert self._process is None, f"engine {self.pid} is already running"
         log = _open_log(log_path())
+        log_start = log.tell()  # now: what the process writes moves it, as the file is one
         read_fd, write_fd = os.pipe()
         with contextlib.suppress(OSError, AttributeError):  # a bonus where the system allows it
             fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -103,7 +104,7 @@ class EngineClient:
         finally:
             os.close(write_fd)
         self._process = process
-        self._watcher = asyncio.create_task(self._watch(process, read_fd, log))
+        self._watcher = asyncio.create_task(self._watch(process, read_fd, log, log_start))
 
     def send(self, request: Request) -> None:
         """Queue one request for the engine; does nothing once the engine has died."""
@@ -142,9 +143,8 @@ class EngineClient:
         if self._watcher:
             await self._watcher
 
-    async def _watch(self, process: Process, read_fd: int, log: BinaryIO) -> None:
+    async def _watch(self, process: Process, read_fd: int, log: BinaryIO, log_start: int) -> None:
         """Own the pipe and the log until the process ends; report an end that nobody asked for."""
-        log_start = log.tell()
         with os.fdopen(read_fd, "rb", buffering=0) as pipe, log:
             events = Lines(self._events)
             reader = asyncio.StreamReader(limit=PIPE_BYTES)

@@ -64,7 +64,8 @@ def test_a_real_terminal_gets_no_colour_at_any_size(tmp_path: Path, own_folders:
 def test_what_commands_print_on_a_terminal_has_no_order_in_it(own_folders: Path) -> None:
     code = (
         "from dflash_chat import cli\n"
-        "for words in ('list', 'plan', 'plan qwen3-8b', 'show qwen3-8b', 'sessions', '--help'):\n"
+        "for words in ('list', 'plan', 'plan qwen3-8b --vram 24G', 'show qwen3-8b', 'sessions',\n"
+        "              '--help'):\n"
         "    try: print('exit code', cli.main(words.split()))\n"
         "    except SystemExit as end: print('exit code', end.code)\n"
     )

@@ -89,7 +89,7 @@ class EngineOptions:
     them changes answers. `draft_rows` keeps the rows of that many lowest ids in the copy, and those
     of added tokens; 0 keeps all.
 
-    `lookup` "off" leaves all drafts to the drafter. CUDA graphs never look up.
+    `lookup` "off" leaves all drafts to the drafter. Graphs of short steps look nothing up.
     """
 
     device: str = "auto"

@@ -9,13 +9,14 @@ than half of it, and the emptier it is, the less a step may seem to lose.
 While plain decoding wins or the purse cannot pay, single drafted steps look whether drafting wins
 again, ever more rarely; one that does lets the purse begin anew. So from one look that wins to the
 next, drafting never loses more than `PURSE_LIMIT` plain steps of what it has won, and `REFILL` for
-every token decoded plainly. Where drafts were found in the text (`lookup.py`), which cost no draft,
-they are verified if that seems to win more.
+every token decoded plainly. Drafts that were found in the text (`lookup.py`) are verified if that
+seems to win more: instead of a draft, which then need not run, or of one that has.
 
 Knows rows, tokens and milliseconds; knows neither models nor devices nor the clock.
 
     decision = controller.decide(context, most)          before the draft
     controller.cut(decision, confidence)                 behind it, if that is known in time
+    controller.weigh(decision, most, found)              the same, if the text is known only then
     controller.observe(decision, accepted, …)            a step later, if the host runs ahead
 """
 
@@ -50,7 +51,7 @@ _TELL_EVERY = 50  # steps between two whose figures are told
 _NO_LIMIT = float("inf")
 
 PAYS = "most tokens per millisecond"
-FOUND = "found in the text, no draft needed"
+FOUND = "found in the text"
 PLAIN = "plain decoding is faster"
 LOOK = "looking whether drafting pays again"
 SPENT = "drafting has lost too much lately"
@@ -74,7 +75,12 @@ class Decision:
     ms: float
     tokens: float = 1.0
     stake: float = 0.0
-    bins: Sequence[int] | None = None  # of the draft's confidence
+    bins: Sequence[int] | None = None  # of the draft's confidence, once that was looked at
+
+    @property
+    def plain(self) -> bool:
+        """Whether it verifies no drafts and runs none."""
+        return self.width == 1 and not self.draft
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,21 @@ class Controller:
         share = 1.0 if decision.why is LOOK else _HOPE
         self._hope = min(_MOST_HOPE, self._hope + share * (hope - self._hope))
         return decision.width
+
+    def weigh(self, decision: Decision, most: int, found: Sequence[float]) -> Decision:
+        """The step to launch behind a draft that has run and was cut: that one, or one that
+        verifies what was `found` in its place. `most` and `found` as for `decide`.
+        """
+        if decision.why is PAYS:
+            self._staked -= decision.stake
+            decision = self._found(decision, most, found)
+            self._staked += decision.stake
+            self.last = decision
+        return decision
+
+    def tempted(self, decision: Decision, most: int, found: Sequence[float]) -> bool:
+        """Whether a plain step would not have been one, had this been `found` before it."""
+        return decision.why is PLAIN and self._found(decision, most, found) is not decision
 
     def observe(
         self,
@@ -245,21 +266,24 @@ class Controller:
     def _found(self, plan: Decision, most: int, found: Sequence[float]) -> Decision:
         """A step whose drafts were found, if it seems to win more than `plan`; else that."""
         costs, widths = plan.costs, self.widths
-        best = 1.0 / costs.plain_ms
-        if plan.draft:
+        ran = plan.bins is not None
+        best, saved_ms = 1.0 / costs.plain_ms, costs.draft_ms
+        if ran:
+            best, saved_ms = plan.tokens / plan.ms, 0.0
+        elif plan.draft:
             drafted = self.acceptance.expected()
             by_width = zip(widths, costs.drafted_ms, strict=False)
             best = max(best, *(drafted[n - 1] / ms for n, ms in by_width))
         bet = self._bet()
         expected = list(accumulate(accumulate(found, mul, initial=1.0)))
         for n, drafted_ms in zip(widths[1:], costs.drafted_ms[1:], strict=False):
-            ms = drafted_ms - costs.draft_ms
+            ms = drafted_ms - saved_ms
             stake = ms / costs.plain_ms - 1.0
             if n > min(most, len(expected)) or stake > bet:
                 break
             if expected[n - 1] / ms > best:
                 best = expected[n - 1] / ms
-                plan = Decision(n, False, FOUND, costs, ms, expected[n - 1], stake)
+                plan = Decision(n, ran, FOUND, costs, ms, expected[n - 1], stake)
         return plan
 
     def _settle(self, decision: Decision, won: float) -> None:

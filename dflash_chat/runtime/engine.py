@@ -175,10 +175,13 @@ class Engine:
             return
         anchor = step.tokens[-1]
         self.controller.new_answer((draft_tokens or self._pinned) if draft else 0)
+        lookup = None
+        if self._looks_up and self.controller.pinned is None:
+            lookup = Lookup([*self.log, anchor], self._chances)
         if self.graphed is None:
-            steps = self._steps(anchor, sampler)
+            steps = self._steps(anchor, sampler, lookup)
         else:  # the same as CUDA graphs, which keep both caches themselves
-            steps = self.graphed.decode(anchor, sampler, self.controller, self.log.extend)
+            steps = self.graphed.decode(anchor, sampler, self.controller, self.log.extend, lookup)
         with closing(steps):
             for tokens, stats in steps:
                 step = self._clip(tokens, stats, sampler)
@@ -320,12 +323,9 @@ class Engine:
             self.drafter.truncate(n)
         return n
 
-    def _steps(self, anchor: int, sampler: Sampler) -> _Steps:
+    def _steps(self, anchor: int, sampler: Sampler, lookup: Lookup | None) -> _Steps:
         """Draft–verify cycles, as wide as the controller says."""
         timer, controller = StepTimer(self.target.device), self.controller
-        lookup = None
-        if self._looks_up and controller.pinned is None:
-            lookup = Lookup([*self.log, anchor], self._chances)
         while True:
             timer.start()
             context = self.cache.length

@@ -2,6 +2,7 @@
 
     late   launch(i + 1)  │  read(i) → tokens, text, stop checks     the width comes from the past
     now    draft(i + 1)   │  read(i) → …  │  confidence(i + 1) → width → verify(i + 1)
+    found  read(i) → what stood behind its tokens before → verify(i + 1)
 
 A step is a few replays: the draft, the target's forward over n rows, and the choice, greedy or
 sampled as the request on the device says. Penalties alone are torch's, since they need the answer's
@@ -9,6 +10,10 @@ history. Either way the host waits once a step. Waiting for the draft's confiden
 idle for the moment the host needs to answer, which long steps do not feel and short ones do.
 What ended an answer is found one step late: what was launched behind it is thrown away, and since
 rows count only when the host commits them, there is nothing to undo.
+
+The third way drafts nothing: the text so far says what comes next (`lookup.py`). Whether it does is
+seen behind a draft, when step i has been read and the choice between the two is free; while the
+text keeps winning, steps wait for each other, and the device for the host between them.
 
 A plain step runs no draft. Its row's features are kept aside, and projected into the drafter's
 context sixteen at a time or before the next draft.
@@ -26,11 +31,12 @@ from torch import Tensor
 from dflash_chat.runtime import timing
 from dflash_chat.runtime.api import StepStats
 from dflash_chat.runtime.cache import KVCache
-from dflash_chat.runtime.controller import BASELINE, PINNED, Controller, Decision
+from dflash_chat.runtime.controller import BASELINE, FOUND, PINNED, Controller, Decision
 from dflash_chat.runtime.costs import CostTable
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.kernels import accept, sample
+from dflash_chat.runtime.lookup import Found, Lookup
 from dflash_chat.runtime.sampling import Sampler
 from dflash_chat.runtime.step import Describable, Graphs, Step, TargetParts
 from dflash_chat.runtime.width import MAX_ROWS, WIDTHS
@@ -60,6 +66,7 @@ class _Flight:
     begun: timing.Mark
     drafted: timing.Mark
     confidence: Tensor  # fp32 on the host, there once `drafted` is reached
+    found: Found | None = None  # None: the text was not known
     record: Tensor | None = None  # `accept.read`s it
     verified: timing.Mark = 0.0
     done: timing.Mark = 0.0
@@ -82,7 +89,9 @@ class GraphedSteps:
         cuda = self._device.type == "cuda"
         self._records = [torch.zeros_like(step.record, device="cpu") for _ in range(2)]
         self._confidences = [torch.zeros(MAX_ROWS) for _ in range(2)]
+        self._found = torch.zeros(MAX_ROWS, dtype=torch.int64)
         if cuda:
+            self._found = self._found.pin_memory()
             self._records = [record.pin_memory() for record in self._records]
             self._confidences = [c.pin_memory() for c in self._confidences]
         self._begun = self._launched = 0
@@ -185,12 +194,14 @@ class GraphedSteps:
 
     def decode(
         self, anchor: int, sampler: Sampler, controller: Controller,
-        commit: Callable[[list[int]], None],
+        commit: Callable[[list[int]], None], lookup: Lookup | None = None,
     ) -> Generator[tuple[list[int], StepStats], None, None]:  # fmt: skip
         """Steps behind `anchor` until the caller closes: the accepted drafts with the target's own
         token behind them, and the step's figures. `commit` is told the ids of every step's
-        rows before it is yielded; by then both caches hold them.
+        rows before it is yielded; by then both caches hold them. Short steps look nothing up.
         """
+        if controller.late:
+            lookup = None
         if self.drafter is not None:
             self.drafter.flush()
         self._place(anchor, self.cache.length)
@@ -199,18 +210,22 @@ class GraphedSteps:
         ahead = not sampler.penalises  # else the next launch needs this step's tokens
         previous: timing.Mark | None = None
         following: _Flight | None = None
-        flight = self._begin(controller, sampler, self.cache.length)
+        flight = self._begin(controller, sampler, self.cache.length, lookup)
         try:
             while True:
                 following = None
-                self._verify(flight, controller, sampler)
+                leads = self._verify(flight, controller, sampler, lookup)
                 furthest = self.cache.length + flight.decision.width
-                if ahead and furthest < self.cache.capacity:
+                if ahead and not leads and furthest < self.cache.capacity:
                     following = self._begin(controller, sampler, furthest)
                 choices, stats = self._land(flight, anchor, previous, following, controller, commit)
                 previous, anchor = flight.done, choices[-1]
+                if lookup is not None:
+                    lookup.extend(choices)
+                if leads and ahead and self.cache.length < self.cache.capacity:
+                    following = self._begin(controller, sampler, self.cache.length, lookup)
                 yield choices, stats
-                flight = following or self._begin(controller, sampler, self.cache.length)
+                flight = following or self._begin(controller, sampler, self.cache.length, lookup)
         finally:
             self._close(following, controller)
 
@@ -221,7 +236,7 @@ class GraphedSteps:
             controller.drop(following.decision)
             if following.record is not None:
                 self.cache.advance(following.decision.width, 0)
-                held -= not following.decision.draft
+                held -= following.decision.plain
         if self.drafter is None:
             return
         if held > 0:
@@ -239,32 +254,39 @@ class GraphedSteps:
         state.block[:1].fill_(anchor)
         self._unprojected, self._held, self._loose = 0, 0, False
 
-    def _begin(self, controller: Controller, sampler: Sampler, length: int) -> _Flight:
+    def _begin(
+        self, controller: Controller, sampler: Sampler, length: int, lookup: Lookup | None = None
+    ) -> _Flight:
         """Decide on a step behind at most `length` rows and put its draft into the device's queue;
-        the rest, too, unless the draft's confidence has a say.
+        the rest, too, unless the draft's confidence has a say. `lookup` where the text is known.
         """
-        decision = controller.decide(length, self.cache.capacity - length)
+        found = None if lookup is None else lookup.find(self.widths[-1] - 1)
+        decision = controller.decide(
+            length, self.cache.capacity - length, () if found is None else found.chances
+        )
         begun = timing.mark(self._device)
         confidence = self._confidences[self._begun % 2]
         self._begun += 1
         if self.drafter is not None:
-            self._take_features(decision.draft)
+            self._take_features(decision)
         if decision.draft:
             self.passes.replay("draft")
             self.passes.replay("propose" if sampler.params.temperature <= 0 else "guess")
+        elif found is not None and decision.why == FOUND:
+            self._propose(found, decision.width)
         waits = decision.draft and not controller.late and decision.why != PINNED
         if waits:
             confidence.copy_(self.step.state.confidence, non_blocking=True)
-        flight = _Flight(decision, begun, timing.mark(self._device), confidence)
+        flight = _Flight(decision, begun, timing.mark(self._device), confidence, found)
         if not waits:
             self._launch(flight, sampler)
         return flight
 
-    def _take_features(self, drafts: bool) -> None:
+    def _take_features(self, decision: Decision) -> None:
         """Bring the drafter's context up to the last step, as far as the step at hand needs it."""
         self._account(self._unprojected)
         self._unprojected = 0
-        if self._held and (drafts or self._held == KEPT):
+        if self._held and (not decision.plain or self._held == KEPT):
             state = self.step.state
             self.step.features[: self._held].copy_(self._kept[: self._held])
             state.start.copy_(self._kept_from)
@@ -272,29 +294,45 @@ class GraphedSteps:
             self._account(self._held)
             self._held = 0
             self._loose = True
-        if drafts:  # whose graph begins with the projection
-            self._loose = True
-        else:
-            if self._loose:
-                self.passes.replay("project")
-            self._loose = False
-            if not self._held:
-                self._kept_from.copy_(self.step.state.length)
+        if self._loose and not decision.draft:  # whose graph begins with the projection
+            self.passes.replay("project")
+        self._loose = not decision.plain
+        if decision.plain and not self._held:
+            self._kept_from.copy_(self.step.state.length)
 
-    def _verify(self, flight: _Flight, controller: Controller, sampler: Sampler) -> None:
-        """Launch what waited for the draft's confidence."""
+    def _propose(self, found: Found, width: int) -> None:
+        """Fill the rows behind the anchor. What was filled in before has been read by now."""
+        drafts = width - 1
+        self._found[:drafts] = torch.tensor(found.tokens[:drafts])
+        self.step.state.ids[1:width].copy_(self._found[:drafts], non_blocking=True)
+
+    def _verify(
+        self, flight: _Flight, controller: Controller, sampler: Sampler, lookup: Lookup | None
+    ) -> bool:
+        """Launch what waited for the draft's confidence. Whether the text drafts so well that the
+        step behind this one should wait for it.
+        """
+        drafts, found = self.widths[-1] - 1, flight.found
+        if found is None:
+            found = Found() if lookup is None else lookup.find(drafts)
+        room = self.cache.capacity - self.cache.length
         if flight.record is not None:
-            return
+            return flight.decision.why == FOUND or controller.tempted(
+                flight.decision, room, found.chances
+            )
         timing.reach(flight.drafted)
-        drafts = self.widths[-1] - 1
         controller.cut(flight.decision, flight.confidence[:drafts].tolist())
+        decision = flight.decision = controller.weigh(flight.decision, room, found.chances)
+        if decision.why == FOUND:
+            self._propose(found, decision.width)
         self._launch(flight, sampler)
+        return decision.why == FOUND
 
     def _launch(self, flight: _Flight, sampler: Sampler) -> None:
         """Put forward and choice into the device's queue."""
         step, state, n = self.step, self.step.state, flight.decision.width
         self.passes.replay(f"forward {n}")
-        if not flight.decision.draft and self.drafter is not None:
+        if flight.decision.plain and self.drafter is not None:
             self._kept[self._held].copy_(step.features[0])
             self._held += 1
         flight.verified = timing.mark(self._device)
@@ -321,9 +359,9 @@ class GraphedSteps:
         decision, width = flight.decision, flight.decision.width
         n, choices, confidence = accept.read(flight.record, self.widths[-1] - 1)
         self.cache.advance(width, n + 1)
-        if decision.draft and following is not None:
+        if following is not None and not decision.plain:
             self._account(n + 1)  # the step behind it has projected them
-        elif decision.draft:
+        elif not decision.plain:
             self._unprojected = n + 1
         commit([anchor, *choices[:-1]])
         between = timing.ms_between
@@ -339,6 +377,7 @@ class GraphedSteps:
             why=decision.why,
             probe=decision.why == BASELINE,
             figures=controller.told(decision),
+            found=decision.why == FOUND,
         )
         controller.observe(
             decision, n, self.cache.length, stats.draft_ms, stats.total_ms - stats.draft_ms,

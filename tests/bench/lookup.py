@@ -5,9 +5,10 @@
 
 `record` decodes plainly and notes at every token what the drafter would have proposed there; a
 prompt's turns are a chat. Without PROMPTS it takes `copying.jsonl`, questions whose answers repeat
-them. `walk` decodes the same tokens with the real controller, with and without a lookup, at stated
-times: as every choice is the target's own, nothing else can come out. `--no-loops` ends an answer
-where its last 24 tokens have stood in it before, which a larger model hardly does.
+them. `walk` decodes the same tokens with the real controller at stated times: without a lookup,
+with one before every draft as on a CPU, and with one as CUDA graphs have it. As every choice is the
+target's own, nothing else can come out. `--no-loops` ends an answer where its last 24 tokens have
+stood in it before, which a larger model hardly does.
 """
 
 # ruff: noqa: T201
@@ -27,6 +28,8 @@ from dflash_chat.runtime.sampling import accepted
 
 COPYING = Path(__file__).with_name("copying.jsonl")
 SLOTS, MOST, LOOP = 7, 256, 24
+WAYS = ("drafter alone", "before", "behind")
+WAIT_MS = 0.04  # a GPU's, for a step that begins when the one before it has been read
 TIMES = {  # ms of a draft and of passes by their rows, from NOTES.md
     "this CPU": (3.7, {1: 8.3, 2: 8.3, 3: 8.5, 4: 8.9, 5: 13.2, 8: 15.5}),
     "Gemma-4-26B-A4B bf16 H200": (0.70, {1: 2.56, 2: 3.41, 4: 4.54, 5: 5.10, 8: 6.35}),
@@ -96,9 +99,11 @@ def end_of(answer: Answer, no_loops: bool) -> int:
 
 
 def walk(
-    answers: Sequence[Answer], times: tuple[float, dict[int, float]], looks_up: bool, no_loops: bool
+    answers: Sequence[Answer], times: tuple[float, dict[int, float]], way: str, no_loops: bool
 ) -> dict[int, tuple[int, int, float]]:
-    """By turn: tokens, passes and milliseconds."""
+    """By turn: tokens, passes and milliseconds. `way`: "drafter alone" never looks up, "before"
+    does before every draft, "behind" as `graphed.py`.
+    """
     draft_ms, verify_ms = times
     rows = [(ms,) for ms in verify_ms.values()]
     table = CostTable.measured(tuple(verify_ms), (1,), [draft_ms], rows)
@@ -107,19 +112,26 @@ def walk(
     for a in answers:
         controller.new_answer()
         lookup = Lookup([*a.prompt, a.answer[0]], chances)
-        at, end = 0, end_of(a, no_loops)
+        at, end, leads = 0, end_of(a, no_loops), way == "before"
         tokens, passes, ms = sums.get(a.turn, (0, 0, 0.0))
         while at < end:
             found = lookup.find(SLOTS)
-            step = controller.decide(1, end - at, found.chances if looks_up else ())
-            drafts: Sequence[int] = found.tokens if step.why is FOUND else ()
+            waited_ms = WAIT_MS if leads and way == "behind" else 0.0
+            step = controller.decide(1, end - at, found.chances if leads else ())
+            tempted = False
             if step.draft:
                 controller.cut(step, a.sure[at][: step.width - 1])
-                drafts = a.drafts[at]
+            if way == "behind" and step.draft:
+                step = controller.weigh(step, end - at, found.chances)
+            elif way == "behind":
+                tempted = controller.tempted(step, end - at, found.chances)
+            leads = way == "before" or (way == "behind" and (step.why is FOUND or tempted))
+            drafts = found.tokens if step.why is FOUND else a.drafts[at]
             right = accepted(drafts[: step.width - 1], a.answer[at + 1 : end + 1])
             right = min(right, end - at - 1)
             spent = draft_ms if step.draft else 0.0
             controller.observe(step, right, 1, spent, verify_ms[step.width])
+            spent += waited_ms
             lookup.extend(a.answer[at + 1 : at + right + 2])
             at += right + 1
             passes, ms = passes + 1, ms + spent + verify_ms[step.width]
@@ -149,15 +161,14 @@ def main() -> None:
     for path in args.answers:
         answers = [Answer(**json.loads(line)) for line in path.read_text().splitlines()]
         for name, times in TIMES.items():
-            ways = [walk(answers, times, looks_up, args.no_loops) for looks_up in (False, True)]
-            for turn in ways[0]:
-                (count, passes, ms), (_, fewer, less) = (way[turn] for way in ways)
-                plain_ms = count * times[1][1]
-                print(
-                    f"{path.stem} turn {turn}, {name}: tau {count / passes:.2f} → "
-                    f"{count / fewer:.2f}, {plain_ms / ms:.3f} → {plain_ms / less:.3f} × plain, "
-                    f"{100 * (ms / less - 1):+.1f} %"
-                )
+            ways = [walk(answers, times, way, args.no_loops) for way in WAYS]
+            for turn, (count, _, without) in ways[0].items():
+                for way, sums in zip(WAYS, ways, strict=True):
+                    _, passes, ms = sums[turn]
+                    print(
+                        f"{path.stem} turn {turn}, {name}, {way}: tau {count / passes:.2f}, "
+                        f"{count * times[1][1] / ms:.3f} × plain, {100 * (without / ms - 1):+.1f} %"
+                    )
 
 
 if __name__ == "__main__":

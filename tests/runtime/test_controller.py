@@ -356,6 +356,56 @@ def test_what_is_found_and_always_wrong_costs_no_more_than_the_purse(late: bool)
     assert lost < words.PURSE + (words.REFILL + 0.0025) * len(steps) + 1
 
 
+@pytest.mark.parametrize(("found", "taken"), [(SURE, True), (UNSURE, False)])
+def test_what_is_found_behind_a_draft_takes_its_place_where_it_is_likelier(
+    found: list[float], taken: bool
+) -> None:
+    auto = _used_to(2, late=False)
+    drafted = auto.decide(2048, 16)
+    auto.cut(drafted, [0.5] * 15)
+    tokens, why = drafted.tokens, drafted.why
+    step = auto.weigh(drafted, 16, found)
+    assert why == words.PAYS
+    assert (step.why == words.FOUND) == taken
+    assert step.draft, "it has run and is paid for"
+    if taken:
+        assert step.ms == step.costs.drafted_ms[auto.widths.index(step.width)]
+        assert step.tokens > tokens
+        assert auto.last is step
+    else:
+        assert step is drafted
+    auto.observe(step, 0, 2048, step.costs.draft_ms, step.ms - step.costs.draft_ms)
+    assert auto.weigh(auto.decide(2048, 1), 1, SURE).width == 1
+
+
+def test_what_is_found_behind_drafts_and_wrong_costs_no_more_than_the_purse() -> None:
+    auto, found = _controller(late=False), 0
+    total_ms = 0.0
+    for _ in range(800):
+        step = auto.decide(2048, 16)
+        if step.draft:
+            auto.cut(step, [0.5] * 15)
+            step = auto.weigh(step, 16, SURE)
+        found += step.why == words.FOUND
+        draft_ms = step.costs.draft_ms * step.draft
+        auto.observe(step, 0, 2048, draft_ms, step.ms - draft_ms)
+        total_ms += step.ms
+    lost = total_ms / step.costs.plain_ms - 800
+    assert found > 0
+    assert lost < words.PURSE + (words.REFILL + 0.0025) * 800 + 1
+
+
+def test_a_plain_step_tells_what_it_missed() -> None:
+    auto = _used_to(0, late=False, steps=300)
+    step = auto.decide(2048, 16)
+    assert step.why == words.PLAIN
+    assert auto.tempted(step, 16, SURE)
+    assert not auto.tempted(step, 16, [0.1] * 15)
+    assert not auto.tempted(step, 16, ())
+    assert not auto.tempted(step, 1, SURE), "there is no room"
+    assert auto.last is step
+
+
 def test_what_is_found_teaches_nothing_about_the_drafter() -> None:
     auto = _used_to(3)
     before = auto.acceptance.expected()[-1]

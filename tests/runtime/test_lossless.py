@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from dflash_chat.runtime import engine as engine_module
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.controller import PINNED
 from dflash_chat.runtime.engine import BlockDrafter, Engine, Step
-from dflash_chat.runtime.lookup import Chances, Found
 from dflash_chat.runtime.sampling import Sampler
 from tests.runtime import tiny
 from tests.runtime.any_width import AnyWidth
@@ -79,37 +77,13 @@ def test_widths_that_change_at_random_do_not_change_the_answer(temperature: floa
     assert (False, 1) in controller.kinds
 
 
-class ScriptedLookup:
-    """Finds `script[i]` right tokens of the known continuation in step i, and wrong ones after."""
-
-    def __init__(self, continuation: Sequence[int], script: Sequence[int]) -> None:
-        self.continuation, self.script = continuation, script
-        self.text: list[int] = []
-        self.done = self.asked = 0
-
-    def __call__(self, ids: Sequence[int], chances: Chances) -> ScriptedLookup:
-        self.text, self.done = list(ids), 1
-        return self
-
-    def find(self, most: int) -> Found:
-        right = self.script[self.asked % len(self.script)]
-        self.asked += 1
-        tokens = list(self.continuation[self.done : self.done + most])
-        tokens = [t if i < right else (t + 1) % tiny.VOCAB for i, t in enumerate(tokens)]
-        return Found(tokens, [0.5] * len(tokens))
-
-    def extend(self, ids: Sequence[int]) -> None:
-        self.text += ids
-        self.done += len(ids)
-
-
 @pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.0), (0.9, 1.0), (0.9, 1.3)])
 def test_drafts_found_in_the_text_do_not_change_the_answer(
     monkeypatch: pytest.MonkeyPatch, temperature: float, penalty: float
 ) -> None:
     params = SamplingParams(temperature=temperature, seed=5, repetition_penalty=penalty)
     plain = _plain(200, params)
-    lookup = ScriptedLookup(plain + [0] * BLOCK, [0, 7, 3, 1, 6, 2, 5, 4])
+    lookup = tiny.ScriptedLookup(plain + [0] * BLOCK, [0, 7, 3, 1, 6, 2, 5, 4])
     monkeypatch.setattr(engine_module, "Lookup", lookup)
     drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [2, 0, 5])
     engine = _engine(drafter)
@@ -128,7 +102,7 @@ def test_nothing_is_looked_up_where_that_is_off_or_a_width_is_pinned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain = _plain(60)
-    lookup = ScriptedLookup(plain + [0] * BLOCK, [7])
+    lookup = tiny.ScriptedLookup(plain + [0] * BLOCK, [7])
     monkeypatch.setattr(engine_module, "Lookup", lookup)
     target = tiny.target()
     for on, pinned in ((False, False), (True, True)):

@@ -1,4 +1,4 @@
-"""Tiny seeded models and a drafter that does what the test tells it."""
+"""Tiny seeded models, and a drafter and a lookup that do what the test tells them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.cache import Geometry
 from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.engine import Engine, Prefilled, Step
+from dflash_chat.runtime.lookup import Chances, Found
 from dflash_chat.runtime.models import gemma4, llama
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.dense import DenseWeight
@@ -121,6 +122,30 @@ class ScriptedDrafter:
         self.calls += 1
         future = [*self.continuation[done : done + n], *[0] * n][:n]
         return certain([t if i < right else (t + 1) % VOCAB for i, t in enumerate(future)], VOCAB)
+
+
+class ScriptedLookup:
+    """Finds `script[i]` right tokens of the known continuation in step i, and wrong ones after."""
+
+    def __init__(self, continuation: Sequence[int], script: Sequence[int]) -> None:
+        self.continuation, self.script = continuation, script
+        self.text: list[int] = []
+        self.done = self.asked = 0
+
+    def __call__(self, ids: Sequence[int], chances: Chances) -> ScriptedLookup:
+        self.text, self.done = list(ids), 1
+        return self
+
+    def find(self, most: int) -> Found:
+        right = self.script[self.asked % len(self.script)]
+        self.asked += 1
+        tokens = list(self.continuation[self.done : self.done + most])
+        tokens = [t if i < right else (t + 1) % VOCAB for i, t in enumerate(tokens)]
+        return Found(tokens, [0.5] * len(tokens))
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.text += ids
+        self.done += len(ids)
 
 
 def certain(tokens: Sequence[int], vocab: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from dflash_chat.runtime import engine as engine_module
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine, Prefilled
 from dflash_chat.runtime.engine import Step as Committed
@@ -110,6 +111,29 @@ def consistent(engine: Engine) -> None:
     assert engine.drafter is not None
     lengths = [len(engine.log), engine.cache.length, engine.drafter.length]
     assert all(a == b for a, b in pairwise(lengths)), lengths
+
+
+def as_read_at_once(engine: Engine, kind: str, capacity: int) -> None:
+    """Both caches hold what one reading of the committed tokens would leave in them."""
+    consistent(engine)
+    assert engine.drafter is not None
+    with torch.inference_mode():
+        engine.drafter.flush()
+    fresh = pairs.tiny(kind, capacity)
+    with torch.inference_mode():
+        ids = torch.tensor(engine.log, device=DEVICE)
+        _, features = fresh.target.forward(ids, fresh.cache, TAPS)
+        fresh.cache.commit(len(ids))
+        fresh.drafter.observe(features)
+        fresh.drafter.flush()
+    held = len(engine.log)
+    tolerance = 1e-2 if DEVICE.type == "cuda" else 1e-5  # tf32 or fp32
+    for ours, theirs in (
+        (engine.cache, fresh.cache),
+        (engine.drafter.cache, fresh.drafter.cache),
+    ):
+        for a, b in zip([*ours.keys, *ours.values], [*theirs.keys, *theirs.values], strict=True):
+            assert relative_error(a[:, :held], b[:, :held]) < tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,6 +291,50 @@ def test_a_stop_id_is_found_though_the_next_step_is_under_way(
     consistent(graphed)
 
 
+@pytest.mark.parametrize("name", ["greedily", "sampled", "penalised"])
+def test_drafts_found_in_the_text_do_not_change_the_answer(
+    name: str, monkeypatch: pytest.MonkeyPatch, llamas: tuple[Engine, Engine]
+) -> None:
+    """Instead of a draft or in place of one that has run, between plain and drafted steps."""
+    graphed, other = llamas
+    greedily = name == "greedily"
+    params = replace(GREEDY if greedily else SETTINGS[name], max_tokens=60 if greedily else 12)
+    want = tiny.tokens(tiny.run(other, PROMPT, params))
+    lookup = tiny.ScriptedLookup(want + [0] * BLOCK, [0, 3, 1, 3, 2])
+    monkeypatch.setattr(engine_module, "Lookup", lookup)
+    found: list[tuple[bool, int]] = []
+    for seed in range(2 if greedily else 1):
+        controller = AnyWidth((1, 2, 3, 4), late=False, seed=seed)
+        monkeypatch.setattr(graphed, "controller", controller)
+        steps = tiny.run(graphed, PROMPT, params)
+        assert tiny.tokens(steps) == want
+        assert lookup.text[: len(PROMPT) + len(want)] == PROMPT + want
+        as_read_at_once(graphed, "llama", 96)
+        figures = [step.stats for step in steps if step.stats and step.stats.found]
+        widths = [s.drafted + 1 for s in figures]
+        assert widths == controller.found_widths[: len(widths)]
+        found += [(ran, s.accepted) for s, ran in zip(figures, controller.copied, strict=False)]
+        begun = graphed.generate(PROMPT, params)  # cut off anywhere
+        for _ in range(3 + 5 * seed):
+            next(begun)
+        begun.close()
+        as_read_at_once(graphed, "llama", 96)
+    if greedily:
+        assert set(found) == {(ran, n) for ran in (True, False) for n in range(4)}
+
+
+def test_short_steps_look_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, llamas: tuple[Engine, Engine]
+) -> None:
+    graphed, other = llamas
+    want = tiny.tokens(tiny.run(other, PROMPT, GREEDY))
+    lookup = tiny.ScriptedLookup(want, [3])
+    monkeypatch.setattr(engine_module, "Lookup", lookup)
+    monkeypatch.setattr(graphed, "controller", AnyWidth((1, 2, 3, 4), late=True))
+    assert tiny.tokens(tiny.run(graphed, PROMPT, GREEDY)) == want
+    assert not lookup.asked
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma4"] if DEVICE.type == "cuda" else ["llama"])
 def test_random_accept_lengths_in_a_row_leave_what_one_reading_leaves(kind: str) -> None:
     """The commit law: caches after many drafts of any luck equal those of one reading."""
@@ -282,21 +350,4 @@ def test_random_accept_lengths_in_a_row_leave_what_one_reading_leaves(kind: str)
     accepted = [step.stats.accepted for step in steps if step.stats]
     assert accepted[:-1] == script.right[: len(accepted) - 1]
     assert len(accepted) >= 200
-    consistent(graphed)
-    assert graphed.drafter is not None
-    graphed.drafter.flush()
-    fresh = pairs.tiny(kind, tokens + 40)
-    with torch.inference_mode():
-        ids = torch.tensor(graphed.log, device=DEVICE)
-        _, features = fresh.target.forward(ids, fresh.cache, TAPS)
-        fresh.cache.commit(len(ids))
-        fresh.drafter.observe(features)
-        fresh.drafter.flush()
-    held = len(graphed.log)
-    tolerance = 1e-2 if DEVICE.type == "cuda" else 1e-5  # tf32 or fp32
-    for ours, theirs in (
-        (graphed.cache, fresh.cache),
-        (graphed.drafter.cache, fresh.drafter.cache),
-    ):
-        for a, b in zip([*ours.keys, *ours.values], [*theirs.keys, *theirs.values], strict=True):
-            assert relative_error(a[:, :held], b[:, :held]) < tolerance
+    as_read_at_once(graphed, kind, tokens + 40)

@@ -81,7 +81,7 @@ def test_an_answer_is_saved_while_it_is_written_and_not_for_every_token(
         time.sleep(0.001)
 
     soon(lambda: len(saves) >= 3)
-    assert len(saves) <= 1 + 4
+    assert len(saves) <= 4 + (time.monotonic() - began) / SAVE_S < number / 10
     assert saved(tmp_path, record).startswith("0 1 2 3 ")
 
 

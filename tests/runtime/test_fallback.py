@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from dflash_chat.runtime import kernels, session
+from dflash_chat.runtime import kernels, loading
 from dflash_chat.runtime.engine import Engine
 from tests.runtime import tiny
 
@@ -20,7 +20,7 @@ def engine(dtype: torch.dtype) -> Engine:
 
 
 def test_fp32_runs_eagerly() -> None:
-    graphed, why = session._graphs(engine(torch.float32))
+    graphed, why = loading._graphs(engine(torch.float32))
     assert graphed is None
     assert why == "the kernels compute in bf16"
 
@@ -37,7 +37,7 @@ def fresh_answer() -> Iterator[None]:
 def test_an_old_card_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    graphed, why = session._graphs(engine(torch.bfloat16))
+    graphed, why = loading._graphs(engine(torch.bfloat16))
     assert graphed is None
     assert "8.0" in why
 
@@ -45,7 +45,7 @@ def test_an_old_card_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fresh_answer")
 def test_a_machine_without_triton_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda _: None)
-    graphed, why = session._graphs(engine(torch.bfloat16))
+    graphed, why = loading._graphs(engine(torch.bfloat16))
     assert graphed is None
     assert why == "Triton is not installed"
     assert not kernels.serve(torch.device("cuda"), torch.bfloat16)
@@ -61,7 +61,7 @@ def test_a_machine_that_cannot_compile_runs_eagerly(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(norms, "rms_norm", failing)
-    _, why = session._graphs(engine(torch.bfloat16))
+    _, why = loading._graphs(engine(torch.bfloat16))
     assert why == "RuntimeError: Failed to find C compiler."
 
 
@@ -84,9 +84,9 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
 def test_a_failed_capture_is_told_in_one_line(capturing: Callable[[Exception], None]) -> None:
     capturing(RuntimeError("no kernel image\nfor this device"))
     made = engine(torch.bfloat16)
-    made.graphed, made.eager_because = session._graphs(made)
+    made.graphed, made.eager_because = loading._graphs(made)
     assert made.graphed is None
-    words = session._kernels(made)
+    words = loading._kernels(made)
     assert words.endswith("eager: RuntimeError: no kernel image")
 
 
@@ -95,4 +95,4 @@ def test_memory_that_does_not_suffice_is_no_reason_to_go_on(
 ) -> None:
     capturing(torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        session._graphs(engine(torch.bfloat16))
+        loading._graphs(engine(torch.bfloat16))

@@ -16,7 +16,7 @@ from dflash_chat.chat import Conversation, Turn
 from dflash_chat.runtime.api import Prefill, Tokens
 from dflash_chat.store import FILE, Store, StoreError, data_folder
 
-SAVE_S = 0.5  # between two saves of an answer that is being written; one takes well below 1 ms
+SAVE_S = 0.5  # between two saves of what is being written; one takes well below 1 ms
 ASK_S = 1.0  # how long a question may wait for its save
 RETRY_S = 5.0
 CLOSE_S = 2.0
@@ -49,9 +49,10 @@ class Keeper:
         with self._wake:
             self._wake.wait_for(lambda: self.problem or self._saved >= mark, ASK_S)
 
-    def writing(self, chat: Conversation, turn: Turn) -> None:
-        """An answer has grown: save it with what else it grows by in the next half second."""
-        self._mark(chat, (turn,), SAVE_S)
+    def writing(self, chat: Conversation, *turns: Turn) -> None:
+        """An answer has grown, or what is typed: save it with what else it grows by in the next
+        half second."""
+        self._mark(chat, turns, SAVE_S)
 
     def trace(self, turn: Turn) -> list[Prefill | Tokens]:
         """All events of an answer, from the file and from this session. Raises StoreError."""

@@ -93,6 +93,7 @@ def run(
         say(f"{reopened.title}: {len(reopened.turns)} turns so far")
         for text in reopened.waiting.values():
             say(f"not sent yet: {text}")
+        reopened.waiting = {}  # it stays in the file, for the prompt of the other chat
     build = settings.quant
     chat = LineChat(session, settings.sampling, record, draft, stats, pinned=pinned, build=build)
     _with_line_editing(keeper.questions())

@@ -7,9 +7,9 @@ Knows no widgets.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dflash_chat.chat import Conversation, Turn
+from dflash_chat.chat import Conversation, Turn, new_id
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Finished, Load, ModelInfo, Prefill, SamplingParams, Tokens
 from dflash_chat.store import StoreError
@@ -22,6 +22,11 @@ class Record:
     chat: Conversation
     keeper: Keeper | None = None
     writing: Turn | None = None  # the answer that is being written
+    _typed_id: str = field(default_factory=new_id)  # what stands in the prompt is saved under it
+    _sent: frozenset[str] = frozenset()  # ids of questions that wait, and were saved as sent
+
+    def __post_init__(self) -> None:
+        self._sent = frozenset(self.chat.waiting)
 
     def begin(
         self, answer: Turn, load: Load, info: ModelInfo | None, params: SamplingParams, draft: bool
@@ -53,14 +58,22 @@ class Record:
         if self.keeper and self.chat.tree:
             self.keeper.keep(self.chat)
 
-    def wait(self, questions: Mapping[str, str]) -> None:
-        """These questions wait for the engine now, by their ids: a new one is saved at once."""
-        if questions == self.chat.waiting:
+    def next_id(self) -> str:
+        """For a question that is sent now: the id under which it was saved while it was typed, so
+        that it is never both asked and still in the prompt."""
+        id_, self._typed_id = self._typed_id, new_id()
+        return id_
+
+    def wait(self, questions: Mapping[str, str], typed: str = "") -> None:
+        """These questions wait for the engine now, by their ids, and `typed` stands in the prompt.
+        A new question is saved at once, what is typed soon."""
+        new, self._sent = not questions.keys() <= self._sent, frozenset(questions)
+        waiting = {**questions, **({self._typed_id: typed} if typed.strip() else {})}
+        if waiting == self.chat.waiting and not new:
             return
-        new = not questions.keys() <= self.chat.waiting.keys()
-        self.chat.wait(questions)
+        self.chat.wait(waiting)
         if self.keeper:
-            (self.keeper.keep_now if new else self.keeper.keep)(self.chat)
+            (self.keeper.keep_now if new else self.keeper.writing)(self.chat)
 
     def delete(self, turn: Turn) -> None:
         """A turn and all below it are to be gone. Raises StoreError, and then they are not."""

@@ -5,7 +5,7 @@ Knows the tables and what can go wrong with a disk. Knows neither threads nor wi
 used by the thread that opened it. The file is in WAL mode, so that readers and one writer never
 wait for each other, and a killed program loses what it had not committed and no more. Every write
 is one transaction and can be repeated, so two programs may write one conversation: their turns
-become branches.
+become branches, and what waits in one of them is left alone by the other.
 """
 
 from __future__ import annotations
@@ -73,6 +73,16 @@ MIGRATIONS = (
         INSERT INTO words (words, rowid, content)
             SELECT 'delete', old.seq, old.content WHERE old.state <> 'streaming';
     END;
+    """,
+    """
+    CREATE TABLE waiting (
+        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, -- of the message it will be
+        conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE,
+        content TEXT NOT NULL);
+    CREATE INDEX waiting_conversation ON waiting (conversation);
+    INSERT INTO waiting (id, conversation, content)
+        SELECT w.key, c.id, w.value FROM conversations AS c, json_each(c.settings, '$.waiting') AS w
+        WHERE w.key NOT IN (SELECT id FROM messages);
     """,
 )
 
@@ -149,13 +159,12 @@ class Store:
         """Write what `chat` says of itself and the given turns, new or changed, but no traces; an
         answer that has no word yet is left out. A chat that is not in the file, or of which other
         programs have deleted what the turns hang on, is written whole; one with nothing in it is
-        none."""
+        none. While nothing was asked, its title is how what waits begins."""
         now = time.time()
         settings = {
             "params": asdict(chat.params),
             "draft": chat.draft,
             "info": asdict(chat.info) if chat.info else None,
-            "waiting": {id_: _clean(text) for id_, text in chat.waiting.items()},
         }
         last = chat.tree.get(chat.tip or "")
         tip = chat.tip if last is None or last.said else last.parent
@@ -165,10 +174,13 @@ class Store:
         )  # fmt: skip
         turns = list(turns)
         with self._transaction():
+            settled = [(id_,) for id_ in chat.settled]
+            self._db.executemany("DELETE FROM waiting WHERE id = ?", settled)
             if not chat.tree and not chat.waiting:
                 self._db.execute(
-                    "DELETE FROM conversations WHERE id = ?1 AND NOT EXISTS"
-                    " (SELECT 1 FROM messages WHERE conversation = ?1)",
+                    "DELETE FROM conversations WHERE id = ?1"
+                    " AND NOT EXISTS (SELECT 1 FROM messages WHERE conversation = ?1)"
+                    " AND NOT EXISTS (SELECT 1 FROM waiting WHERE conversation = ?1)",
                     (chat.id,),
                 )
                 return
@@ -178,8 +190,15 @@ class Store:
             self._db.execute(
                 "INSERT INTO conversations VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE"
                 " SET updated = excluded.updated, pair = excluded.pair, build = excluded.build,"
-                " system = excluded.system, settings = excluded.settings, tip = excluded.tip",
+                " system = excluded.system, settings = excluded.settings, tip = excluded.tip,"
+                " title = iif(EXISTS (SELECT 1 FROM messages WHERE conversation = excluded.id),"
+                " title, excluded.title)",
                 row,
+            )
+            self._db.executemany(
+                "INSERT INTO waiting (id, conversation, content) VALUES (?,?,?) ON CONFLICT (id) DO"
+                " UPDATE SET content = excluded.content WHERE content <> excluded.content",
+                [(id_, chat.id, _clean(text)) for id_, text in chat.waiting.items()],
             )
             self._db.executemany(
                 "INSERT INTO messages (id, conversation, parent, role, content, thinking, state,"
@@ -256,6 +275,12 @@ class Store:
                 " WHERE conversation = ? ORDER BY seq",
                 (conversation,),
             ).fetchall()
+            waiting: dict[str, str] = dict(
+                self._db.execute(
+                    "SELECT id, content FROM waiting WHERE conversation = ? ORDER BY seq",
+                    (conversation,),
+                )
+            )
         if found is None:
             raise UnknownChatError(f"there is no chat {conversation}", "dflash-chat sessions")
         id_, title, created, pair, build, system, settings_json, tip = found
@@ -270,7 +295,7 @@ class Store:
             for role, content, parent, key, thinking, state, at, figures in rows
         )
         chat.plant(turns, tip)
-        waiting = settings.get("waiting", {})
+        chat.settled = frozenset(waiting.keys() & chat.tree.keys())  # killed while they were asked
         chat.waiting = {id_: text for id_, text in waiting.items() if id_ not in chat.tree}
         return chat
 

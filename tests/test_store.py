@@ -137,6 +137,31 @@ def test_a_chat_with_nothing_in_it_is_not_kept(store: Store) -> None:
     assert store.chats() == []
 
 
+def test_a_chat_in_which_nothing_was_asked_is_named_by_what_waits(store: Store) -> None:
+    chat = Conversation()
+    for typed in ("H", "Hello", "Hello there"):
+        chat.wait({"0123456789": typed})
+        store.save(chat)
+        assert store.chats()[0].title == typed
+    store.save(chat, [chat.ask("Hello there, you", "0123456789")])
+    assert store.chats()[0].title == "Hello there, you"
+    store.rename(chat.id, "Greetings")
+    store.save(chat)
+    assert store.chats()[0].title == "Greetings"
+
+
+def test_what_was_asked_waits_no_more_even_if_that_was_not_saved(store: Store) -> None:
+    chat = Conversation()
+    chat.wait({"0123456789": "Hi", "9876543210": "Ho"})
+    store.save(chat)
+    store.save(chat, [chat.ask("Hi", "0123456789")])  # killed here
+
+    again = store.load(chat.id)
+    assert again.waiting == {"9876543210": "Ho"}
+    store.save(again)
+    assert store._db.execute("SELECT content FROM waiting").fetchall() == [("Ho",)]
+
+
 def test_questions_of_all_chats_come_back_once_each(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +364,28 @@ def test_an_older_file_is_brought_up_and_loses_nothing(
     assert version(store.path) == len(NEXT)
     assert essence(newer.load(chat.id)) == essence(chat)
     assert newer._db.execute("SELECT sum(stars) FROM messages").fetchone() == (0,)
+
+
+def test_what_waited_in_the_first_versions_file_waits_in_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:1])
+    chat = branched()
+    settings = {"params": {"stop": []}, "draft": True, "info": None}
+    settings["waiting"] = {chat.turns[0].id: "asked", "0123456789": "One?", "9876543210": "Two?"}
+    with Store(tmp_path) as old:
+        old._db.execute(
+            "INSERT INTO conversations VALUES (?, '', 0, 0, '', '', '', ?, NULL)",
+            (chat.id, json.dumps(settings)),
+        )
+        old._db.execute(
+            "INSERT INTO messages VALUES (1, ?, ?, NULL, 'user', '', '', 'complete', 0, 0, NULL)",
+            (chat.turns[0].id, chat.id),
+        )
+    monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS)
+
+    with Store(tmp_path) as store:
+        assert list(store.load(chat.id).waiting.values()) == ["One?", "Two?"]
 
 
 def test_a_migration_that_fails_changes_nothing(

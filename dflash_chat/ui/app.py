@@ -112,6 +112,11 @@ class ChatApp(App[None], inherit_bindings=False):
         if not any(isinstance(screen, CommandPalette) for screen in self.screen_stack):
             self.push_screen(Palette(id="--command-palette"))
 
+    async def action_quit(self) -> None:
+        """Leave; what was typed last stays for the next time."""
+        self._chat.keep_typed()
+        await super().action_quit()
+
     def on_mount(self) -> None:
         """What can wait comes after the first paint."""
         self.set_keymap(self._chat.keymap)

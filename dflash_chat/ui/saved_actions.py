@@ -60,12 +60,13 @@ class SavedActions(TurnActions):
             dialogue.show(Card("Another pair", words))
 
     def put_back(self) -> None:
-        """What waited for the engine when the chat was left goes into the prompt."""
-        before = self.query_one(Prompt).text
-        texts = [attach.typed(text) for text in self.dialogue.returned.values()]
+        """What was not asked when the chat was left goes into the prompt."""
+        before = self.unsent
+        texts = [attach.typed(text) for text in self.dialogue.chat.waiting.values()]
         if missing := [text for text in texts if text not in before]:
             self.take_back(*missing)
             self.notify("What was not sent yet stands in the prompt")
+        self.keep_typed()
 
     @work
     async def recall_past(self) -> None:

@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 
 from dflash_chat.chat import Conversation, Turn
+from dflash_chat.presence import Presence
 from dflash_chat.runtime.api import Prefill, Tokens
 from dflash_chat.store import FILE, Store, StoreError, data_folder
 
@@ -27,6 +28,7 @@ class Keeper:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
+        self.presence = Presence(folder)
         self._wake = threading.Condition()
         self._saving = threading.Lock()
         self._due: dict[str, tuple[Conversation, Turn | None]] = {}  # by id, parents first
@@ -75,10 +77,11 @@ class Keeper:
         """Delete a turn and all below it; nothing of them that is still due comes back. Raises
         StoreError."""
         with self._saving, Store(self._folder) as store:
-            store.remove_turn(chat.id, turn.id)
+            below = [each.id for each in chat.below(turn.id)]
+            store.remove_turn(chat.id, turn.id, below)
             with self._wake:
-                for each in chat.below(turn.id):
-                    self._due.pop(each.id, None)
+                for id_ in below:
+                    self._due.pop(id_, None)
 
     def questions(self) -> list[str]:
         """What was asked lately in all chats, oldest first; none where there is no file yet, or
@@ -95,6 +98,7 @@ class Keeper:
             self._closing = True
             self._wake.notify_all()
         self._thread.join(CLOSE_S)
+        self.presence.close()
 
     def _mark(self, chat: Conversation, turns: tuple[Turn, ...], within_s: float) -> int:
         with self._wake:

@@ -7,12 +7,18 @@ Knows no widgets.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dflash_chat.chat import Conversation, Turn, new_id
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import Finished, Load, ModelInfo, Prefill, SamplingParams, Tokens
 from dflash_chat.store import StoreError
+
+ELSEWHERE = (
+    "Another dflash-chat has this chat open. Both may go on: what they say becomes branches, which"
+    " each sees once it opens the chat again. What stands unsent there stays there."
+)
 
 
 @dataclass
@@ -23,10 +29,31 @@ class Record:
     keeper: Keeper | None = None
     writing: Turn | None = None  # the answer that is being written
     _typed_id: str = field(default_factory=new_id)  # what stands in the prompt is saved under it
-    _sent: frozenset[str] = frozenset()  # ids of questions that wait, and were saved as sent
+    _sent: frozenset[str] = frozenset()  # the ids of questions that wait, and were saved as sent
 
-    def __post_init__(self) -> None:
+    def enter(self) -> bool:
+        """The chat is open here from now on; whether it is nowhere else. What waits in another
+        program's prompt or queue is left to that one."""
+        alone = True
+        if self.keeper:
+            alone = self.keeper.presence.enter(self.chat.id)
+            if alone and (self.chat.tree or self.chat.waiting):
+                with suppress(StoreError), self.keeper.store() as store:
+                    store.load_waiting(self.chat)  # whoever had it open may have left just now
+        if not alone:
+            self.chat.waiting = {}
         self._sent = frozenset(self.chat.waiting)
+        return alone
+
+    def leave(self) -> None:
+        """The chat is not open here any more."""
+        if self.keeper:
+            self.keeper.presence.leave(self.chat.id)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other program has the chat open."""
+        return self.keeper is None or self.keeper.presence.alone(self.chat.id)
 
     def begin(
         self, answer: Turn, load: Load, info: ModelInfo | None, params: SamplingParams, draft: bool

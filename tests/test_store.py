@@ -95,8 +95,9 @@ def test_what_hangs_below_a_removed_turn_goes_with_it(store: Store) -> None:
         for turn in each.tree.values():
             store.add_trace(turn.id, turn.trace)
     second = chat.turns[1]
+    below = [turn.id for turn in chat.below(second.id)]
     chat.delete(second.id)
-    store.remove_turn(chat.id, second.id)
+    store.remove_turn(chat.id, second.id, below)
     store.save(chat)
 
     assert essence(store.load(chat.id)) == essence(chat)
@@ -109,7 +110,7 @@ def test_what_is_said_below_a_turn_another_program_deleted_is_kept(store: Store)
     chat = Conversation()
     chat.ask("Hi")
     store.save(chat)
-    store.remove_turn(chat.id, chat.turns[0].id)
+    store.remove_turn(chat.id, chat.turns[0].id, ())
     chat.answer("Hello")
     store.save(chat, chat.turns[-1:])
 
@@ -482,6 +483,38 @@ def test_two_programs_in_one_chat_make_branches(store: Store) -> None:
     both = store.load(chat.id)
     assert [turn.content for turn in both.branches(both.turns[-1].id)] == ["mine", "theirs"]
     assert both.turns[-1].content == "theirs"
+
+
+def test_a_turn_is_not_deleted_with_what_another_program_said_below_it(store: Store) -> None:
+    chat = Conversation()
+    question = chat.ask("Hi")
+    store.save(chat)
+    theirs = store.load(chat.id)
+    theirs.answer("Hello")
+    store.save(theirs, theirs.turns[-1:])
+    with pytest.raises(StoreError, match="another program has said more below it"):
+        store.remove_turn(chat.id, question.id, ())
+
+    assert len(store.load(chat.id).tree) == 2
+
+
+def test_what_another_program_wrote_on_is_not_written_over_by_a_whole_chat(store: Store) -> None:
+    mine = branched()
+    store.save(mine)
+    theirs = store.load(mine.id)
+    theirs.turns[-1].content += "phyll"
+    store.save(theirs, theirs.turns[-1:])
+    first = next(iter(mine.tree))
+    mine.tip = first
+    elsewhere = [turn.id for turn in mine.below(first)]
+    answer, *_ = (id_ for id_ in elsewhere if mine.tree[id_].content.startswith("Rayleigh"))
+    store.remove_turn(mine.id, answer, ())
+    mine.tip = answer
+    store.save(mine, [mine.ask("And why not green?")])  # hangs on what was deleted
+
+    again = store.load(mine.id)
+    assert len(again.tree) == len(mine.tree)
+    assert "Chlorophyll" in [turn.content for turn in again.tree.values()]
 
 
 WRITER = """

@@ -17,7 +17,7 @@ from dflash_chat.chat import COMPLETE, FAILED, STOPPED, Conversation, Turn
 from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK
 from dflash_chat.figures import numbers_words
 from dflash_chat.keeper import Keeper
-from dflash_chat.record import Record
+from dflash_chat.record import ELSEWHERE, Record
 from dflash_chat.runtime.api import (
     Bench,
     Benched,
@@ -114,7 +114,7 @@ class Dialogue:
     def start(self) -> None:
         """Ask the engine to load, and show what has been said."""
         self.client.send(self.load)
-        self._show_past()
+        self._enter()
 
     def frame(self) -> None:
         """Take what has arrived, and draw a bounded piece of it."""
@@ -322,6 +322,10 @@ class Dialogue:
 
     def continue_(self, answer: AnswerTurn) -> None:
         """Write on where an answer was cut. Its own tokens are in the engine's cache still."""
+        if not self.record.alone:
+            words = "Another dflash-chat has this chat open, and may write on this answer, too."
+            self.show(Card("Not continued", f"{words}\nClose the chat there first."))
+            return
         question = self.transcript.question_of(answer)
         begun = self._raw_of(answer.turn)
         turn = self.chat.continue_answer()
@@ -393,10 +397,17 @@ class Dialogue:
         left, waits = self.record, self._waiting()
         self.waiting.clear()
         self.record = Record(chat, keeper or left.keeper)
+        self._enter()
         self.record.wait(chat.waiting, self.typed)  # the prompt goes along,
         left.wait(waits)  # and all else stays with the chat that is left
+        left.leave()
         self.meter.clear()
+
+    def _enter(self) -> None:
+        alone = self.record.enter()
         self._show_past()
+        if not alone:
+            self.show(Card("Open elsewhere", ELSEWHERE))
 
     def switch(self, turn: Turn) -> None:
         """Go to the branch of `turn`."""

@@ -245,6 +245,8 @@ async def test_what_waits_is_saved_and_comes_back_in_the_prompt(tmp_path: Path) 
 async def test_what_waited_and_was_thrown_away_stays_away(tmp_path: Path) -> None:
     waited = Conversation()
     waited.wait({"0123456789": "Hello?"})
+    with Store(tmp_path) as store:
+        store.save(waited)
     async with opened(tmp_path, waited) as chat:
         assert chat.screen.query_one(Prompt).text == "Hello?"
         await chat.pilot.press("ctrl+u")

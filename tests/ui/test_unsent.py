@@ -14,6 +14,8 @@ from textual.events import Paste
 from dflash_chat.chat import Conversation
 from dflash_chat.store import Store
 from dflash_chat.ui.prompt import Prompt
+from tests.saved import branched
+from tests.test_presence import Elsewhere
 from tests.ui import test_saved_chats
 from tests.ui.test_saved_chats import Saved, stored
 
@@ -162,6 +164,29 @@ async def test_a_recalled_message_is_no_draft_and_an_edited_question_is(tmp_path
         await chat.until_saved()
         assert waiting(tmp_path) == ["draft"]
         assert stored(tmp_path).turns[-1].content == "One?!"
+
+
+async def test_a_chat_that_is_open_elsewhere_opens_and_says_so(tmp_path: Path) -> None:
+    there = branched()
+    there.wait({"0123456789": "Theirs?"})
+    with Store(tmp_path) as store:
+        store.save(there)
+    other = Elsewhere(tmp_path, there.id)
+    async with opened(tmp_path, stored(tmp_path)) as chat:
+        assert "Another dflash-chat has this chat open" in " ".join(chat.text.split())
+        assert prompt(chat).text == ""
+        prompt(chat).put_in("Mine.")
+        await chat.until_saved()
+        assert waiting(tmp_path) == ["Theirs?", "Mine."]
+        await chat.pilot.press("ctrl+u")
+        await chat.type("/continue")  # of an answer that might be written on there
+        assert chat.client.asked == []
+        assert "Not continued" in chat.text
+        other.kill()
+        await chat.type("/continue")
+        assert chat.client.asked[-1].continue_last
+        await chat.until_saved()
+        assert waiting(tmp_path) == ["Theirs?"]  # until somebody opens it anew
 
 
 async def test_what_is_typed_goes_along_to_another_chat_and_leaves_this_one(

@@ -47,9 +47,8 @@ class Keeper:
 
     def keep_now(self, chat: Conversation, *turns: Turn) -> None:
         """Save and wait for it, though not for long: a slow disk must not hold up the answer."""
-        mark = self._mark(chat, turns, 0.0)
-        with self._wake:
-            self._wake.wait_for(lambda: self.problem or self._saved >= mark, ASK_S)
+        self._mark(chat, turns, 0.0)
+        self._flush()
 
     def writing(self, chat: Conversation, *turns: Turn) -> None:
         """An answer has grown, or what is typed: save it with what else it grows by in the next
@@ -62,7 +61,9 @@ class Keeper:
             return [*store.trace(turn.id), *turn.trace[self._traced.get(turn.id, 0) :]]
 
     def store(self) -> Store:
-        """The file, for lists and for opening another chat. Raises StoreError."""
+        """The file with all that is due, for lists and for opening another chat. Raises
+        StoreError."""
+        self._flush()
         return Store(self._folder)
 
     def remove(self, conversation: str) -> None:
@@ -100,7 +101,16 @@ class Keeper:
         self._thread.join(CLOSE_S)
         self.presence.close()
 
-    def _mark(self, chat: Conversation, turns: tuple[Turn, ...], within_s: float) -> int:
+    def _flush(self) -> None:
+        """Have what is due saved now, and wait for it, though not for long."""
+        with self._wake:
+            mark = self._marked
+            if self._saved < mark and not self.problem:
+                self._due_at = 0.0
+                self._wake.notify_all()
+                self._wake.wait_for(lambda: self.problem or self._saved >= mark, ASK_S)
+
+    def _mark(self, chat: Conversation, turns: tuple[Turn, ...], within_s: float) -> None:
         with self._wake:
             self._due[chat.id] = (chat, None)
             self._due |= {turn.id: (chat, turn) for turn in turns}
@@ -109,7 +119,6 @@ class Keeper:
             if due_at < self._due_at:
                 self._due_at = due_at
                 self._wake.notify_all()
-            return self._marked
 
     # ── the thread ──────────────────────────────────────────────────────────────────────────────
 

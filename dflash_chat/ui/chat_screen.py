@@ -374,6 +374,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         """Leave this chat and start another."""
         self.end_editing()
         self.leave_cursor()
+        self.keep_typed()
         self.dialogue.new_chat()
 
 

@@ -197,12 +197,21 @@ async def test_what_is_typed_goes_along_to_another_chat_and_leaves_this_one(
         chat.client.answer("Yes.")
         await chat.settle()
         first = chat.current.id
-        prompt(chat).put_in("Two?")
+        chat.app.post_message(Paste(LONG))
         await chat.until_saved()
+        assert waiting(tmp_path) == [LONG]
         await chat.pilot.press("ctrl+n")
         await chat.until_saved()
-        assert chat.current.id != first
-        assert prompt(chat).text == "Two?"
+        second, folded = chat.current.id, prompt(chat).text
+        assert folded == "[pasted 214 lines]"
         with Store(tmp_path) as store:
             assert store.load(first).waiting == {}
-            assert [*store.load(chat.current.id).waiting.values()] == ["Two?"]
+            assert [*store.load(second).waiting.values()] == [LONG]
+        chat.screen.action_sessions(first)  # and back again
+        assert (chat.current.id, prompt(chat).text) == (first, folded)
+        await chat.pilot.press("enter")
+        await chat.until_saved()
+        with Store(tmp_path) as store:
+            assert store.load(first).turns[-1].content == LONG
+            assert store.load(first).waiting == {}
+            assert [entry.id for entry in store.chats()] == [first]  # the other was empty again

@@ -95,7 +95,8 @@ class Prompt(TextArea):
     def unsent(self) -> str:
         """What was typed and sent nowhere, folded: behind what is recalled, the draft."""
         recalled = self._at < len(self.sent) and self.text == self.sent[self._at]
-        return "\n".join([*self.leaving, self._draft if recalled else self.text])
+        here = self._draft if recalled else self.text
+        return "\n".join(filter(None, [*self.leaving, here]))
 
     def action_newline(self) -> None:
         """Break the line, in place of what is selected."""

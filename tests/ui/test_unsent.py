@@ -84,12 +84,17 @@ async def test_no_save_has_a_text_twice_or_loses_it(
             prompt(chat).text = text
             await chat.until_saved()
             assert found[-1][-1] == text
-            await chat.pilot.press("enter", "n", "ctrl+u")
+            prompt(chat).action_send()
+            chat.screen.show_numbers()
+            chat.keeper.keep_now(chat.current)  # on its way from the prompt to the screen
+            await chat.pilot.press("n", "ctrl+u")
             await chat.until_saved()
         chat.client.answer("First.")
         await chat.settle()
-        await chat.pilot.press("escape", "escape")
-        await chat.until_saved()
+        chat.screen.action_stop()
+        chat.screen.action_stop()  # takes it back
+        chat.screen.dialogue.next()
+        chat.keeper.keep_now(chat.current)
         assert prompt(chat).text == "Three?"
 
     known: set[str] = set()
@@ -209,6 +214,12 @@ async def test_what_is_typed_goes_along_to_another_chat_and_leaves_this_one(
             assert [*store.load(second).waiting.values()] == [LONG]
         chat.screen.action_sessions(first)  # and back again
         assert (chat.current.id, prompt(chat).text) == (first, folded)
+        chat.keeper.keep_now(chat.current)
+        chat.screen.action_new_chat()
+        prompt(chat).clear()
+        chat.screen.action_sessions(first)
+        assert (chat.current.id, prompt(chat).text) == (first, "")
+        prompt(chat).undo()
         await chat.pilot.press("enter")
         await chat.until_saved()
         with Store(tmp_path) as store:

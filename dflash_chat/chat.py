@@ -59,8 +59,9 @@ class Turn:
 @dataclass
 class Conversation:
     """One chat. Until a person names it, its title is how its first question begins. `pair` and
-    `build` name what answered last, `info` is what that said of itself. `waiting` holds questions
-    that were sent and not yet asked, by the ids they will have."""
+    `build` name what answered last, `info` is what that said of itself. `waiting` holds what
+    was typed and is no turn yet, by the ids the turns will have: questions that wait to be asked,
+    and last what stands in the prompt. `settled` are ids that have waited and do no more."""
 
     system: str = ""
     id: str = field(default_factory=new_id)
@@ -74,6 +75,7 @@ class Conversation:
     tip: str | None = None  # the last turn of the active path
     tree: dict[str, Turn] = field(default_factory=dict)  # by id, oldest first
     waiting: dict[str, str] = field(default_factory=dict)
+    settled: frozenset[str] = frozenset()
 
     # ── the active path ─────────────────────────────────────────────────────────────────────────
 
@@ -107,11 +109,13 @@ class Conversation:
 
     def ask(self, text: str, id_: str = "") -> Turn:
         """Append what the person said, as the turn `id_` if it has waited."""
-        self.title = self.title or titled(text)
+        if not self.tree or not self.title:  # what waited has named it so far
+            self.title = titled(text)
         return self._grow(Turn("user", text, self.tip, id_ or new_id()))
 
     def wait(self, questions: Mapping[str, str]) -> None:
         """These questions wait now, and no others."""
+        self.settled = (self.settled | self.waiting.keys()) - questions.keys()
         self.waiting = dict(questions)
         if not self.tree:
             self.title = titled(next(iter(questions.values()), ""))

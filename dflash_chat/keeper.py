@@ -13,10 +13,11 @@ from math import inf
 from pathlib import Path
 
 from dflash_chat.chat import Conversation, Turn
+from dflash_chat.presence import Presence
 from dflash_chat.runtime.api import Prefill, Tokens
 from dflash_chat.store import FILE, Store, StoreError, data_folder
 
-SAVE_S = 0.5  # between two saves of an answer that is being written; one takes well below 1 ms
+SAVE_S = 0.5  # between two saves of what is being written; one takes well below 1 ms
 ASK_S = 1.0  # how long a question may wait for its save
 RETRY_S = 5.0
 CLOSE_S = 2.0
@@ -27,6 +28,7 @@ class Keeper:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
+        self.presence = Presence(folder)
         self._wake = threading.Condition()
         self._saving = threading.Lock()
         self._due: dict[str, tuple[Conversation, Turn | None]] = {}  # by id, parents first
@@ -45,13 +47,13 @@ class Keeper:
 
     def keep_now(self, chat: Conversation, *turns: Turn) -> None:
         """Save and wait for it, though not for long: a slow disk must not hold up the answer."""
-        mark = self._mark(chat, turns, 0.0)
-        with self._wake:
-            self._wake.wait_for(lambda: self.problem or self._saved >= mark, ASK_S)
+        self._mark(chat, turns, 0.0)
+        self._flush()
 
-    def writing(self, chat: Conversation, turn: Turn) -> None:
-        """An answer has grown: save it with what else it grows by in the next half second."""
-        self._mark(chat, (turn,), SAVE_S)
+    def writing(self, chat: Conversation, *turns: Turn) -> None:
+        """An answer has grown, or what is typed: save it with what else it grows by in the next
+        half second."""
+        self._mark(chat, turns, SAVE_S)
 
     def trace(self, turn: Turn) -> list[Prefill | Tokens]:
         """All events of an answer, from the file and from this session. Raises StoreError."""
@@ -59,7 +61,9 @@ class Keeper:
             return [*store.trace(turn.id), *turn.trace[self._traced.get(turn.id, 0) :]]
 
     def store(self) -> Store:
-        """The file, for lists and for opening another chat. Raises StoreError."""
+        """The file with all that is due, for lists and for opening another chat. Raises
+        StoreError."""
+        self._flush()
         return Store(self._folder)
 
     def remove(self, conversation: str) -> None:
@@ -74,10 +78,11 @@ class Keeper:
         """Delete a turn and all below it; nothing of them that is still due comes back. Raises
         StoreError."""
         with self._saving, Store(self._folder) as store:
-            store.remove_turn(chat.id, turn.id)
+            below = [each.id for each in chat.below(turn.id)]
+            store.remove_turn(chat.id, turn.id, below)
             with self._wake:
-                for each in chat.below(turn.id):
-                    self._due.pop(each.id, None)
+                for id_ in below:
+                    self._due.pop(id_, None)
 
     def questions(self) -> list[str]:
         """What was asked lately in all chats, oldest first; none where there is no file yet, or
@@ -94,8 +99,18 @@ class Keeper:
             self._closing = True
             self._wake.notify_all()
         self._thread.join(CLOSE_S)
+        self.presence.close()
 
-    def _mark(self, chat: Conversation, turns: tuple[Turn, ...], within_s: float) -> int:
+    def _flush(self) -> None:
+        """Have what is due saved now, and wait for it, though not for long."""
+        with self._wake:
+            mark = self._marked
+            if self._saved < mark and not self.problem:
+                self._due_at = 0.0
+                self._wake.notify_all()
+                self._wake.wait_for(lambda: self.problem or self._saved >= mark, ASK_S)
+
+    def _mark(self, chat: Conversation, turns: tuple[Turn, ...], within_s: float) -> None:
         with self._wake:
             self._due[chat.id] = (chat, None)
             self._due |= {turn.id: (chat, turn) for turn in turns}
@@ -104,7 +119,6 @@ class Keeper:
             if due_at < self._due_at:
                 self._due_at = due_at
                 self._wake.notify_all()
-            return self._marked
 
     # ── the thread ──────────────────────────────────────────────────────────────────────────────
 

@@ -18,7 +18,7 @@ from dflash_chat.errors import EXIT_OK, UsageError, UserError
 from dflash_chat.figures import numbers_words
 from dflash_chat.keeper import Keeper
 from dflash_chat.once import InterruptAsCancel, in_words
-from dflash_chat.record import Record
+from dflash_chat.record import ELSEWHERE, Record
 from dflash_chat.runtime.api import (
     Event,
     Finished,
@@ -89,10 +89,13 @@ def run(
     pinned = settings.engine.draft_tokens
     keeper = Keeper()
     record = Record(reopened or Conversation(system), keeper)
+    if not record.enter():
+        say(ELSEWHERE)
     if reopened:
         say(f"{reopened.title}: {len(reopened.turns)} turns so far")
         for text in reopened.waiting.values():
             say(f"not sent yet: {text}")
+        reopened.waiting = {}  # it stays in the file, for the prompt of the other chat
     build = settings.quant
     chat = LineChat(session, settings.sampling, record, draft, stats, pinned=pinned, build=build)
     _with_line_editing(keeper.questions())
@@ -268,7 +271,9 @@ class LineChat:
                 self.chat.system = argument
                 self.record.changed()
             case "/clear":
+                self.record.leave()
                 self.record = Record(Conversation(self.chat.system), self.record.keeper)
+                self.record.enter()
             case "/stats":
                 self.stats = not self.stats
             case "/set":

@@ -5,7 +5,7 @@ Knows the tables and what can go wrong with a disk. Knows neither threads nor wi
 used by the thread that opened it. The file is in WAL mode, so that readers and one writer never
 wait for each other, and a killed program loses what it had not committed and no more. Every write
 is one transaction and can be repeated, so two programs may write one conversation: their turns
-become branches.
+become branches, and what waits in one of them is left alone by the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -73,6 +73,16 @@ MIGRATIONS = (
         INSERT INTO words (words, rowid, content)
             SELECT 'delete', old.seq, old.content WHERE old.state <> 'streaming';
     END;
+    """,
+    """
+    CREATE TABLE waiting (
+        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, -- of the message it will be
+        conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE,
+        content TEXT NOT NULL);
+    CREATE INDEX waiting_conversation ON waiting (conversation);
+    INSERT INTO waiting (id, conversation, content)
+        SELECT w.key, c.id, w.value FROM conversations AS c, json_each(c.settings, '$.waiting') AS w
+        WHERE w.key NOT IN (SELECT id FROM messages);
     """,
 )
 
@@ -148,14 +158,14 @@ class Store:
     def save(self, chat: Conversation, turns: Iterable[Turn] = ()) -> None:
         """Write what `chat` says of itself and the given turns, new or changed, but no traces; an
         answer that has no word yet is left out. A chat that is not in the file, or of which other
-        programs have deleted what the turns hang on, is written whole; one with nothing in it is
-        none."""
+        programs have deleted what the turns hang on, is written whole, but not over what they have
+        changed; one with nothing in it is none. While nothing was asked, its title is how what
+        waits begins."""
         now = time.time()
         settings = {
             "params": asdict(chat.params),
             "draft": chat.draft,
             "info": asdict(chat.info) if chat.info else None,
-            "waiting": {id_: _clean(text) for id_, text in chat.waiting.items()},
         }
         last = chat.tree.get(chat.tip or "")
         tip = chat.tip if last is None or last.said else last.parent
@@ -164,11 +174,15 @@ class Store:
             chat.build, _clean(chat.system), json.dumps(settings), tip,
         )  # fmt: skip
         turns = list(turns)
+        changed = {turn.id for turn in turns}
         with self._transaction():
+            settled = [(id_,) for id_ in chat.settled]
+            self._db.executemany("DELETE FROM waiting WHERE id = ?", settled)
             if not chat.tree and not chat.waiting:
                 self._db.execute(
-                    "DELETE FROM conversations WHERE id = ?1 AND NOT EXISTS"
-                    " (SELECT 1 FROM messages WHERE conversation = ?1)",
+                    "DELETE FROM conversations WHERE id = ?1"
+                    " AND NOT EXISTS (SELECT 1 FROM messages WHERE conversation = ?1)"
+                    " AND NOT EXISTS (SELECT 1 FROM waiting WHERE conversation = ?1)",
                     (chat.id,),
                 )
                 return
@@ -178,19 +192,28 @@ class Store:
             self._db.execute(
                 "INSERT INTO conversations VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE"
                 " SET updated = excluded.updated, pair = excluded.pair, build = excluded.build,"
-                " system = excluded.system, settings = excluded.settings, tip = excluded.tip",
+                " system = excluded.system, settings = excluded.settings, tip = excluded.tip,"
+                " title = iif(EXISTS (SELECT 1 FROM messages WHERE conversation = excluded.id),"
+                " title, excluded.title)",
                 row,
+            )
+            self._db.executemany(
+                "INSERT INTO waiting (id, conversation, content) VALUES (?,?,?) ON CONFLICT (id) DO"
+                " UPDATE SET content = excluded.content WHERE content <> excluded.content",
+                [(id_, chat.id, _clean(text)) for id_, text in chat.waiting.items()],
             )
             self._db.executemany(
                 "INSERT INTO messages (id, conversation, parent, role, content, thinking, state,"
                 " created, updated, figures) VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO"
                 " UPDATE SET content = excluded.content, thinking = excluded.thinking,"
-                " state = excluded.state, updated = excluded.updated, figures = excluded.figures",
+                " state = excluded.state, updated = excluded.updated, figures = excluded.figures"
+                " WHERE ?",
                 [
                     (
                         turn.id, chat.id, turn.parent, turn.role, _clean(turn.content),
                         _clean(turn.thinking), turn.state, turn.created, now,
                         encode_event(turn.figures).decode() if turn.figures else None,
+                        turn.id in changed,
                     )
                     for turn in turns
                     if turn.said
@@ -231,15 +254,19 @@ class Store:
         with self._transaction():
             self._db.execute("DELETE FROM conversations WHERE id = ?", (conversation,))
 
-    def remove_turn(self, conversation: str, turn: str) -> None:
-        """Delete a turn and all that hangs below it."""
+    def remove_turn(self, conversation: str, turn: str, below: Collection[str]) -> None:
+        """Delete a turn and all that hangs below it, unless that is more than `below`."""
         with self._transaction():
-            self._db.execute(
+            found = self._db.execute(
                 "WITH RECURSIVE below (id) AS (SELECT ?2 UNION SELECT m.id FROM messages AS m"
                 " JOIN below ON m.parent = below.id WHERE m.conversation = ?1)"
-                " DELETE FROM messages WHERE conversation = ?1 AND id IN below",
+                " SELECT id FROM below",
                 (conversation, turn),
-            )
+            ).fetchall()
+            if not {id_ for (id_,) in found} <= {turn, *below}:
+                reason = "another program has said more below it"
+                raise StoreError(self.path, reason, "open the chat again to see it")
+            self._db.executemany("DELETE FROM messages WHERE id = ?", found)
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────
 
@@ -270,9 +297,17 @@ class Store:
             for role, content, parent, key, thinking, state, at, figures in rows
         )
         chat.plant(turns, tip)
-        waiting = settings.get("waiting", {})
-        chat.waiting = {id_: text for id_, text in waiting.items() if id_ not in chat.tree}
+        self.load_waiting(chat)
         return chat
+
+    def load_waiting(self, chat: Conversation) -> None:
+        """Bring up to date what waits in `chat`."""
+        with self._faults():
+            rows = self._db.execute(
+                "SELECT id, content FROM waiting WHERE conversation = ? ORDER BY seq", (chat.id,)
+            ).fetchall()
+        chat.settled = frozenset(id_ for id_, _ in rows if id_ in chat.tree)  # killed while asked
+        chat.waiting = {id_: text for id_, text in rows if id_ not in chat.tree}
 
     def questions(self) -> list[str]:
         """What was asked lately in all chats, each text once, oldest first."""

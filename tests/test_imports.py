@@ -24,7 +24,7 @@ LIGHT = [
         for name in (
             "access", "bench", "chat", "cli", "completion", "doctor", "errors", "export", "fetch",
             "gpu", "here", "hub", "keeper", "listing", "once", "pairs", "plan", "progress",
-            "pull", "record", "replay", "repository", "runtime.api", "runtime.client",
+            "presence", "pull", "record", "replay", "repository", "runtime.api", "runtime.client",
             "runtime.worker", "sessions", "settings", "store", "sweep",
         )
     ),

@@ -95,8 +95,9 @@ def test_what_hangs_below_a_removed_turn_goes_with_it(store: Store) -> None:
         for turn in each.tree.values():
             store.add_trace(turn.id, turn.trace)
     second = chat.turns[1]
+    below = [turn.id for turn in chat.below(second.id)]
     chat.delete(second.id)
-    store.remove_turn(chat.id, second.id)
+    store.remove_turn(chat.id, second.id, below)
     store.save(chat)
 
     assert essence(store.load(chat.id)) == essence(chat)
@@ -109,7 +110,7 @@ def test_what_is_said_below_a_turn_another_program_deleted_is_kept(store: Store)
     chat = Conversation()
     chat.ask("Hi")
     store.save(chat)
-    store.remove_turn(chat.id, chat.turns[0].id)
+    store.remove_turn(chat.id, chat.turns[0].id, ())
     chat.answer("Hello")
     store.save(chat, chat.turns[-1:])
 
@@ -135,6 +136,31 @@ def test_a_chat_with_nothing_in_it_is_not_kept(store: Store) -> None:
     store.save(chat)
 
     assert store.chats() == []
+
+
+def test_a_chat_in_which_nothing_was_asked_is_named_by_what_waits(store: Store) -> None:
+    chat = Conversation()
+    for typed in ("H", "Hello", "Hello there"):
+        chat.wait({"0123456789": typed})
+        store.save(chat)
+        assert store.chats()[0].title == typed
+    store.save(chat, [chat.ask("Hello there, you", "0123456789")])
+    assert store.chats()[0].title == "Hello there, you"
+    store.rename(chat.id, "Greetings")
+    store.save(chat)
+    assert store.chats()[0].title == "Greetings"
+
+
+def test_what_was_asked_waits_no_more_even_if_that_was_not_saved(store: Store) -> None:
+    chat = Conversation()
+    chat.wait({"0123456789": "Hi", "9876543210": "Ho"})
+    store.save(chat)
+    store.save(chat, [chat.ask("Hi", "0123456789")])  # killed here
+
+    again = store.load(chat.id)
+    assert again.waiting == {"9876543210": "Ho"}
+    store.save(again)
+    assert store._db.execute("SELECT content FROM waiting").fetchall() == [("Ho",)]
 
 
 def test_questions_of_all_chats_come_back_once_each(
@@ -341,6 +367,28 @@ def test_an_older_file_is_brought_up_and_loses_nothing(
     assert newer._db.execute("SELECT sum(stars) FROM messages").fetchone() == (0,)
 
 
+def test_what_waited_in_the_first_versions_file_waits_in_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:1])
+    chat = branched()
+    settings = {"params": {"stop": []}, "draft": True, "info": None}
+    settings["waiting"] = {chat.turns[0].id: "asked", "0123456789": "One?", "9876543210": "Two?"}
+    with Store(tmp_path) as old:
+        old._db.execute(
+            "INSERT INTO conversations VALUES (?, '', 0, 0, '', '', '', ?, NULL)",
+            (chat.id, json.dumps(settings)),
+        )
+        old._db.execute(
+            "INSERT INTO messages VALUES (1, ?, ?, NULL, 'user', '', '', 'complete', 0, 0, NULL)",
+            (chat.turns[0].id, chat.id),
+        )
+    monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS)
+
+    with Store(tmp_path) as store:
+        assert list(store.load(chat.id).waiting.values()) == ["One?", "Two?"]
+
+
 def test_a_migration_that_fails_changes_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,6 +483,38 @@ def test_two_programs_in_one_chat_make_branches(store: Store) -> None:
     both = store.load(chat.id)
     assert [turn.content for turn in both.branches(both.turns[-1].id)] == ["mine", "theirs"]
     assert both.turns[-1].content == "theirs"
+
+
+def test_a_turn_is_not_deleted_with_what_another_program_said_below_it(store: Store) -> None:
+    chat = Conversation()
+    question = chat.ask("Hi")
+    store.save(chat)
+    theirs = store.load(chat.id)
+    theirs.answer("Hello")
+    store.save(theirs, theirs.turns[-1:])
+    with pytest.raises(StoreError, match="another program has said more below it"):
+        store.remove_turn(chat.id, question.id, ())
+
+    assert len(store.load(chat.id).tree) == 2
+
+
+def test_what_another_program_wrote_on_is_not_written_over_by_a_whole_chat(store: Store) -> None:
+    mine = branched()
+    store.save(mine)
+    theirs = store.load(mine.id)
+    theirs.turns[-1].content += "phyll"
+    store.save(theirs, theirs.turns[-1:])
+    first = next(iter(mine.tree))
+    mine.tip = first
+    elsewhere = [turn.id for turn in mine.below(first)]
+    answer, *_ = (id_ for id_ in elsewhere if mine.tree[id_].content.startswith("Rayleigh"))
+    store.remove_turn(mine.id, answer, ())
+    mine.tip = answer
+    store.save(mine, [mine.ask("And why not green?")])  # hangs on what was deleted
+
+    again = store.load(mine.id)
+    assert len(again.tree) == len(mine.tree)
+    assert "Chlorophyll" in [turn.content for turn in again.tree.values()]
 
 
 WRITER = """

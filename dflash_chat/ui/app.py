@@ -23,10 +23,11 @@ from dflash_chat.config import Config
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
 from dflash_chat.runtime.client import EngineClient
-from dflash_chat.ui import pace, terminal
+from dflash_chat.ui import chosen, pace, terminal
 from dflash_chat.ui.actions import ACTIONS, APP, PROMPT, TURN, in_scope
 from dflash_chat.ui.chat_screen import ChatScreen
 from dflash_chat.ui.colourless import Colourless
+from dflash_chat.ui.completion import themes
 from dflash_chat.ui.legible import legible
 from dflash_chat.ui.overlay import ClosesOnce
 from dflash_chat.ui.words import literal
@@ -53,7 +54,7 @@ linux_driver.getincrementaldecoder = _forgiving  # type: ignore[assignment,attr-
 
 class ChatApp(App[None], inherit_bindings=False):
     """One chat with one engine. `on_started` is called once the engine's process runs. `theme` ""
-    leaves the usual one."""
+    leaves the usual one; `on_theme` is called with each that is chosen here."""
 
     CSS_PATH = "app.tcss"
     TITLE = "dflash-chat"
@@ -69,6 +70,7 @@ class ChatApp(App[None], inherit_bindings=False):
         chat: ChatScreen,
         on_started: Callable[[], None] = lambda: None,
         theme: str = "",
+        on_theme: Callable[[str], None] = lambda name: None,
     ) -> None:
         before = os.environ.pop("NO_COLOR", None)  # or Textual takes it out, and draws in grey
         super().__init__()
@@ -80,10 +82,16 @@ class ChatApp(App[None], inherit_bindings=False):
         self._client = client
         self._chat = chat
         self._on_started = on_started
+        self._on_theme = on_theme
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """What goes over each row before it is drawn."""
         return [Colourless()] if self.no_color else super().get_line_filters()
+
+    def watch_theme(self, before: str, theme: str) -> None:
+        """Tell who asked."""
+        if self.is_running and theme != before:
+            self._on_theme(theme)
 
     def get_css_variables(self) -> dict[str, str]:
         """The theme's colours; the terminal's own stay as they are."""
@@ -103,6 +111,11 @@ class ChatApp(App[None], inherit_bindings=False):
         """Show the palette, unless it is shown."""
         if not any(isinstance(screen, CommandPalette) for screen in self.screen_stack):
             self.push_screen(Palette(id="--command-palette"))
+
+    async def action_quit(self) -> None:
+        """Leave; what was typed last stays for the next time."""
+        self._chat.keep_typed()
+        await super().action_quit()
 
     def on_mount(self) -> None:
         """What can wait comes after the first paint."""
@@ -162,7 +175,9 @@ def run(
     client, keeper = EngineClient(), Keeper()
     load = Load(pair, quant, options)
     screen = ChatScreen(client, load, params, system, draft, config.keys, keeper, chat)
-    app = ChatApp(client, screen, pace.give_way, config.theme)
+    theme = chosen.theme(config.theme, themes())
+    keep = partial(chosen.keep, configured=config.theme)
+    app = ChatApp(client, screen, pace.give_way, theme, keep)
     try:
         app.run()
     finally:

@@ -135,6 +135,8 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         """Bring everything but the transcript up to date."""
         now = time.monotonic()
         self._numbers_due = now + NUMBERS_S
+        if self.unsent != self._kept:
+            self.keep_typed()
         dialogue = self.dialogue
         info, pinned = dialogue.info, dialogue.draft_tokens
         if info is not None and pinned:
@@ -245,9 +247,12 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
 
     async def on_prompt_submitted(self, message: Prompt.Submitted) -> None:
         """A message or a command; messages wait until the engine is free."""
+        prompt = self.query_one(Prompt)
+        del prompt.leaving[:1]
         try:
             command = commands.parse(message.shown)
             if command:
+                self.keep_typed()
                 await self.perform(command.action, command.argument)
                 return
             files = attach.files(message.shown)
@@ -256,15 +261,13 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             self.dialogue.show(Card("Not understood", f"{error.message}\n{error.hint}".strip()))
             return
         turn = UserTurn(message.shown, attach.below(message.text, files), [str(f) for f in files])
-        if replaced := self.end_editing():
+        turn.turn_id = self.dialogue.record.next_id()
+        replaced = self.end_editing()
+        self.dialogue.typed = prompt.unfolded(self.unsent)
+        if replaced:
             self.dialogue.ask_again(replaced, instead=turn)
         else:
             self.dialogue.ask(turn)
-
-    def on_text_area_changed(self, message: Prompt.Changed) -> None:
-        """What waited in vain was sent or thrown away."""
-        if not message.text_area.text:
-            self.dialogue.drop_returned()
 
     async def perform(self, action: Action, argument: str = "") -> None:
         """Do it, if it can be done now. Raises UserError."""
@@ -371,6 +374,7 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
         """Leave this chat and start another."""
         self.end_editing()
         self.leave_cursor()
+        self.keep_typed()
         self.dialogue.new_chat()
 
 

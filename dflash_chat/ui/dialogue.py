@@ -17,7 +17,7 @@ from dflash_chat.chat import COMPLETE, FAILED, STOPPED, Conversation, Turn
 from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK
 from dflash_chat.figures import numbers_words
 from dflash_chat.keeper import Keeper
-from dflash_chat.record import Record
+from dflash_chat.record import ELSEWHERE, Record
 from dflash_chat.runtime.api import (
     Bench,
     Benched,
@@ -74,7 +74,7 @@ class Dialogue:
         self.stopping = False  # the answer was asked to end
         self.answer: AnswerTurn | None = None  # the one being written
         self.waiting: deque[UserTurn] = deque()
-        self.returned: dict[str, str] = {}  # what waited when the chat was left, for the prompt
+        self.typed = ""  # what stands in the prompt, whole
         self.retry_after: UserTurn | None = None  # the question whose answer failed
         self.last_finished: Finished | None = None
         self.measured: dict[SamplingParams, Spec] = {}  # of the loaded pair, by what they hang on
@@ -114,8 +114,7 @@ class Dialogue:
     def start(self) -> None:
         """Ask the engine to load, and show what has been said."""
         self.client.send(self.load)
-        self.returned = self.chat.waiting
-        self._show_past()
+        self._enter()
 
     def frame(self) -> None:
         """Take what has arrived, and draw a bounded piece of it."""
@@ -261,22 +260,23 @@ class Dialogue:
         self._generate(turn, self.chat.begin_answer(), messages)
         self._save_waiting()  # not before: it is never in neither place
 
+    def _waiting(self) -> dict[str, str]:
+        return {turn.turn_id: turn.text for turn in self.waiting if turn.turn is None}
+
     def _save_waiting(self) -> None:
-        waiting = {turn.turn_id: turn.text for turn in self.waiting if turn.turn is None}
-        self.record.wait(self.returned | waiting)
+        self.record.wait(self._waiting(), self.typed)
 
     def withdraw(self) -> UserTurn:
-        """The message that would be asked last is not to be asked."""
+        """The message that would be asked last is not to be asked. It is saved as waiting until
+        `keep_typed` says where it went."""
         turn = self.waiting.pop()
         turn.remove()
-        self._save_waiting()
         return turn
 
-    def drop_returned(self) -> None:
-        """What had waited is in the prompt no more."""
-        if self.returned:
-            self.returned = {}
-            self._save_waiting()
+    def keep_typed(self, text: str) -> None:
+        """This stands in the prompt now: save it with all that waits, and nothing else does."""
+        self.typed = text
+        self._save_waiting()
 
     def _generate(
         self, asked: UserTurn | None, turn: Turn, messages: tuple[Message, ...], begun: str = ""
@@ -322,6 +322,10 @@ class Dialogue:
 
     def continue_(self, answer: AnswerTurn) -> None:
         """Write on where an answer was cut. Its own tokens are in the engine's cache still."""
+        if not self.record.alone:
+            words = "Another dflash-chat has this chat open, and may write on this answer, too."
+            self.show(Card("Not continued", f"{words}\nClose the chat there first."))
+            return
         question = self.transcript.question_of(answer)
         begun = self._raw_of(answer.turn)
         turn = self.chat.continue_answer()
@@ -390,11 +394,20 @@ class Dialogue:
         self.give_up()
         pace.let_go()
         self.retry_after = self._asked = None
-        self.waiting.clear()  # saved with the chat that is left
-        self.record = Record(chat, keeper or self.record.keeper)
-        self.returned = chat.waiting
+        left, waits = self.record, self._waiting()
+        self.waiting.clear()
+        self.record = Record(chat, keeper or left.keeper)
+        self._enter()
+        self.record.wait(chat.waiting, self.typed)  # the prompt goes along,
+        left.wait(waits)  # and all else stays with the chat that is left
+        left.leave()
         self.meter.clear()
+
+    def _enter(self) -> None:
+        alone = self.record.enter()
         self._show_past()
+        if not alone:
+            self.show(Card("Open elsewhere", ELSEWHERE))
 
     def switch(self, turn: Turn) -> None:
         """Go to the branch of `turn`."""

@@ -60,6 +60,7 @@ class Prompt(TextArea):
         self.sent: list[str] = []  # as typed, oldest first
         self._at = 0  # which of them stands here; behind them all is the draft
         self._draft = ""
+        self.leaving: list[str] = []  # was sent, and nobody has taken it yet
         self._pastes: dict[str, str] = {}  # what a folded paste stands for, for good: undo needs it
         self._menu = menu
         self._completion = Completion(0)
@@ -86,8 +87,16 @@ class Prompt(TextArea):
             self.sent.append(shown)
             self._at = len(self.sent)
             self._draft = ""
+            self.leaving.append(shown)
             self.clear()
             self.post_message(self.Submitted(shown, self.unfolded(shown)))
+
+    @property
+    def unsent(self) -> str:
+        """What was typed and sent nowhere, folded: behind what is recalled, the draft."""
+        recalled = self._at < len(self.sent) and self.text == self.sent[self._at]
+        here = self._draft if recalled else self.text
+        return "\n".join(filter(None, [*self.leaving, here]))
 
     def action_newline(self) -> None:
         """Break the line, in place of what is selected."""

@@ -52,6 +52,8 @@ class SavedActions(TurnActions):
         dialogue = self.dialogue
         if chat.id == dialogue.chat.id:
             return
+        self.end_editing()
+        self.keep_typed()
         dialogue.params, dialogue.draft = chat.params, chat.draft
         dialogue.open(chat)
         self.put_back()
@@ -60,12 +62,13 @@ class SavedActions(TurnActions):
             dialogue.show(Card("Another pair", words))
 
     def put_back(self) -> None:
-        """What waited for the engine when the chat was left goes into the prompt."""
-        before = self.query_one(Prompt).text
-        texts = [attach.typed(text) for text in self.dialogue.returned.values()]
+        """What was not asked when the chat was left goes into the prompt."""
+        before = self.query_one(Prompt).unfolded(self.unsent)
+        texts = [attach.typed(text) for text in self.dialogue.chat.waiting.values()]
         if missing := [text for text in texts if text not in before]:
             self.take_back(*missing)
             self.notify("What was not sent yet stands in the prompt")
+        self.keep_typed()
 
     @work
     async def recall_past(self) -> None:
@@ -88,6 +91,7 @@ class SavedActions(TurnActions):
         except StoreError:
             record.keeper = keeper
             raise
+        self.keep_typed()
         self.dialogue.open(Conversation(record.chat.system), keeper)
 
     def action_branch(self, direction: int = 1) -> None:

@@ -23,7 +23,8 @@ class TurnActions(Screen[None]):
     dialogue: Dialogue
     editing: UserTurn | None = None  # the question that the prompt's text will replace
     to_delete: UserTurn | AnswerTurn | None = None  # the turn that another press will delete
-    _set_aside = ""  # what stood in the prompt before
+    _set_aside = _as_it_was = ""  # what stood in the prompt before, and what was put there
+    _kept = ""  # what stood in the prompt when that was last saved, folded
     _copied_block: tuple[AnswerTurn | None, int] = (None, -1)
 
     @property
@@ -138,6 +139,21 @@ class TurnActions(Screen[None]):
         prompt = self.query_one(Prompt)
         typed = (prompt.short(attach.typed(text)) for text in texts)
         prompt.put("\n".join(filter(None, (*typed, prompt.text))))
+        self.keep_typed()
+
+    @property
+    def unsent(self) -> str:
+        """What was typed and sent nowhere, folded; a question that is edited only once it is
+        another one."""
+        typed = self.query_one(Prompt).unsent
+        if self.editing is None:
+            return typed
+        return "\n".join(filter(None, [self._set_aside, typed * (typed != self._as_it_was)]))
+
+    def keep_typed(self) -> None:
+        """Have what stands in the prompt saved as it is now."""
+        self._kept = self.unsent
+        self.dialogue.keep_typed(self.query_one(Prompt).unfolded(self._kept))
 
     # ── deleting ────────────────────────────────────────────────────────────────────────────────
 
@@ -192,6 +208,7 @@ class TurnActions(Screen[None]):
             self._set_aside = prompt.text
         self.editing = question
         prompt.put(prompt.short(attach.typed(question.shown)))
+        self._as_it_was = prompt.text
         prompt.border_title = "editing · Esc leaves it as it was"
 
     def end_editing(self, restore: bool = True) -> UserTurn | None:

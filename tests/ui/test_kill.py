@@ -204,6 +204,7 @@ def test_the_killed_chat_reopens_and_leaves_no_engine(
             process, master = stack.enter_context(real_chat(folder, log))
             chats.append((folder, log, process, master))
         wait_until_all_answer(chats)
+        wait_until_all_keep(chats, "and then?")
         before = {process: queued_s(process) for *_, process, _ in chats}
         for folder, log, process, _ in chats:
             until = time.monotonic() + dice.uniform(0, 1)
@@ -217,6 +218,7 @@ def test_the_killed_chat_reopens_and_leaves_no_engine(
             with Store(folder) as store:
                 chat = store.load(store.latest())
                 assert chat.turns[0].content == "Count, please."
+                assert [*chat.waiting.values()] == ["and then?"]
                 turn = chat.turns[-1]
                 text = turn.content if turn.role == "assistant" else ""
                 check(text, traced(store, turn.id), log.read_text().splitlines(), killed, queued)
@@ -234,3 +236,18 @@ def wait_until_all_answer(chats: list[tuple[Path, Path, Process, int]]) -> None:
         time.sleep(0.02)
         for *_, master in chats:
             swallow(master)
+
+
+def wait_until_all_keep(chats: list[tuple[Path, Path, Process, int]], typed: str) -> None:
+    """Type a text, and wait until each of them has it in its file."""
+    for *_, master in chats:
+        os.write(master, typed.encode())
+    deadline, left = time.monotonic() + 60, [folder for folder, *_ in chats]
+    while left:
+        assert time.monotonic() < deadline, "what is typed was not saved"
+        time.sleep(0.02)
+        for *_, master in chats:
+            swallow(master)
+        with Store(left[0]) as store:
+            if typed in store.load(store.latest()).waiting.values():
+                del left[0]

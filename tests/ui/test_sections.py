@@ -151,7 +151,10 @@ def test_there_is_always_a_line_that_says_whether_it_drafts(
     assert (engine.name, engine.lines[0]) == ("engine", words)
 
 
-@pytest.mark.parametrize("gpu", [None, SAMPLE], ids=["CPU", "GPU"])
+SLOWED = replace(SAMPLE, throttled="power supply")
+
+
+@pytest.mark.parametrize("gpu", [None, SAMPLE, SLOWED], ids=["CPU", "GPU", "slowed GPU"])
 @pytest.mark.parametrize("rows", range(16, 60))
 def test_the_panel_fits_its_rows_and_more_rows_never_show_less(
     rows: int, gpu: Sample | None
@@ -162,6 +165,8 @@ def test_the_panel_fits_its_rows_and_more_rows_never_show_less(
     more, _ = sections.sections(view(gpu), rows + 1)
     assert all(len(a.lines) <= len(b.lines) for a, b in zip(shown, more, strict=True))
     assert all(len(line) <= 27 for section in shown for line in section.lines)
+    lines = [line for section in shown for line in section.lines]
+    assert ("slowed down: power supply" in lines) == (gpu is SLOWED)
 
 
 def test_twenty_four_rows_show_every_section_but_no_gaps() -> None:

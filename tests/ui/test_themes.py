@@ -1,9 +1,12 @@
-"""Every built-in theme: all text can be read, as the Web Content Accessibility Guidelines ask."""
+"""Themes: all text can be read, as the Web Content Accessibility Guidelines ask, and what is chosen
+is kept over a restart."""
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from rich.segment import Segment
@@ -11,6 +14,12 @@ from textual.color import Color
 from textual.screen import ModalScreen
 from textual.theme import BUILTIN_THEMES
 
+from dflash_chat.config import Config
+from dflash_chat.runtime.api import EngineOptions, SamplingParams
+from dflash_chat.ui import app as app_module
+from dflash_chat.ui import chosen
+from dflash_chat.ui.app import ChatApp
+from tests.ui.fake_client import FakeClient
 from tests.ui.screenshots import scene
 from tests.ui.test_chat_flow import Chat
 from tests.ui.test_snapshots import contrast, rows
@@ -60,3 +69,65 @@ async def test_all_text_can_be_read(name: str, themes: tuple[str, ...]) -> None:
                 if (found := readable(chat, segment)) < least
             }
             assert not faint
+
+
+# ── what was chosen ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, own_folders: Path) -> Callable[[str], ChatApp]:
+    """Starts the app as the command does, but for drawing it, where config.toml names a theme."""
+    started: list[ChatApp] = []
+    monkeypatch.setattr(app_module, "EngineClient", FakeClient)
+    monkeypatch.setattr(ChatApp, "run", lambda app: started.append(app))
+    monkeypatch.setattr(gc, "disable", lambda: None)
+
+    def start(configured: str = "") -> ChatApp:
+        config = Config(configured)
+        app_module.run("", "", EngineOptions(), SamplingParams(), "", draft=True, config=config)
+        return started[-1]
+
+    return start
+
+
+async def choose(app: ChatApp, theme: str) -> None:
+    """/theme"""
+    kept = chosen.file().exists()
+    async with app.run_test() as pilot:
+        assert chosen.file().exists() == kept  # a start is no choice
+        before = app.theme
+        await Chat(app, FakeClient(), pilot).type(f"/theme {theme}")
+        assert app.theme == theme != before
+
+
+async def test_a_theme_is_kept_until_the_config_file_names_another(
+    start: Callable[[str], ChatApp],
+) -> None:
+    usual = start("").theme
+    await choose(start(""), "nord")
+    assert start("").theme == "nord"
+    assert start("gruvbox").theme == "gruvbox"
+    await choose(start("gruvbox"), "dracula")
+    assert start("gruvbox").theme == "dracula"  # though the file names one, for it did so before
+    assert start("textual-light").theme == "textual-light"
+    assert start("").theme == usual
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"theme": "nord"}', '{"theme": "none such", "instead_of": ""}']
+)
+def test_a_choice_that_cannot_be_read_is_none(start: Callable[[str], ChatApp], text: str) -> None:
+    chosen.file().parent.mkdir()
+    chosen.file().write_text(text)
+
+    assert start("dracula").theme == "dracula"
+    assert start("").theme != "none such"
+
+
+def test_where_nothing_can_be_written_a_theme_is_not_kept_and_nothing_fails(
+    start: Callable[[str], ChatApp],
+) -> None:
+    chosen.file().parent.write_text("a file where the folder should be")
+    chosen.keep("nord", "")
+
+    assert start("").theme != "nord"

@@ -201,11 +201,20 @@ class LineChat:
             if line.startswith("/") and not line.startswith("//"):
                 return self._command(*([*line.split(None, 1), ""])[:2])
             if line.strip():
-                self.chat.ask(attach.below(line, attach.files(line)))
-                self._answer()
+                self._ask(attach.below(line, attach.files(line)))
         except UserError as error:
             say(f"{error.message}\n  {error.hint}".rstrip())
         return False
+
+    def _ask(self, text: str) -> None:
+        """Answer a question. One that is refused is left out: the next would be refused with it."""
+        self.chat.ask(text)
+        try:
+            self._answer()
+        except UsageError:
+            self.chat.retract_question()
+            self.record.changed()
+            raise
 
     def _answer(self, begun: str = "") -> None:
         """Write the answer as it comes; the first Ctrl+C stops it."""

@@ -10,7 +10,7 @@ from textual.geometry import Offset
 from textual.pilot import Pilot
 from textual.selection import SELECT_ALL, Selection
 
-from dflash_chat.errors import EXIT_ENGINE_CRASHED
+from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_USAGE
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import (
     EngineOptions,
@@ -366,6 +366,25 @@ async def test_a_failed_answer_shows_why_and_can_be_retried(loaded: Chat) -> Non
     await loaded.pilot.press("ctrl+r")
     await loaded.settle()
     assert loaded.client.asked[-1] == Generate(2, (Message("user", "One?"),))
+
+
+async def test_a_question_that_is_refused_does_not_spoil_the_next(loaded: Chat) -> None:
+    await loaded.type("One?")
+    loaded.client.answer("Yes.")
+    await loaded.settle()
+    await loaded.type("far too long")
+    loaded.client.emit(Failed(2, "The prompt is too long.", "Shorten it.", EXIT_USAGE))
+    await loaded.settle()
+    assert "The chat goes on without it." in loaded.text
+
+    said = (Message("user", "One?"), Message("assistant", "Yes."))
+    await loaded.type("Two?")
+    assert loaded.client.asked[-1].messages == (*said, Message("user", "Two?"))
+    loaded.client.answer("No.")
+    await loaded.settle()
+    loaded.screen.edit_question(loaded.screen.dialogue.questions[1])
+    await loaded.type("short")
+    assert loaded.client.asked[-1].messages == (*said, Message("user", "short"))
 
 
 # ── keys ────────────────────────────────────────────────────────────────────────────────────────

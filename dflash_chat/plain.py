@@ -40,6 +40,7 @@ from dflash_chat.settings import (
 )
 from dflash_chat.terminals import CONTROLS
 from dflash_chat.thinking import ThoughtSplitter
+from dflash_chat.ui.commands import is_command
 
 PROMPT, MORE = "> ", "... "
 QUOTES = '"""'  # before and behind a message of several lines
@@ -198,7 +199,7 @@ class LineChat:
     def obey(self, line: str) -> bool:
         """Answer a line or carry out its command; True to leave."""
         try:
-            if line.startswith("/") and not line.startswith("//"):
+            if is_command(line):
                 return self._command(*([*line.split(None, 1), ""])[:2])
             if line.strip():
                 self._ask(attach.below(line, attach.files(line)))

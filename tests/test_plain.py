@@ -121,6 +121,12 @@ def test_undo_clear_and_quit(chat: LineChat) -> None:
     assert chat.obey("/quit")
 
 
+def test_a_message_may_begin_with_a_path(chat: LineChat) -> None:
+    chat.obey("/etc/hosts is for what?")
+
+    assert asked(chat)[-1].messages == (Message("user", "/etc/hosts is for what?"),)
+
+
 def test_a_question_that_is_refused_does_not_spoil_the_next(chat: LineChat) -> None:
     chat.obey("far too long")
     chat.obey("Short?")

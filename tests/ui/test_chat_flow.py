@@ -574,16 +574,26 @@ async def test_set_command_changes_the_next_answer(loaded: Chat) -> None:
         ("/theme darkish", "did you mean"),
         ("/file nowhere.txt", "There is no file nowhere.txt."),
         ("/clear now", "/clear takes nothing behind it."),
+        ("/copy that", "Type /copy or /copy code"),
         ("/set temperature", "/set needs a key and a value."),
         ("/set warmth=1", "there is no option"),
         ("/set device=cuda", "fixed while a pair is loaded"),
     ],
 )
 async def test_what_is_not_understood_gets_a_hint(loaded: Chat, line: str, words: str) -> None:
+    await loaded.type("One?")
+    loaded.client.answer("Yes.")
+    await loaded.settle()
     await loaded.type(line)
 
     assert words in loaded.text
-    assert loaded.client.asked == []
+    assert len(loaded.client.asked) == 1
+
+
+async def test_a_message_may_begin_with_a_path(loaded: Chat) -> None:
+    await loaded.type("/etc/hosts is for what?")
+
+    assert loaded.client.asked[-1].messages == (Message("user", "/etc/hosts is for what?"),)
 
 
 async def test_quit_command_quits() -> None:

@@ -116,6 +116,13 @@ def test_one_object_for_scripts(given: list[Line], capsys: pytest.CaptureFixture
     }
 
 
+def test_one_cause_fails_once(given: list[Line], capsys: pytest.CaptureFixture[str]) -> None:
+    given += [fail("a", "no TOML", "mend it"), fail("b", "no TOML", "x"), fail("c", "other", "y")]
+    cli.main(["doctor", "--json"])
+    states = [line["state"] for line in json.loads(capsys.readouterr().out)["lines"]]
+    assert states == ["fail", "skipped", "fail"]
+
+
 def test_a_check_that_breaks_hides_no_other(
     own_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ it for the TUI; `--once` and `bench` use it in their own process.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -89,6 +90,7 @@ class Session:
         options = fitting.planned(installed, options, card, dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
         if options.threads:
+            refuse_more_than_cores(options.threads)
             torch.set_num_threads(options.threads)
         progress(Progress("reading the target", 0, 0))
         with torch.inference_mode(), _opened(installed, options, device) as opened:
@@ -300,6 +302,15 @@ class _Answer:
         )
         why = controller.reason if engine.measured and self._spec.steps else ""
         return Finished(self.id, self.reason, self._usage, self._spec, timing, why)
+
+
+def refuse_more_than_cores(threads: int) -> None:
+    """Threads that share a core wait for each other in every small operator: seconds a token."""
+    cores = os.cpu_count() or threads
+    if threads > cores:
+        raise UsageError(
+            f"this machine has {cores} cores for {threads} threads", f"at most -o threads={cores}"
+        )
 
 
 def _placement(options: EngineOptions) -> tuple[torch.device, torch.dtype]:

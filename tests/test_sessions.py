@@ -115,7 +115,7 @@ def test_chats_are_removed_when_it_is_meant(
         (["export", "0", "--format", "pdf"], EXIT_USAGE, "invalid choice: 'pdf'"),
         (["rm", "zzz", "--yes"], EXIT_UNKNOWN_MODEL, "there is no chat 'zzz'"),
         (["import", "/no/such/file"], EXIT_OTHER, "/no/such/file cannot be read: No such file"),
-        (["import", "README.md"], EXIT_OTHER, "README.md: the file cannot be imported: it is not"),
+        (["import", "README.md"], EXIT_OTHER, "README.md: the file is no exported chat: it is not"),
         (["serach", "x"], EXIT_USAGE, "did you mean search?"),
         (["ls", "--jsn"], EXIT_USAGE, "unknown argument '--jsn'"),
     ],

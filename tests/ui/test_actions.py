@@ -373,12 +373,12 @@ async def files(chat: Chat) -> None:
     await chat.type("/file notes.txt")
     assert prompt(chat).text == "@notes.txt "
     chat.screen.show_numbers()
-    assert "includes notes.txt · 0.0 kB ≈ 4 tokens" in chat.shown("#hint")
+    assert "includes notes.txt · 17 bytes ≈ 4 tokens" in chat.shown("#hint")
     await chat.pilot.press("?", "enter")
     await chat.settle()
     assert "remember the milk" in chat.client.asked[-1].messages[-1].content
     assert "remember the milk" not in chat.text
-    assert "notes.txt · 0.0 kB" in chat.text
+    assert "notes.txt · 17 bytes" in chat.text
     chat.client.answer("Yes.")
     await chat.settle()
     await chat.type("/export chat.md")

@@ -383,12 +383,11 @@ def _chat(args: argparse.Namespace) -> int:
         return plain.run(pair.name, settings, system, draft, args.stats, chat)
     from dflash_chat import config
     from dflash_chat.ui import app
-    from dflash_chat.ui.actions import ACTIONS
+    from dflash_chat.ui.actions import usual_keys
     from dflash_chat.ui.completion import themes
 
-    keys = {action.id: action.keys for action in ACTIONS if action.keys}
     return app.run(
-        config=config.load(config.config_file(), keys, themes()),
+        config=config.load(config.config_file(), usual_keys(), themes()),
         pair=pair.name,
         quant=settings.quant,
         options=settings.engine,

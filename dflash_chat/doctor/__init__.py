@@ -45,6 +45,7 @@ def examine() -> Iterator[Line]:
         yield from _checked("python", machine.python)
         yield from _checked("packages", machine.packages)
         yield from _checked("config", machine.catalogue)
+        yield from _checked("settings", machine.settings)
         yield from _checked("terminal", lambda: terminal.lines(os.environ))
         yield from _checked("disk", _disks)
         yield from _checked("pair", weights.complete)

@@ -17,8 +17,8 @@ from dflash_chat.doctor.line import Line, State, fail, ok, skipped, warn
 from dflash_chat.errors import EXIT_OK, EXIT_OTHER
 
 CHECKS = [
-    "python", "packages", "config", "terminal", "hub cache", "own cache", "pair", "leftovers",
-    "token", "access", "driver", "torch", "kernels", "attention",
+    "python", "packages", "config", "settings", "terminal", "hub cache", "own cache", "pair",
+    "leftovers", "token", "access", "driver", "torch", "kernels", "attention",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ command imports what it needs when it runs.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dflash_chat import __version__, completion, sessions
 from dflash_chat.errors import (
+    EXIT_DISK,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_OTHER,
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return EXIT_OTHER
     except Exception as error:  # a bug: one line for the person, the traceback on demand
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _complain(f"nothing more can be written: {error.strerror}", "free some space")
+            return EXIT_DISK
         log.debug("unexpected", exc_info=True)
         _complain(f"{type(error).__name__}: {error}", "set DFLASH_CHAT_LOG=debug for the traceback")
         return EXIT_OTHER

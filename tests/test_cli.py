@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -334,6 +335,7 @@ def test_mistakes_are_one_line_a_hint_and_a_code(
     [
         (DiskError("full", hint="delete something"), EXIT_DISK, "full\n  delete something\n"),
         (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
+        (OSError(errno.ENOSPC, "No space left"), EXIT_DISK, "written: No space left\n  free some"),
         (RuntimeError("odd\nthing"), EXIT_OTHER, "RuntimeError: odd thing\n  set DFLASH_CHAT_LOG"),
     ],
 )

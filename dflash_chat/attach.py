@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_chat.errors import UsageError
+from dflash_chat.progress import size
 
 LIMIT_BYTES = 256_000
 _BYTES_PER_TOKEN = 4  # roughly, of English and of code; the engine alone counts exactly
@@ -61,9 +62,8 @@ def read(name: str) -> File:
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}.") from error
     if len(data) > LIMIT_BYTES:
-        size = path.stat().st_size
         raise UsageError(
-            f"{name} has {size / 1000:.0f} kB, and a message takes files of up to "
+            f"{name} has {size(path.stat().st_size)}, and a message takes files of up to "
             f"{LIMIT_BYTES // 1000} kB.",
             "Paste the part that matters.",
         )
@@ -124,8 +124,8 @@ def candidates(begun: str, limit: int = 50) -> list[str]:
     return sorted(found)[:limit]
 
 
-def _words(name: str, size: int) -> str:
-    return f"{name} · {size / 1000:.1f} kB ≈ {size // _BYTES_PER_TOKEN} tokens"
+def _words(name: str, count: int) -> str:
+    return f"{name} · {size(count)} ≈ {count // _BYTES_PER_TOKEN} tokens"
 
 
 def _is_file(name: str) -> bool:

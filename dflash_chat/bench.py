@@ -207,8 +207,10 @@ def read_prompts(path: Path | None) -> list[str]:
         return _parse(source.splitlines(), "prompts.jsonl")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as text ({error})") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text") from error
     return _parse(lines, str(path))
 
 

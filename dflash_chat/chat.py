@@ -25,8 +25,9 @@ def new_id() -> str:
 
 
 def titled(text: str) -> str:
-    """How a text begins, in one line and without what a terminal would obey."""
-    head = text[: 10 * TITLE_CHARS]
+    """How the first paragraph of a text begins, in one line and without what a terminal would
+    obey. Files that go along with a message stand below it."""
+    head = text.lstrip().partition("\n\n")[0][: 10 * TITLE_CHARS]
     kept = (c if c.isprintable() or c == _JOINER else " " for c in head)
     words = " ".join("".join(kept).split())
     return words if len(words) <= TITLE_CHARS else words[: TITLE_CHARS - 1].rstrip() + "…"

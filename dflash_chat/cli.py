@@ -7,9 +7,11 @@ command imports what it needs when it runs.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dflash_chat import __version__, completion, sessions
 from dflash_chat.errors import (
+    EXIT_DISK,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_OTHER,
@@ -76,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return EXIT_OTHER
     except Exception as error:  # a bug: one line for the person, the traceback on demand
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _complain(f"nothing more can be written: {error.strerror}", "free some space")
+            return EXIT_DISK
         log.debug("unexpected", exc_info=True)
         _complain(f"{type(error).__name__}: {error}", "set DFLASH_CHAT_LOG=debug for the traceback")
         return EXIT_OTHER
@@ -92,7 +98,9 @@ def _run(argv: list[str]) -> int:
         if not unknown:
             raise
     if unknown:
-        raise UsageError(f"unknown argument {unknown[0]!r}", hint=suggest(unknown[0], flags))
+        elsewhere = unknown[0] in flags
+        hint = f"see {args.prog} --help" if elsewhere else suggest(unknown[0], flags)
+        raise UsageError(f"unknown argument {unknown[0]!r}", hint)
     run: Callable[[argparse.Namespace], int] = args.run
     return run(args)
 
@@ -119,10 +127,13 @@ class _Parser(argparse.ArgumentParser):
     """Raises instead of printing a usage block."""
 
     def error(self, message: str) -> NoReturn:
-        hint = f"see {self.prog} --help"
-        if "invalid choice" in message and "COMMAND" in message:
-            hint += '; to ask something: dflash-chat --once "…"'
-        raise UsageError(message, hint=hint)
+        typed = re.match(r"argument (COMMAND|ACTION): invalid choice: '(.*?)'", message)
+        if typed is None:
+            raise UsageError(message, hint=f"see {self.prog} --help")
+        hint = suggest(typed[2], completion.commands(self))
+        if typed[1] == "COMMAND":
+            hint += ' To ask something: dflash-chat --once "…"'
+        raise UsageError(f"there is no command '{self.prog} {typed[2]}'", hint)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -134,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=_chat)
+    parser.set_defaults(run=_chat, prog=parser.prog)
     parser.add_argument("--version", action="version", version=f"dflash-chat {__version__}")
     parser.add_argument(
         "--once",
@@ -183,11 +194,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pull.add_argument("--yes", action="store_true", help="do not ask")
 
-    for name in ("list", "ls"):
-        listing = _command(commands, name, _list, "pairs and what is installed")
-        how = listing.add_mutually_exclusive_group()
-        how.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
-        how.add_argument("-q", "--quiet", action="store_true", help="names only")
+    listing = _command(commands, "list", _list, "pairs and what is installed", "ls")
+    how = listing.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+    how.add_argument("-q", "--quiet", action="store_true", help="names only")
 
     show = _command(commands, "show", _show, "all that is known of a pair")
     show.add_argument("pair", metavar="PAIR")
@@ -214,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--prompts", metavar="FILE", type=Path, help='JSONL with "prompt" or "turns" (first turns)'
     )
-    bench.add_argument("--limit", metavar="N", type=int, default=0, help="only the first N prompts")
+    bench.add_argument("--limit", metavar="N", type=int, help="only the first N prompts")
     _add_options(bench, default=argparse.SUPPRESS)
     bench.add_argument("--seed", metavar="N", default=argparse.SUPPRESS, help="same as -o seed=N")
     bench.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
@@ -225,13 +235,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--random-weights", metavar="PAIR", help="time the real step on published shapes (CUDA)"
     )
     _add_quant(bench, argparse.SUPPRESS)
-    bench.add_argument("--context", metavar="TOKENS", type=int, default=2048)
-    bench.add_argument("--widths", metavar="N,N,…", type=_whole_numbers, default=())
     bench.add_argument("--drafter", choices=("auto", "bf16", "fp8"), help="same as -o drafter=…")
     bench.add_argument("--draft-head", metavar="HEAD", help="same as -o draft_head=HEAD")
-    law = bench.add_mutually_exclusive_group()
-    law.add_argument("--accept-length", metavar="X", type=float, default=0.0)
-    law.add_argument("--accept-curve", metavar="A1,R", type=_curve, default=(0.0, 0.0))
+    random = bench.add_argument_group("only with --random-weights")
+    before = f"before the step (default: {RandomBenchArgs.context})"
+    random.add_argument("--context", metavar="TOKENS", type=int, help=before)
+    random.add_argument(
+        "--widths", metavar="N,N,…", type=_whole_numbers, help="rows of the passes to time"
+    )
+    law = random.add_mutually_exclusive_group()
+    law.add_argument("--accept-length", metavar="X", type=float, help="simulate drafts of this tau")
+    law.add_argument(
+        "--accept-curve", metavar="A1,R", type=_curve,
+        help="… of which the first is right with A1, each other R times as often as the one before",
+    )  # fmt: skip
 
     saved = _command(commands, "sessions", sessions.list_all, "saved chats")
     sessions.add_actions(saved, _confirm)
@@ -249,9 +266,12 @@ def _command(
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
+    *aliases: str,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = commands.add_parser(
+        name, aliases=aliases, help=summary, description=summary, allow_abbrev=False
+    )
+    parser.set_defaults(run=run, prog=parser.prog)
     return parser
 
 
@@ -368,12 +388,11 @@ def _chat(args: argparse.Namespace) -> int:
         return plain.run(pair.name, settings, system, draft, args.stats, chat)
     from dflash_chat import config
     from dflash_chat.ui import app
-    from dflash_chat.ui.actions import ACTIONS
+    from dflash_chat.ui.actions import usual_keys
     from dflash_chat.ui.completion import themes
 
-    keys = {action.id: action.keys for action in ACTIONS if action.keys}
     return app.run(
-        config=config.load(config.config_file(), keys, themes()),
+        config=config.load(config.config_file(), usual_keys(), themes()),
         pair=pair.name,
         quant=settings.quant,
         options=settings.engine,
@@ -421,11 +440,17 @@ def _once(args: argparse.Namespace) -> int:
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 4,8,16") from error
 
 
 def _curve(text: str) -> tuple[float, float]:
-    first, ratio = (float(part) for part in text.split(","))
+    try:
+        first, ratio = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 0.8,0.9") from error
     return first, ratio
 
 
@@ -433,21 +458,24 @@ def _bench_random(args: argparse.Namespace) -> int:
     from dflash_chat import bench_random
 
     settings = parse_options(_options(args))
+    context = RandomBenchArgs.context if args.context is None else args.context
     return bench_random.run(
         RandomBenchArgs(
-            args.random_weights, settings.quant or "bf16", args.context, args.widths,
-            args.accept_length, args.accept_curve, settings.engine, args.json, args.sweep,
+            args.random_weights, settings.quant or "bf16", context, args.widths or (),
+            args.accept_length or 0.0, args.accept_curve or (0.0, 0.0), settings.engine,
+            args.json, args.sweep,
         )
     )  # fmt: skip
 
 
 def _bench(args: argparse.Namespace) -> int:
+    _refuse_what_is_of_the_other_bench(args)
     if args.random_weights:
         return _bench_random(args)
-    if args.limit < 0:
-        raise UsageError("--limit must not be negative")
+    if args.limit is not None and args.limit < 1:
+        raise UsageError("--limit must be at least 1")
     pair, settings = _chosen(args.model or DEFAULT_PAIR, parse_options(_options(args)))
-    wanted = BenchArgs(pair.name, args.prompts, settings, args.limit, args.json, args.sweep)
+    wanted = BenchArgs(pair.name, args.prompts, settings, args.limit or 0, args.json, args.sweep)
     if args.sweep:
         from dflash_chat import sweep
 
@@ -455,6 +483,17 @@ def _bench(args: argparse.Namespace) -> int:
     from dflash_chat import bench
 
     return bench.run(wanted)
+
+
+def _refuse_what_is_of_the_other_bench(args: argparse.Namespace) -> None:
+    """Random weights answer no prompts, and a real pair has its own acceptance."""
+    names, why = ["prompts", "limit", "model"], "does not go with --random-weights"
+    if not args.random_weights:
+        names = ["context", "widths", "accept_length", "accept_curve"]
+        why = "needs --random-weights PAIR"
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {why}", "see dflash-chat bench --help")
 
 
 def _pull(args: argparse.Namespace) -> int:

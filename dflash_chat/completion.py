@@ -12,6 +12,7 @@ from pathlib import Path
 from dflash_chat.settings import KEYS
 
 SHELLS = ("bash", "zsh", "fish")
+_BEFORE_A_PAIR = ("pull", "rm", "show", "plan")
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
@@ -21,16 +22,17 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
 
 def words(parser: argparse.ArgumentParser) -> list[str]:
     """Commands, then options, of one level."""
-    return [*_commands(parser), *_flags(parser)]
+    return [*commands(parser), *_flags(parser)]
 
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:
     """Every option of every level."""
-    below = (flag for command in _commands(parser).values() for flag in flags(command))
+    below = (flag for command in commands(parser).values() for flag in flags(command))
     return list(dict.fromkeys([*_flags(parser), *below]))
 
 
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a level's commands by all their names."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -45,7 +47,7 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _after_command(name: str, command: argparse.ArgumentParser) -> str:
     """Words that may follow a command, as shell text."""
     after = words(command)
-    if name in ("pull", "rm", "show"):
+    if name in _BEFORE_A_PAIR:
         after.append("$(dflash-chat list -q 2>/dev/null)")
     return " ".join([*after, *(SHELLS if name == "completion" else ())])
 
@@ -53,14 +55,14 @@ def _after_command(name: str, command: argparse.ArgumentParser) -> str:
 def _bash(parser: argparse.ArgumentParser) -> str:
     cases = "\n".join(
         f'    {name}) words="{_after_command(name, command)}" ;;'
-        for name, command in _commands(parser).items()
+        for name, command in commands(parser).items()
     )
     return f"""\
 # dflash-chat completion for bash: eval "$(dflash-chat completion bash)"
 _dflash_chat() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" words
   case "$previous" in
-    -m|--model) words="$(dflash-chat list -q 2>/dev/null)" ;;
+    -m|--model|--random-weights) words="$(dflash-chat list -q 2>/dev/null)" ;;
     --resume) words="$(dflash-chat sessions -q 2>/dev/null)" ;;
     -o) words="{" ".join(f"{key}=" for key in KEYS)}"; compopt -o nospace ;;
     --prompts|--replay|--to) COMPREPLY=($(compgen -f -- "$word")); return ;;
@@ -89,15 +91,15 @@ def _fish(parser: argparse.ArgumentParser) -> str:
         "# dflash-chat completion for fish: dflash-chat completion fish | source",
         "complete -c dflash-chat -f",
     ]
-    commands = _commands(parser)
-    anywhere = f"not __fish_seen_subcommand_from {' '.join(commands)}"
-    lines.append(f"complete -c dflash-chat -n '{anywhere}' -a '{' '.join(commands)}'")
+    names = " ".join(commands(parser))
+    anywhere = f"not __fish_seen_subcommand_from {names}"
+    lines.append(f"complete -c dflash-chat -n '{anywhere}' -a '{names}'")
     lines += _fish_options(parser, anywhere)
-    for name, command in commands.items():
+    for name, command in commands(parser).items():
         here = f"__fish_seen_subcommand_from {name}"
-        if name in ("pull", "rm", "show"):
+        if name in _BEFORE_A_PAIR:
             lines.append(f"complete -c dflash-chat -n '{here}' -a '(dflash-chat list -q)'")
-        if below := _commands(command):
+        if below := commands(command):
             lines.append(f"complete -c dflash-chat -n '{here}' -a '{' '.join(below)}'")
         if name == "completion":
             lines.append(f"complete -c dflash-chat -n '{here}' -a '{' '.join(SHELLS)}'")
@@ -114,7 +116,7 @@ def _fish_options(parser: argparse.ArgumentParser, condition: str) -> Iterator[s
             for flag in action.option_strings
         )
         values = ""
-        if action.dest == "model":
+        if action.dest in ("model", "random_weights"):
             values = " -x -a '(dflash-chat list -q)'"
         elif action.dest == "resume":
             values = " -x -a '(dflash-chat sessions -q)'"

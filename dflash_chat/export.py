@@ -272,6 +272,6 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
 
 def _bad(why: str) -> UserError:
     return UserError(
-        f"the file cannot be imported: {why}",
+        f"the file is no exported chat: {why}",
         "export it again: dflash-chat sessions export ID --format json",
     )

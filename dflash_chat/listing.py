@@ -125,8 +125,10 @@ def as_json(pair: Pair) -> str:
 
 def describe(pair: Pair) -> str:
     """What `show` prints for people."""
-    facts = [*pair.facts, *pair.drafter.facts, *(f for build in pair.builds for f in build.facts)]
-    parts = [_head(pair), _builds(pair), _drafter(pair.drafter), _facts(facts)]
+    builds = [pair.build(pair.quant)] if pair.quant else pair.builds
+    facts = [("", pair.facts), ("drafter: ", pair.drafter.facts)]
+    facts += [(f"{build.name}: ", build.facts) for build in builds]
+    parts = [_head(pair), _builds(pair, builds), _drafter(pair.drafter), _facts(facts)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -146,9 +148,9 @@ def _head(pair: Pair) -> str:
 _UNSET = asdict(Pair.sampling)
 
 
-def _builds(pair: Pair) -> str:
+def _builds(pair: Pair, builds: Sequence[Build]) -> str:
     lines = [["BUILD", "DOWNLOAD", "ON DEVICE", "LOADS", "FORMAT", "FROM"]]
-    for build in [pair.build(pair.quant)] if pair.quant else pair.builds:
+    for build in builds:
         disk = _about(build, "bytes") + size(build.source.bytes)
         device = _about(build, "resident_bytes") + size(build.resident_bytes)
         name = f"{build.name}*" if build.name in pair.default else build.name
@@ -183,7 +185,9 @@ def _origin(source: object) -> str:
     return str(source)
 
 
-def _facts(facts: Sequence[Fact]) -> str:
-    if not facts:
+def _facts(facts: Sequence[tuple[str, Sequence[Fact]]]) -> str:
+    """A line for each; what they are of stands before them, the pair itself unsaid."""
+    rows = [[f.date, f"{of}{f.what} ({f.source})"] for of, each in facts for f in each]
+    if not rows:
         return ""
-    return columns([["DATE", "FACT"], *([f.date, f"{f.what} ({f.source})"] for f in facts)])
+    return columns([["DATE", "FACT"], *rows])

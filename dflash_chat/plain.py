@@ -40,6 +40,7 @@ from dflash_chat.settings import (
 )
 from dflash_chat.terminals import CONTROLS
 from dflash_chat.thinking import ThoughtSplitter
+from dflash_chat.ui.commands import is_command
 
 PROMPT, MORE = "> ", "... "
 QUOTES = '"""'  # before and behind a message of several lines
@@ -201,14 +202,23 @@ class LineChat:
     def obey(self, line: str) -> bool:
         """Answer a line or carry out its command; True to leave."""
         try:
-            if line.startswith("/") and not line.startswith("//"):
+            if is_command(line):
                 return self._command(*([*line.split(None, 1), ""])[:2])
             if line.strip():
-                self.chat.ask(attach.below(line, attach.files(line)))
-                self._answer()
+                self._ask(attach.below(line, attach.files(line)))
         except UserError as error:
             say(f"{error.message}\n  {error.hint}".rstrip())
         return False
+
+    def _ask(self, text: str) -> None:
+        """Answer a question. One that is refused is left out: the next would be refused with it."""
+        self.chat.ask(text)
+        try:
+            self._answer()
+        except UsageError:
+            self.chat.retract_question()
+            self.record.changed()
+            raise
 
     def _answer(self, begun: str = "") -> None:
         """Write the answer as it comes; the first Ctrl+C stops it."""

@@ -11,7 +11,6 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from dflash_chat.runtime.api import EngineOptions
 
 COLUMNS = 80
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([GM])?(?:I?B)?", re.IGNORECASE)
-_SHADES = "█▓▒░▞▚▙▟"
+_SHADES = "█▓▒░▞▚▙▟▛▜▌▐"  # as many as there are parts
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def _memory(made: Plan) -> Iterator[str]:
     """Parts of the memory, and a bar of those that have a column of it."""
     width = COLUMNS - 13
     words: list[str] = []
-    bar, shades = "", cycle(_SHADES)
+    bar, shades = "", iter(_SHADES)
     for name, size in asdict(made.budget).items():
         columns = round(width * size / made.free) if made.fits and made.free else 0
         shade = next(shades) if columns else ""

@@ -77,7 +77,9 @@ def size(count: float) -> str:
     """Bytes for people, in powers of ten as disks and hubs count them."""
     if count >= 1e9:
         return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+    if count >= 1e6:
+        return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e3:.0f} kB" if count >= 1e3 or not count else f"{count:.0f} bytes"
 
 
 def duration(seconds: float) -> str:

@@ -45,9 +45,15 @@ def why(
     return tuple(lines)
 
 
-def gib(count: int) -> str:
+def gib(count: int, digits: int = 1) -> str:
     """`24.0 GiB`, or `48 MiB`."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB // 10 else f"{count / 2**20:.0f} MiB"
+    return f"{count / GIB:.{digits}f} GiB" if count >= GIB // 10 else f"{count / 2**20:.0f} MiB"
+
+
+def of_free(needed: int, free: int, of: str = "") -> str:
+    """`needs 24.0 GiB, 23.4 GiB are free`, to as many digits as show the difference."""
+    digits = next((n for n in (1, 2, 3) if f"{needed / GIB:.{n}f}" != f"{free / GIB:.{n}f}"), 4)
+    return f"needs {gib(needed, digits)}, {gib(free, digits)}{of} are free"
 
 
 def card_for(total: int) -> str:
@@ -62,8 +68,8 @@ def shortage(made: Plan) -> str:
     """One sentence about a plan that does not fit."""
     where = made.gpu.name if made.gpu else "this computer"
     return (
-        f"{made.pair.name}@{made.build.name} with a context of {made.context_tokens} needs "
-        f"{gib(made.budget.total)}, and {gib(made.free)} of {where} are free"
+        f"{made.pair.name}@{made.build.name} with a context of {made.context_tokens} "
+        f"{of_free(made.budget.total, made.free, f' of {where}')}"
     )
 
 
@@ -85,11 +91,11 @@ def _build(made: Plan, chosen: Candidate, candidates: Sequence[Candidate], wishe
         because = f"the {'best' if made.fits else 'smallest'} {which}"
         if better and made.fits:
             total, word = better[0].total(made.options, context), better[0].build.name
-            because = f"{word} needs {gib(total)}, {gib(made.free)} are free"
+            because = f"{word} {of_free(total, made.free)}"
             line = Why("build", name, because, f"{card_for(total)} would take {word}")
             return _also(made, chosen, line)
     if not made.fits:
-        because = f"{because}; it needs {gib(made.budget.total)}, {gib(made.free)} are free"
+        because = f"{because}; it {of_free(made.budget.total, made.free)}"
         smaller = min(candidates, key=lambda c: c.total(made.options, context))
         if smaller.total(made.options, context) <= made.free:
             return Why("build", name, because, f"{smaller.build.name} would fit")

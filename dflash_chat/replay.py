@@ -66,7 +66,10 @@ def read(path: Path) -> Recording:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(f"{path} cannot be read: {reason}") from error
-    return _of_lines(text) if text.startswith('{"type":') else _of_chat(export.from_json(text))
+    try:
+        return _of_lines(text) if text.startswith('{"type":') else _of_chat(export.from_json(text))
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}", error.hint) from error
 
 
 def _of_chat(chat: Conversation) -> Recording:

@@ -30,7 +30,7 @@ def add_actions(parser: argparse.ArgumentParser, confirm: Callable[[str], None])
         name: str, run: Callable[[argparse.Namespace], int], summary: str
     ) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, prog=added.prog)
         return added
 
     _how(action("ls", list_all, "chats, the latest first"))
@@ -70,7 +70,7 @@ def list_all(args: argparse.Namespace) -> int:
     from dflash_chat.store import Store
 
     with Store() as store:
-        _print(store.chats(), args)
+        _print(store.chats(), args, "there are no saved chats yet")
     return EXIT_OK
 
 
@@ -79,7 +79,7 @@ def search_all(args: argparse.Namespace) -> int:
     from dflash_chat.store import Store
 
     with Store() as store:
-        _print(store.search(" ".join(args.words)), args)
+        _print(store.search(" ".join(args.words)), args, "no chat says all of these words")
     return EXIT_OK
 
 
@@ -170,13 +170,16 @@ def remove_all(args: argparse.Namespace, confirm: Callable[[str], None]) -> int:
 # ── on stdout ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _print(listed: list[Listed], args: argparse.Namespace) -> None:
+def _print(listed: list[Listed], args: argparse.Namespace, none: str) -> None:
+    """Print a list; `none` tells a person that it is empty."""
     if getattr(args, "quiet", False):
         lines = [entry.id for entry in listed]
     elif args.json:
         lines = [json.dumps([vars(entry) for entry in listed], indent=1, ensure_ascii=False)]
     else:
         lines = table(listed)
+        if not lines:
+            sys.stderr.write(f"{none}\n")
     if lines:
         _write("\n".join(lines))
 

@@ -77,7 +77,7 @@ def test_what_was_typed_comes_back_while_its_files_are_there() -> None:
 
 
 def test_a_message_says_what_its_files_add() -> None:
-    assert attach.sizes("see @notes.txt") == ["notes.txt · 0.0 kB ≈ 2 tokens"]
+    assert attach.sizes("see @notes.txt") == ["notes.txt · 8 bytes ≈ 2 tokens"]
 
 
 def test_candidates_go_on_from_what_is_typed() -> None:

@@ -104,6 +104,7 @@ def test_the_title_is_how_the_first_question_begins_until_a_person_names_the_cha
     assert chat.title == ""
     chat.ask("Why is\nthe sky blue? " + "Really. " * 20)
     assert chat.title.startswith("Why is the sky blue? Really.")
+    assert titled("See @a.txt\n\na.txt:\n```\nlong\n```") == "See @a.txt"
     assert titled("a\x1b[2J\tb 👩\u200d👧") == "a [2J b 👩\u200d👧"
     assert len(chat.title) <= 60
     chat.title = "Sky"

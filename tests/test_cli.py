@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -289,7 +290,10 @@ def test_a_chat_in_lines(
         (["--once"], EXIT_USAGE, "there is no prompt"),
         (["--once", "hi", "-x", "--json"], EXIT_USAGE, "two ways to print"),
         (["-x"], EXIT_USAGE, "-x need --once"),
-        (["hello"], EXIT_USAGE, "to ask something"),
+        (["hello"], EXIT_USAGE, "To ask something"),
+        (["shwo"], EXIT_USAGE, "no command 'dflash-chat shwo'\n  did you mean show"),
+        (["sessions", "serach", "x"], EXIT_USAGE, "did you mean search"),
+        (["list", "-x"], EXIT_USAGE, "see dflash-chat list --help"),
         (["--max-token", "3"], EXIT_USAGE, "did you mean --max-tokens"),
         (["pull"], EXIT_USAGE, "PAIR"),
         (["pull", "nonsense"], EXIT_UNKNOWN_MODEL, "no pair named"),
@@ -299,7 +303,10 @@ def test_a_chat_in_lines(
         (["--once", "hi", "-m", "gpt-oss"], EXIT_UNKNOWN_MODEL, "cannot be loaded: gpt_oss"),
         (["--once", "hi", "-m", "smollm2@q4_1", "--quant", "bf16"], EXIT_USAGE, "two builds are"),
         (["bench", "--quant", "/"], EXIT_USAGE, "expected the name of a build"),
-        (["bench", "--limit", "-1"], EXIT_USAGE, "--limit"),
+        (["bench", "--limit", "0"], EXIT_USAGE, "--limit must be at least 1"),
+        (["bench", "--widths", "4,x"], EXIT_USAGE, "'4,x': expected e.g. 4,8,16"),
+        (["bench", "--widths", "4,8"], EXIT_USAGE, "--widths needs --random-weights PAIR"),
+        (["bench", "--random-weights", "qwen3-8b", "--limit", "2"], EXIT_USAGE, "--limit does not"),
         (["bench", "--drafter", "int4"], EXIT_USAGE, "invalid choice"),
         (["bench", "--draft-head", "half"], EXIT_USAGE, "fp8, a number of rows, or fp8:rows"),
         (["bench", "--limit", "many"], EXIT_USAGE, "invalid int value"),
@@ -328,6 +335,7 @@ def test_mistakes_are_one_line_a_hint_and_a_code(
     [
         (DiskError("full", hint="delete something"), EXIT_DISK, "full\n  delete something\n"),
         (KeyboardInterrupt(), EXIT_INTERRUPTED, ""),
+        (OSError(errno.ENOSPC, "No space left"), EXIT_DISK, "written: No space left\n  free some"),
         (RuntimeError("odd\nthing"), EXIT_OTHER, "RuntimeError: odd thing\n  set DFLASH_CHAT_LOG"),
     ],
 )
@@ -422,6 +430,7 @@ def test_completion_knows_every_command_flag_and_key(shell: str) -> None:
     [
         ("dflash-chat pu", ["pull"]),
         ("dflash-chat pull smo", ["smollm2-135m"]),
+        ("dflash-chat plan smo", ["smollm2-135m"]),
         ("dflash-chat -m smo", ["smollm2-135m"]),
         ("dflash-chat -o temp", ["temperature="]),
         ("dflash-chat completion z", ["zsh"]),

@@ -96,6 +96,9 @@ def test_show_of_a_named_build_leaves_the_others_out(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "Qwen/Qwen3-8B-FP8@main" in out
     assert "Qwen3-8B-AWQ@" not in out
+    assert "fp8: bytes on disk" in out, "whose fact it is"
+    assert "drafter: licence MIT" in out
+    assert "awq: " not in out
 
 
 def test_show_json_has_all_that_is_known(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from dflash_chat import plain, terminals
 from dflash_chat.chat import Conversation
-from dflash_chat.errors import EXIT_OTHER
+from dflash_chat.errors import EXIT_OTHER, UsageError
 from dflash_chat.keeper import Keeper
 from dflash_chat.plain import LineChat
 from dflash_chat.record import Record
@@ -51,6 +51,8 @@ class Scripted:
 
     def generate(self, request: Generate, cancelled: Callable[[], bool]) -> Iterator[Event]:
         self.asked.append(request)
+        if "too long" in request.messages[-1].content:
+            raise UsageError("the prompt is too long")
         yield Prefill(request.id, 0, 5, 5)
         reason = "stop"
         for word in self.text.split(" "):
@@ -117,6 +119,19 @@ def test_undo_clear_and_quit(chat: LineChat) -> None:
     chat.obey("/clear")
     assert chat.chat.turns == []
     assert chat.obey("/quit")
+
+
+def test_a_message_may_begin_with_a_path(chat: LineChat) -> None:
+    chat.obey("/etc/hosts is for what?")
+
+    assert asked(chat)[-1].messages == (Message("user", "/etc/hosts is for what?"),)
+
+
+def test_a_question_that_is_refused_does_not_spoil_the_next(chat: LineChat) -> None:
+    chat.obey("far too long")
+    chat.obey("Short?")
+
+    assert asked(chat)[-1].messages == (Message("user", "Short?"),)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -91,6 +92,15 @@ def test_a_page_has_parts_choices_and_the_command(capsys: pytest.CaptureFixture[
     assert "Estimates: build: bits, resident_bytes." in page
     command = page.splitlines()[-1]
     assert command == "dflash-chat -m gemma-4-26b-a4b@int4"
+
+
+def test_every_part_that_can_be_seen_has_a_mark_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = " ".join(printed(capsys, "gemma-4-26b-a4b", "--gpu", "RTX 3090").split())
+    marks = re.findall(r"([^\w\s·]) [a-z ]+ \d+\.\d\d", page)
+    assert len(marks) > 8
+    assert len(set(marks)) == len(marks)
 
 
 def test_a_ranking_recommends_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,6 +153,19 @@ def test_what_would_change_the_build_is_said() -> None:
     assert planner.plan(gemma(), gpu=gpu(32)).build.name == "fp8"
 
 
+@pytest.mark.parametrize(
+    ("needed", "free", "words"),
+    [
+        (24.04, 23.4, "needs 24.0 GiB, 23.4 GiB are free"),
+        (23.44, 23.38, "needs 23.44 GiB, 23.38 GiB are free"),
+    ],
+)
+def test_what_is_needed_never_reads_like_what_is_free(
+    needed: float, free: float, words: str
+) -> None:
+    assert reasons.of_free(round(needed * GIB), round(free * GIB)) == words
+
+
 def test_a_build_that_cannot_be_loaded_is_named_and_never_taken() -> None:
     made = planner.plan(gemma(), gpu=gpu(24))
     assert made.build.name == "int4"

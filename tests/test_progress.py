@@ -53,7 +53,13 @@ def test_what_an_interrupt_keeps() -> None:
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0 kB"), (1_500, "2 kB"), (93_000_000, "93 MB"), (16_912_000_000, "16.9 GB")],
+    [
+        (0, "0 kB"),
+        (11, "11 bytes"),
+        (1_500, "2 kB"),
+        (93_000_000, "93 MB"),
+        (16_912_000_000, "16.9 GB"),
+    ],
 )
 def test_sizes_for_people(count: int, words: str) -> None:
     assert size(count) == words

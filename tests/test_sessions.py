@@ -44,8 +44,13 @@ def test_chats_are_listed(saved: Conversation, capsys: pytest.CaptureFixture[str
     assert entry["turns"] == 7
 
 
-def test_without_chats_nothing_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert out(capsys) == out(capsys, "-q") == ""
+def test_without_chats_nothing_is_listed_and_a_person_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["sessions"]) == EXIT_OK
+    assert capsys.readouterr() == ("", "there are no saved chats yet\n")
+    assert cli.main(["sessions", "-q"]) == EXIT_OK
+    assert capsys.readouterr() == ("", "")
     assert json.loads(out(capsys, "--json")) == []
 
 
@@ -110,8 +115,8 @@ def test_chats_are_removed_when_it_is_meant(
         (["export", "0", "--format", "pdf"], EXIT_USAGE, "invalid choice: 'pdf'"),
         (["rm", "zzz", "--yes"], EXIT_UNKNOWN_MODEL, "there is no chat 'zzz'"),
         (["import", "/no/such/file"], EXIT_OTHER, "/no/such/file cannot be read: No such file"),
-        (["import", "README.md"], EXIT_OTHER, "README.md: the file cannot be imported: it is not"),
-        (["serach", "x"], EXIT_USAGE, "invalid choice: 'serach'"),
+        (["import", "README.md"], EXIT_OTHER, "README.md: the file is no exported chat: it is not"),
+        (["serach", "x"], EXIT_USAGE, "did you mean search?"),
         (["ls", "--jsn"], EXIT_USAGE, "unknown argument '--jsn'"),
     ],
 )

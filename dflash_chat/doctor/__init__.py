@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 from dflash_chat import __version__, gpu, hub
 from dflash_chat.doctor import account, cards, compute, machine, terminal, weights
-from dflash_chat.doctor.line import Line, State, fail
+from dflash_chat.doctor.line import Line, State, fail, skipped
 from dflash_chat.errors import EXIT_OK, EXIT_OTHER, UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def run(as_json: bool) -> int:
     """Print every line, or one JSON object; the exit code is 1 if a line fails, else 0."""
     lines = []
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-    for line in examine():
+    for line in told_once(examine()):
         lines.append(line)
         if not as_json:
             sys.stdout.write(in_words(line, columns))
@@ -45,6 +45,7 @@ def examine() -> Iterator[Line]:
         yield from _checked("python", machine.python)
         yield from _checked("packages", machine.packages)
         yield from _checked("config", machine.catalogue)
+        yield from _checked("settings", machine.settings)
         yield from _checked("terminal", lambda: terminal.lines(os.environ))
         yield from _checked("disk", _disks)
         yield from _checked("pair", weights.complete)
@@ -58,6 +59,18 @@ def examine() -> Iterator[Line]:
 def _disks() -> Iterator[Line]:
     yield from machine.disk("hub cache", weights.hub_cache(), "HF_HOME")
     yield from machine.disk("own cache", hub.cache_dir(), "DFLASH_CHAT_CACHE")
+
+
+def told_once(lines: Iterable[Line]) -> Iterator[Line]:
+    """A cause that several checks run into fails once: the later ones could not look."""
+    causes = set()
+    for line in lines:
+        if line.state is State.FAIL and line.text in causes:
+            yield skipped(line.check, "cannot be looked at before that is mended")
+            continue
+        if line.state is State.FAIL:
+            causes.add(line.text)
+        yield line
 
 
 def _checked(check: str, lines: Callable[[], Iterable[Line]]) -> list[Line]:

@@ -1,4 +1,4 @@
-"""Python, packages, the person's own catalogue, and room on the disks that are written to."""
+"""Python, packages, the person's own catalogue and settings, and room on the disks in use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from dflash_chat import pairs
+from dflash_chat import config, pairs
 from dflash_chat.doctor.line import Line, fail, ok, skipped, warn
 from dflash_chat.errors import UserError
 from dflash_chat.progress import size
@@ -77,6 +77,20 @@ def catalogue() -> list[Line]:
         return [fail("config", error.message, f"correct {path}{hint}")]
     own = f"with your own in {path}" if path.exists() else f"none of your own ({path})"
     return [ok("config", f"{len(known)} pairs, {own}")]
+
+
+def settings() -> list[Line]:
+    """Whether the person's own config.toml can be read: with a mistake in it no chat opens."""
+    from dflash_chat.ui.actions import usual_keys
+    from dflash_chat.ui.completion import themes
+
+    path = config.config_file()
+    try:
+        config.load(path, usual_keys(), themes())
+    except UserError as error:
+        return [fail("settings", error.message, error.hint or f"correct {path}")]
+    own = f"your own in {path}" if path.exists() else f"none of your own ({path})"
+    return [ok("settings", f"keys and colours, {own}")]
 
 
 def disk(check: str, folder: Path, variable: str) -> list[Line]:

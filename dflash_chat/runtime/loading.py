@@ -7,6 +7,7 @@ knows neither chats nor text beyond the tokenizer it hands on.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -66,6 +67,7 @@ def load(installed: Installed, options: EngineOptions, progress: ReportProgress)
     options = fitting.planned(installed, options, card, dtype)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
     if options.threads:
+        refuse_more_than_cores(options.threads)
         torch.set_num_threads(options.threads)
     progress(Progress("reading the target", 0, 0))
     with torch.inference_mode(), _opened(installed, options, device) as opened:
@@ -86,6 +88,15 @@ def load(installed: Installed, options: EngineOptions, progress: ReportProgress)
     info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
     keep = partial(fitting.keep_survival, installed, engine, options)
     return Loaded(engine, opened.tokenizer, info, what_fits, keep)
+
+
+def refuse_more_than_cores(threads: int) -> None:
+    """Threads that share a core wait for each other in every small operator: seconds a token."""
+    cores = os.cpu_count() or threads
+    if threads > cores:
+        raise UsageError(
+            f"this machine has {cores} cores for {threads} threads", f"at most -o threads={cores}"
+        )
 
 
 def _placement(options: EngineOptions) -> tuple[torch.device, torch.dtype]:

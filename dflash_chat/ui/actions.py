@@ -144,6 +144,11 @@ def in_scope(scope: str) -> Iterable[Action]:
     return (action for action in ACTIONS if action.scope == scope and action.keys)
 
 
+def usual_keys() -> Keymap:
+    """The keys of every action that has some, while nobody sets others."""
+    return {action.id: action.keys for action in ACTIONS if action.keys}
+
+
 def keys_of(action: Action, keymap: Keymap) -> str:
     """The keys that do it now."""
     return keymap.get(action.id, action.keys)

@@ -7,7 +7,8 @@ import codecs
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from textual.screen import Screen
 
 from dflash_chat.chat import Conversation
 from dflash_chat.config import Config
+from dflash_chat.errors import UserError
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import EngineOptions, Load, SamplingParams
 from dflash_chat.runtime.client import EngineClient
@@ -133,6 +135,22 @@ class ChatApp(App[None], inherit_bindings=False):
         await self._chat.gates.close()
         await self._chat.pull.close()
         await self._client.close()
+
+    @contextlib.contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Lend the terminal to another program. Textual's own way does not take it back if
+        something is raised meanwhile; and Ctrl+C is that program's, not the end of the chat."""
+        failed: OSError | UserError | None = None
+        with super().suspend():
+            before = signal.signal(signal.SIGINT, lambda *_: None)
+            try:
+                yield
+            except (OSError, UserError) as error:
+                failed = error
+            finally:
+                signal.signal(signal.SIGINT, before)
+        if failed:
+            raise failed
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: what the chat can do, then Textual's own commands."""

@@ -303,6 +303,8 @@ class ChatScreen(SavedActions, SettingActions, ViewActions, ModelActions):
             self.notify("This terminal cannot be lent to an editor")
         except UserError as error:
             self.notify(f"{error.message} {error.hint}".strip(), markup=False)
+        except OSError as error:
+            self.notify(f"No editor was opened: {error.strerror}", markup=False)
         else:
             if text != prompt.unfolded(prompt.text):
                 prompt.put(text)

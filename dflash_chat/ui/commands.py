@@ -17,9 +17,14 @@ class Command:
     argument: str
 
 
+def is_command(line: str) -> bool:
+    """Whether a line asks for something; one that begins with a path or `//` is a message."""
+    return line.startswith("/") and "/" not in line.split(None, 1)[0][1:]
+
+
 def parse(line: str) -> Command | None:
     """The command in `line`, None if it is an ordinary message. Raises UsageError with a hint."""
-    if not line.startswith("/") or line.startswith("//"):
+    if not is_command(line):
         return None
     name, argument = ([*line.split(None, 1), ""])[:2]
     name, argument = name.lower(), argument.strip()

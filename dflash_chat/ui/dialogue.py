@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dflash_chat.chat import COMPLETE, FAILED, STOPPED, Conversation, Turn
-from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK
+from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_OK, EXIT_USAGE
 from dflash_chat.figures import numbers_words
 from dflash_chat.keeper import Keeper
 from dflash_chat.record import ELSEWHERE, Record
@@ -176,7 +176,19 @@ class Dialogue:
                 self._close_answer("failed · " + event.message, FAILED)
                 self.retry_after = self._asked
                 details = tuple(event.trace.splitlines()[-6:])
-                self.show(Card("The engine could not answer", _sentences(event), details, "error"))
+                body = _sentences(event)
+                if event.exit_code == EXIT_USAGE and self._leave_out(self._asked):
+                    body += "\nThe chat goes on without it."
+                self.show(Card("The engine could not answer", body, details, "error"))
+
+    def _leave_out(self, asked: UserTurn | None) -> bool:
+        """A question that was refused stays on screen and in the tree, but not on the path: the
+        next one would be refused with it. False if an answer hangs on it."""
+        if asked is None or asked.turn is None or self.chat.last is not asked.turn:
+            return False
+        self.chat.retract_question()
+        self.record.changed()
+        return True
 
     def _close_answer(self, words: str, state: str, finished: Finished | None = None) -> None:
         """The answer being written is complete, as far as it came."""

@@ -32,7 +32,8 @@ def command() -> list[str]:
 
 
 def edit(text: str) -> str:
-    """What `text` became. Raises UserError if the editor did not end well or left no text."""
+    """What `text` became. Raises UserError if the editor did not end well or left no text, OSError
+    if there is no room for it."""
     words = command()
     with tempfile.TemporaryDirectory(prefix="dflash-chat-") as folder:
         path = Path(folder) / "message.md"

@@ -43,6 +43,7 @@ class HelpScreen(ClosesOnce, ModalScreen[None]):
         """Four lists."""
         with VerticalScroll(id="help") as box:
             box.border_title = "Help"
+            box.border_subtitle = "PageDown more · Esc close"
             yield Static()
 
     def on_resize(self) -> None:

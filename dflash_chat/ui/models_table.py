@@ -187,7 +187,7 @@ def _gate_lines(entry: Entry, since: str) -> list[str]:
     """The hub's answers, and the next step."""
     answers = entry.answers or []
     shut = [answer for answer in answers if answer.state not in READABLE]
-    lines = [f"! {answer.message}" for answer in shut]
+    lines = [f"! {message}" for message in dict.fromkeys(answer.message for answer in shut)]
     lines += [f"  {hint}" for hint in dict.fromkeys(answer.hint for answer in shut) if hint]
     if gate.waits(answers):
         lines.append("  asked again every 5 s · o opens the page, c copies its address, l logs in")

@@ -26,7 +26,7 @@ from dflash_chat.ui.answer import AnswerTurn
 
 SHOWN_CHARS = 8000
 WELCOME = """\
-Type a message and press Enter; it goes out as soon as the engine is ready.
+Type a message and press Enter; while the engine loads, it waits.
 Esc stops an answer and keeps what came. F1 lists keys and commands."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from textual.screen import Screen
 
 from dflash_chat import attach
+from dflash_chat.errors import UsageError
 from dflash_chat.fenced import code_blocks
 from dflash_chat.store import StoreError
 from dflash_chat.ui import clipboard
@@ -71,12 +72,14 @@ class TurnActions(Screen[None]):
             self.copy_text(turn.turn.content, what)
 
     def action_copy_answer(self, argument: str = "") -> None:
-        """Copy the last answer, or its last code block."""
+        """Copy the last answer, or its last code block. Raises UsageError for another part."""
         answer = self.last_answer
         if answer is None:
             self.notify("There is no answer yet")
         elif argument == "code":
             self._copy_block(answer, -1)
+        elif argument:
+            raise UsageError(f"/copy knows no {argument!r}.", "Type /copy or /copy code")
         else:
             self.copy_text(answer.turn.content, "the answer")
 

@@ -17,8 +17,8 @@ from dflash_chat.doctor.line import Line, State, fail, ok, skipped, warn
 from dflash_chat.errors import EXIT_OK, EXIT_OTHER
 
 CHECKS = [
-    "python", "packages", "config", "terminal", "hub cache", "own cache", "pair", "leftovers",
-    "token", "access", "driver", "torch", "kernels", "attention",
+    "python", "packages", "config", "settings", "terminal", "hub cache", "own cache", "pair",
+    "leftovers", "token", "access", "driver", "torch", "kernels", "attention",
 ]  # fmt: skip
 
 
@@ -114,6 +114,13 @@ def test_one_object_for_scripts(given: list[Line], capsys: pytest.CaptureFixture
             {"check": "b", "state": "fail", "text": "broken", "fix": "do that"},
         ],
     }
+
+
+def test_one_cause_fails_once(given: list[Line], capsys: pytest.CaptureFixture[str]) -> None:
+    given += [fail("a", "no TOML", "mend it"), fail("b", "no TOML", "x"), fail("c", "other", "y")]
+    cli.main(["doctor", "--json"])
+    states = [line["state"] for line in json.loads(capsys.readouterr().out)["lines"]]
+    assert states == ["fail", "skipped", "fail"]
 
 
 def test_a_check_that_breaks_hides_no_other(

@@ -75,6 +75,18 @@ def test_a_catalogue_of_ones_own_with_a_mistake(own_folders: Path, text: str) ->
     assert line.fix.startswith(f"correct {path}")
 
 
+def test_settings_of_ones_own(own_folders: Path) -> None:
+    (line,) = machine.settings()
+    assert (line.state, "none of your own" in line.text) == (State.OK, True)
+    path = own_folders / "config" / "dflash-chat" / "config.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text('[keys]\nhelpp = "f7"\n')
+    (line,) = machine.settings()
+    assert line.state is State.FAIL
+    assert f"{path}: there is no action 'helpp'" in line.text
+    assert "help" in line.fix
+
+
 @pytest.mark.parametrize(
     ("free", "state"), [(300 * GB, State.OK), (3 * GB, State.WARN), (GB // 10, State.FAIL)]
 )

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dflash_chat.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
+from dflash_chat.errors import EXIT_DOES_NOT_FIT, DoesNotFitError, UsageError
 from dflash_chat.runtime.api import (
     Event,
     Finished,
@@ -19,6 +19,7 @@ from dflash_chat.runtime.api import (
     Tokens,
 )
 from dflash_chat.runtime.engine import Engine
+from dflash_chat.runtime.loading import refuse_more_than_cores
 from dflash_chat.runtime.session import Session
 from tests.runtime import tiny
 
@@ -205,3 +206,10 @@ def test_another_error_stays_what_it_is() -> None:
     session.engine.target.forward = bug  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shapes"):
         answer(session)
+
+
+def test_more_threads_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    refuse_more_than_cores(4)
+    with pytest.raises(UsageError, match="4 cores for 5 threads"):
+        refuse_more_than_cores(5)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import nullcontext
+import errno
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+from textual.app import App
 from textual.command import CommandPalette
 from textual.widgets import OptionList
 
@@ -373,12 +377,12 @@ async def files(chat: Chat) -> None:
     await chat.type("/file notes.txt")
     assert prompt(chat).text == "@notes.txt "
     chat.screen.show_numbers()
-    assert "includes notes.txt · 0.0 kB ≈ 4 tokens" in chat.shown("#hint")
+    assert "includes notes.txt · 17 bytes ≈ 4 tokens" in chat.shown("#hint")
     await chat.pilot.press("?", "enter")
     await chat.settle()
     assert "remember the milk" in chat.client.asked[-1].messages[-1].content
     assert "remember the milk" not in chat.text
-    assert "notes.txt · 0.0 kB" in chat.text
+    assert "notes.txt · 17 bytes" in chat.text
     chat.client.answer("Yes.")
     await chat.settle()
     await chat.type("/export chat.md")
@@ -554,10 +558,28 @@ async def test_an_editor_that_fails_leaves_the_text(
     prompt(chat).put("keep me")
     await press(chat, "editor")  # headless: cannot be suspended
     assert prompt(chat).text == "keep me"
-    monkeypatch.setattr(chat.app, "suspend", nullcontext)
+    came_back: list[object] = []
+
+    @contextmanager
+    def lent(app: App[object]) -> Iterator[None]:
+        """As Textual lends the terminal: what is raised meanwhile is the end of it."""
+        yield
+        came_back.append(app)
+
+    monkeypatch.setattr(App, "suspend", lent)
     monkeypatch.setenv("VISUAL", "false")
     await press(chat, "editor")
     assert prompt(chat).text == "keep me"
+    assert came_back == [chat.app]
+
+    def full(text: str) -> str:
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl+C reaches everybody at the terminal
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(editor, "edit", full)
+    await press(chat, "editor")
+    assert prompt(chat).text == "keep me"
+    assert came_back == [chat.app, chat.app]
 
 
 def test_an_editor_gets_and_gives_back_the_text(

@@ -10,7 +10,7 @@ from textual.geometry import Offset
 from textual.pilot import Pilot
 from textual.selection import SELECT_ALL, Selection
 
-from dflash_chat.errors import EXIT_ENGINE_CRASHED
+from dflash_chat.errors import EXIT_ENGINE_CRASHED, EXIT_USAGE
 from dflash_chat.keeper import Keeper
 from dflash_chat.runtime.api import (
     EngineOptions,
@@ -368,6 +368,25 @@ async def test_a_failed_answer_shows_why_and_can_be_retried(loaded: Chat) -> Non
     assert loaded.client.asked[-1] == Generate(2, (Message("user", "One?"),))
 
 
+async def test_a_question_that_is_refused_does_not_spoil_the_next(loaded: Chat) -> None:
+    await loaded.type("One?")
+    loaded.client.answer("Yes.")
+    await loaded.settle()
+    await loaded.type("far too long")
+    loaded.client.emit(Failed(2, "The prompt is too long.", "Shorten it.", EXIT_USAGE))
+    await loaded.settle()
+    assert "The chat goes on without it." in loaded.text
+
+    said = (Message("user", "One?"), Message("assistant", "Yes."))
+    await loaded.type("Two?")
+    assert loaded.client.asked[-1].messages == (*said, Message("user", "Two?"))
+    loaded.client.answer("No.")
+    await loaded.settle()
+    loaded.screen.edit_question(loaded.screen.dialogue.questions[1])
+    await loaded.type("short")
+    assert loaded.client.asked[-1].messages == (*said, Message("user", "short"))
+
+
 # ── keys ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -555,16 +574,26 @@ async def test_set_command_changes_the_next_answer(loaded: Chat) -> None:
         ("/theme darkish", "did you mean"),
         ("/file nowhere.txt", "There is no file nowhere.txt."),
         ("/clear now", "/clear takes nothing behind it."),
+        ("/copy that", "Type /copy or /copy code"),
         ("/set temperature", "/set needs a key and a value."),
         ("/set warmth=1", "there is no option"),
         ("/set device=cuda", "fixed while a pair is loaded"),
     ],
 )
 async def test_what_is_not_understood_gets_a_hint(loaded: Chat, line: str, words: str) -> None:
+    await loaded.type("One?")
+    loaded.client.answer("Yes.")
+    await loaded.settle()
     await loaded.type(line)
 
     assert words in loaded.text
-    assert loaded.client.asked == []
+    assert len(loaded.client.asked) == 1
+
+
+async def test_a_message_may_begin_with_a_path(loaded: Chat) -> None:
+    await loaded.type("/etc/hosts is for what?")
+
+    assert loaded.client.asked[-1].messages == (Message("user", "/etc/hosts is for what?"),)
 
 
 async def test_quit_command_quits() -> None:

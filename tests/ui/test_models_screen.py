@@ -13,12 +13,20 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import Input
 
-from dflash_chat import gpu, hub, pairs
+from dflash_chat import gpu, hub, listing, pairs
 from dflash_chat.access import Access, State
 from dflash_chat.gpu import Gpu, Survey
 from dflash_chat.progress import Step
 from dflash_chat.runtime.api import EngineOptions, Load
-from dflash_chat.ui import browser, clipboard, fetching, gate, models_screen, watching
+from dflash_chat.ui import (
+    browser,
+    clipboard,
+    fetching,
+    gate,
+    models_screen,
+    models_table,
+    watching,
+)
 from dflash_chat.ui.fetching import Pull
 from dflash_chat.ui.models_screen import ModelsScreen
 from dflash_chat.ui.plan_screen import PlanScreen
@@ -404,6 +412,15 @@ async def test_the_hub_is_waited_for_only_so_long(server: Hub) -> None:
     assert answer.state is State.UNREACHABLE
     assert gate.word([answer]) == "? unreachable"
     assert not gate.waits([answer])
+
+
+def test_what_both_repositories_answer_is_said_once(own_folders: Path) -> None:
+    pair = pairs.find("qwen3-8b")
+    row = next(row for row in listing.rows([pair]) if row["name"] == pair.name)
+    lost = Access(State.UNREACHABLE, "the hub cannot be reached", "check the network")
+    entry = models_table.Entry(pair, row, None, [lost, lost])
+    _, *lines = models_table.about(entry, False, False, "")
+    assert lines == ["! the hub cannot be reached", "  check the network"]
 
 
 def test_another_pair_is_loaded_on_the_same_device_and_looks_up_as_before() -> None:

@@ -75,12 +75,12 @@ class KVCache:
         self._reached = max(self._reached, end)
         return end
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, k: Tensor, v: Tensor, shown: int = 0) -> tuple[Tensor, Tensor]:
         """Put a block's rows behind the committed ones and return what its rows may see.
 
         k, v: [G, T, D]. Returns two [G, min(length+T, slots), D] views in slot order, which is the
-        order of positions until a ring wraps; `mask` says what each row may see of them. All layers
-        of one forward must write the same T.
+        order of positions until a ring wraps, or of the first `shown` slots; `mask` says what each
+        row may see of the former. All layers of one forward must write the same T.
         """
         rows = k.shape[1]
         end = self.reserve(rows)
@@ -93,7 +93,7 @@ class KVCache:
         if before < rows:
             keys[:, : rows - before] = k[:, before:]
             values[:, : rows - before] = v[:, before:]
-        seen = min(end, slots)
+        seen = shown or min(end, slots)
         return keys[:, :seen], values[:, :seen]
 
     def mask(self, rows: int, window: int, causal: bool, share: int) -> Tensor | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -285,18 +286,23 @@ class Engine:
         self.log.clear()
 
     def _prefill(self, prompt: Sequence[int]) -> Generator[Prefilled, None, Tensor]:
-        """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C]."""
+        """Reuse the longest common prefix, read the rest in chunks; returns the last row [1, C].
+
+        On a CPU the last row is always read alone. Who asks the same again reads only that, and
+        gets the same answer, bit for bit.
+        """
         cached = self._reuse(prompt)
         hidden = torch.empty(0)
         yield Prefilled(cached, cached, len(prompt))
-        chunk = self.cache.largest_block
-        for begin in range(cached, len(prompt), chunk):
-            ids = list(prompt[begin : begin + chunk])
+        chunked = len(prompt) - (self.cache.device.type == "cpu")
+        ends = [*range(cached, chunked, self.cache.largest_block), chunked, len(prompt)]
+        for begin, end in pairwise(dict.fromkeys(ends)):
+            ids = list(prompt[begin:end])
             hidden, features = self.target.forward(self._tensor(ids), self.cache, self.taps)
             self._commit(ids, features)
             if self.drafter is not None:
                 self.drafter.flush()
-            yield Prefilled(cached, begin + len(ids), len(prompt))
+            yield Prefilled(cached, end, len(prompt))
         return hidden[-1:]
 
     def reusable(self, prompt: Sequence[int]) -> int:

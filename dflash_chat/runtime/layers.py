@@ -16,6 +16,10 @@ from torch import Tensor
 from dflash_chat.runtime import kernels
 from dflash_chat.runtime.cache import Geometry, KVCache
 from dflash_chat.runtime.quant import Experts
+from dflash_chat.runtime.width import MAX_ROWS
+
+GRAIN = 64  # slots that a CPU's attention is shown at a time
+QUERIES = 4  # that it is given at a time
 
 
 class RMSNorm:
@@ -111,37 +115,59 @@ def attention(
 
     The query heads of a group are stacked as rows of that group's kv head, so that keys and values
     are read once and never repeated. `mask` is `KVCache.mask`'s; `scale` None is 1/√D.
+
+    On a CPU a small stack is filled up to whole `QUERIES`: torch has another order of sums for the
+    one to three that may be left over.
     """
     rows, heads, dim = q.shape
     groups = k.shape[0]
     share = heads // groups
-    if rows == 1:  # the same without a transpose
-        one = F.scaled_dot_product_attention(
-            q.view(1, groups, share, dim), k[None], v[None], mask, scale=scale
-        )
-        return one.reshape(1, heads * dim)
-    packed = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
-    out = F.scaled_dot_product_attention(
-        packed.reshape(1, groups, share * rows, dim), k[None], v[None], mask, scale=scale
-    )
-    out = out.view(groups, share, rows, dim).permute(2, 0, 1, 3)  # [T, G, H/G, D]
+    if rows == 1:
+        queries = q.view(groups, share, dim)
+    else:
+        queries = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
+        queries = queries.reshape(groups, share * rows, dim)
+    missing = -share * rows % QUERIES if q.device.type == "cpu" and rows <= MAX_ROWS else 0
+    if missing:
+        queries = F.pad(queries, (0, 0, 0, missing))
+        if mask is not None and len(mask) > 1:
+            mask = F.pad(mask, (0, 0, 0, missing))
+    out = F.scaled_dot_product_attention(queries[None], k[None], v[None], mask, scale=scale)[0]
+    if missing:
+        out = out[:, : share * rows]
+    if rows > 1:
+        out = out.view(groups, share, rows, dim).permute(2, 0, 1, 3)  # [T, G, H/G, D]
     return out.reshape(rows, heads * dim)
+
+
+class Span(NamedTuple):
+    """Rows [first, last) of a block, the slots they are shown and what they may not see of them."""
+
+    first: int
+    last: int
+    shown: int
+    mask: Tensor | None
 
 
 class Causal:
     """Causal attention of one block in layer after layer, whatever their windows.
 
-    Our kernel for a prompt where it serves, else torch's with a mask per kind of layer.
+    Our kernel for a prompt where it serves, else torch's with a mask per kind of layer. Torch's
+    sums on a CPU hang on how many slots it is shown. So there a row of a verify block is shown
+    whole grains up to its own, and computes what it would alone, whatever stands behind it.
     """
 
     def __init__(self, cache: KVCache, rows: int, heads: int, scale: float | None = None) -> None:
         self.cache, self.rows, self.heads, self.scale = cache, rows, heads, scale
-        self._masks: dict[Geometry, Tensor | None] = {}
+        self._spans: dict[Geometry, list[Span]] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [T, H, D]; k, v: [T, G, D], which go to the cache; returns [T, H·D]."""
         cache, geometry = self.cache, self.cache.geometries[layer]
-        keys, values = cache.write(layer, k.transpose(0, 1), v.transpose(0, 1))
+        spans = self._spans.get(geometry)
+        if spans is None:
+            spans = self._spans[geometry] = self._cut(geometry)
+        keys, values = cache.write(layer, k.transpose(0, 1), v.transpose(0, 1), spans[-1].shown)
         if kernels.serve(q.device, q.dtype):
             from dflash_chat.runtime.kernels import prefill
 
@@ -151,10 +177,37 @@ class Causal:
                     q.contiguous(), cache.keys[layer], cache.values[layer], cache.length,
                     window=geometry.window, scale=scale,
                 )  # fmt: skip
-        if geometry not in self._masks:
-            share = self.heads // geometry.kv_heads
-            self._masks[geometry] = cache.mask(self.rows, geometry.window, True, share)
-        return attention(q, keys, values, self._masks[geometry], self.scale)
+        if len(spans) == 1:
+            return attention(q, keys, values, spans[0].mask, self.scale)
+        parts = [
+            attention(q[first:last], keys[:, :shown], values[:, :shown], mask, self.scale)
+            for first, last, shown, mask in spans
+        ]
+        return torch.cat(parts)
+
+    def _cut(self, geometry: Geometry) -> list[Span]:
+        """The block in one span, or where grains end."""
+        cache, window, share = self.cache, geometry.window, self.heads // geometry.kv_heads
+        begin, end, slots = cache.length, cache.length + self.rows, cache.slots(geometry.window)
+        if cache.device.type != "cpu" or self.rows > MAX_ROWS or end > slots:  # a ring is full
+            mask = cache.mask(self.rows, window, True, share)
+            return [Span(0, self.rows, min(end, slots), mask)]
+        spans: list[Span] = []
+        while (done := spans[-1].last if spans else 0) < self.rows:
+            shown = (begin + done) // GRAIN * GRAIN + GRAIN
+            last = min(self.rows, shown - begin)
+            shown = min(shown, slots)
+            slot = torch.arange(shown, device=cache.device)
+            position = torch.arange(begin + done, begin + last, device=cache.device)[:, None]
+            hidden = slot > position
+            if window:
+                hidden = hidden | (slot <= position - window)
+            mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device)
+            mask = mask.masked_fill_(hidden, float("-inf"))
+            spans.append(
+                Span(done, last, shown, mask if last - done == 1 else mask.repeat(share, 1))
+            )
+        return spans
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_a_stopped_answer_goes_on_as_if_it_had_not_been_stopped(
 ) -> None:
     whole, _ = answer(session(), params, draft=draft)
     loaded = session()
-    for events in (3, 6):
+    for events in (4, 7):
         part, stopped = answer(loaded, params, cancelled=after(events), draft=draft)
         assert stopped.reason == "cancelled"
         left = params.max_tokens - stopped.usage.completion

@@ -111,6 +111,8 @@ def test_answers_are_identical_with_and_without_drafting(
     dtype: str, prompt: str, temperature: float, request: pytest.FixtureRequest
 ) -> None:
     """In bf16, too: a row computes the same bits whatever stands behind it."""
+    if dtype == "quick" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("what AMX adds up in which order is not known")
     session: Session = request.getfixturevalue(dtype)
     params = SamplingParams(max_tokens=48, temperature=temperature, seed=3)
     drafted, with_draft, _ = _answer(session, _ask(prompt), params=params)

@@ -164,19 +164,21 @@ class Causal:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [T, H, D]; k, v: [T, G, D], which go to the cache; returns [T, H·D]."""
         cache, geometry = self.cache, self.cache.geometries[layer]
-        spans = self._spans.get(geometry)
-        if spans is None:
-            spans = self._spans[geometry] = self._cut(geometry)
-        keys, values = cache.write(layer, k.transpose(0, 1), v.transpose(0, 1), spans[-1].shown)
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
         if kernels.serve(q.device, q.dtype):
             from dflash_chat.runtime.kernels import prefill
 
             if self.rows >= prefill.MIN_ROWS and geometry.head_dim in prefill.CONFIGS:
+                cache.write(layer, k, v)
                 scale = geometry.head_dim**-0.5 if self.scale is None else self.scale
                 return prefill.chunk_attention(
                     q.contiguous(), cache.keys[layer], cache.values[layer], cache.length,
                     window=geometry.window, scale=scale,
                 )  # fmt: skip
+        spans = self._spans.get(geometry)
+        if spans is None:
+            spans = self._spans[geometry] = self._cut(geometry)
+        keys, values = cache.write(layer, k, v, spans[-1].shown)
         if len(spans) == 1:
             return attention(q, keys, values, spans[0].mask, self.scale)
         parts = [

@@ -13,7 +13,7 @@ from dflash_chat.store import Store, UnknownChatError
 from tests.ui.terminal import Terminal
 from tests.ui.test_kill import engines_of
 
-COMMAND = [sys.executable, "-m", "dflash_chat", "-o", "temperature=0", "--max-tokens", "400"]
+COMMAND = [sys.executable, "-m", "dflash_chat", "-o", "temperature=0", "--max-tokens", "1200"]
 STORY = "Tell me a long story about a lighthouse."
 NUMBERS = "Write the numbers from 1 to 300, one to a line."
 

@@ -118,7 +118,7 @@ class Experts:
             x, [attended], [p.mlp_input_norm, m.input_norm], p.eps, routed_by, pdl=pdl
         )
         choice = None
-        if len(x) == 1 and moe.chooses(self.gate_up):
+        if len(x) == 1:
             routing = router.unmade(1, len(m.proj), m.top_k, x.device)
             choice = moe.Choice(logits, m.per_expert_scale)
         else:

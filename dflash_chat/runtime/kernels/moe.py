@@ -6,7 +6,7 @@
     down weights [C, D], [E, C, I]
     dense_act [T, D], expert_act [min(E, k·T), T, I]: expert `routing.experts[i]` at i, written
     where a row goes to that expert
-    dense partials fp32 [S, T, C] to be summed, expert partials fp32 [k, T, C] by rank, unweighted
+    dense partials fp32 [S, T, C] to be summed, experts' outputs bf16 [k, T, C] by rank, unweighted
 
 Bound by the bytes of the weights of the experts that any row chose. A CTA multiplies one tile of
 output channels of one expert with all rows, padded to 16 for the tensor cores: nothing is gathered,
@@ -126,7 +126,7 @@ def _gate_up_kernel(
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    E: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     DENSE_TILES: tl.constexpr = (D + BN - 1) // BN
     TILES: tl.constexpr = (I + BN - 1) // BN
@@ -150,7 +150,7 @@ def _gate_up_kernel(
         i = (tile - DENSE_TILES) // TILES
         first = (tile - DENSE_TILES) % TILES * BN
         if logits_ptr is not None:
-            expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP)
+            expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
             if first == 0:
                 tl.store(experts_ptr + i, expert)
                 tl.store(slots_ptr + i, expert)
@@ -219,14 +219,8 @@ def _down_kernel(
                 C, I, I, FORMAT, ZERO, ROWS, BN, BK, STAGES,
             )  # fmt: skip
             out = routed_ptr + (rank * T + row)[:, None] * C + column[None, :]
+            acc = acc.to(routed_ptr.dtype.element_ty)
             tl.store(out, acc, mask=taken[:, None] & (column[None, :] < C))
-
-
-def chooses(experts_w: MoeWeight) -> bool:
-    """Whether gate_up finds a row's experts sooner than a launch of the router's would: with two
-    warps a program compares too slowly.
-    """
-    return CONFIGS["gate_up", experts_w.format].warps >= 4
 
 
 def gate_up(
@@ -261,7 +255,7 @@ def gate_up(
         h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing,
         *(choice or (None, None)), dense_act, expert_act, rows, C=width, D=dense, I=inner,
         **_constants(rows, dense_w, experts_w, routing, config),
-        E=experts_w.shape[0], PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
+        E=experts_w.shape[0], WARPS=config.warps, PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
 
@@ -276,7 +270,7 @@ def down(
     config: MoeConfig | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 [⌈D/I⌉, T, C], whose sum is the dense MLP's output, and fp32 [k, T, C] by rank."""
+    """fp32 [⌈D/I⌉, T, C], whose sum is the dense MLP's output, and bf16 [k, T, C] by rank."""
     places, rows, inner = expert_act.shape
     dense, width = dense_act.shape[1], dense_w.shape[0]
     assert dense_act.is_contiguous(), f"dense_act {dense_act.stride()}"
@@ -288,7 +282,7 @@ def down(
     splits, top_k = triton.cdiv(dense, inner), routing.slots.shape[1]
     device = dense_act.device
     dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
-    routed = torch.empty(top_k, rows, width, dtype=torch.float32, device=device)
+    routed = torch.empty(top_k, rows, width, dtype=expert_act.dtype, device=device)
     tiles = (splits + places) * triton.cdiv(width, config.bn)
     _down_kernel[(tiles,)](
         dense_act, *dense_w.operands(), expert_act, *experts_w.operands(), *routing[:3], dense_out,

@@ -106,6 +106,18 @@ def _sum(values_ptr, weights_ptr, t, T, c, inside, PARTS: tl.constexpr, C: tl.co
 
 
 @triton.jit
+def _rows(w_ptr, n, c, inside, C: tl.constexpr):
+    """Rows n of a [·, C] weight: [BN, BLOCK]."""
+    return tl.load(w_ptr + n[:, None] * C + c[None, :], mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _product(w, h):
+    """w [BN, BLOCK] · h [BLOCK]."""
+    return tl.sum(w.to(tl.float32) * h.to(tl.float32)[None, :], axis=1)
+
+
+@triton.jit
 def _write(out_ptr, unit, weight, t, c, inside, C: tl.constexpr):
     if out_ptr is not None:
         out = (unit * weight).to(out_ptr.dtype.element_ty)
@@ -119,9 +131,9 @@ def _residual_kernel(
     new_ptr, tap_ptr, stride_tap, w0_ptr, out0_ptr, w1_ptr, out1_ptr, w2_ptr, out2_ptr,
     router_norm_ptr, proj_ptr, told_ptr, logits_ptr, E, T, eps,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row, and BN of its router's logits. With `ids_ptr` the row of x is looked up and scaled.
+    """One row, and GROUPS times BN of its router's logits. With `ids_ptr` the row of x is looked up and scaled.
     A, B: parts of the branches.
     """
     t = tl.program_id(0)
@@ -129,8 +141,10 @@ def _residual_kernel(
     inside = c < C
     mine = c + tl.program_id(1) * BLOCK < C  # what all of a row's programs have, the first stores
     if proj_ptr is not None:
-        e = tl.program_id(1) * BN + tl.arange(0, BN)
-        proj = tl.load(proj_ptr + e[:, None] * C + c[None, :], mask=inside[None, :], other=0.0)
+        e = tl.program_id(1) * (GROUPS * BN) + tl.arange(0, BN)
+        proj = _rows(proj_ptr, e, c, inside, C)
+        if GROUPS == 2:
+            more = _rows(proj_ptr, e + BN, c, inside, C)
         router_norm = _weight(router_norm_ptr, c, inside)
     a_norm, b_norm = _weight(a_norm_ptr, c, inside), _weight(b_norm_ptr, c, inside)
     post = _weight(post_ptr, c, inside)
@@ -151,10 +165,16 @@ def _residual_kernel(
         x *= embedding_scale
     total = _sum(a_ptr, a_weights_ptr, t, T, c, inside, A, C)  # every load before any reduction
     other = _sum(b_ptr, b_weights_ptr, t, T, c, inside, B, C)
-    if a_norm_ptr is not None:
-        total = _rms(total, a_norm, C, eps)
-    if b_norm_ptr is not None:
-        other = _rms(other, b_norm, C, eps)
+    if a_norm_ptr is not None and b_norm_ptr is not None:  # one reduction for both
+        squares = tl.sum(tl.join(total * total, other * other), axis=0) / C + eps
+        a_square, b_square = tl.split(squares)
+        total *= tl.rsqrt(a_square) * a_norm
+        other *= tl.rsqrt(b_square) * b_norm
+    else:
+        if a_norm_ptr is not None:
+            total = _rms(total, a_norm, C, eps)
+        if b_norm_ptr is not None:
+            other = _rms(other, b_norm, C, eps)
     total += other
     if post_ptr is not None:
         total = _rms(total, post, C, eps)
@@ -171,8 +191,9 @@ def _residual_kernel(
             h = tl.load(told_ptr + t * C + c, mask=inside, other=0.0)
         else:
             h = (unit * router_norm).to(x_ptr.dtype.element_ty)
-        logits = tl.sum(proj.to(tl.float32) * h.to(tl.float32)[None, :], axis=1)
-        tl.store(logits_ptr + t * E + e, logits)
+        tl.store(logits_ptr + t * E + e, _product(proj, h))
+        if GROUPS == 2:
+            tl.store(logits_ptr + t * E + e + BN, _product(more, h))
     _write(out0_ptr, unit, w0, t, c, mine, C)
     _write(out1_ptr, unit, w1, t, c, mine, C)
     _write(out2_ptr, unit, w2, t, c, mine, C)
@@ -268,20 +289,25 @@ def _launch(
     outs = [torch.empty(rows, width, dtype=x.dtype, device=x.device) for _ in norms]
     pairs: list[Tensor | None] = [part for pair in zip(norms, outs, strict=True) for part in pair]
     pairs += [None] * (6 - len(pairs))
-    experts, logits = 0, None
+    experts, logits, groups = 0, None, 1
     if router is not None:
         experts = router.proj.shape[0]
         assert router.proj.shape == (experts, width), f"proj {tuple(router.proj.shape)}"
         assert router.proj.is_contiguous(), f"proj {router.proj.stride()}"
-        assert experts % ROUTED == 0, f"{experts} experts"
+        groups = 2 if rows > 8 else 1  # so many rows would read the parts of each too often
+        assert experts % (groups * ROUTED) == 0, f"{experts} experts"
         assert router.told is None or router.told.is_contiguous(), f"{router.told.stride()}"
         logits = torch.empty(rows, experts, dtype=torch.float32, device=x.device)
-    _residual_kernel[(rows, max(1, experts // ROUTED))](
+    _residual_kernel[(rows, max(1, experts // (groups * ROUTED)))](
         x, x.stride(0), ids, embedding_scale, *operands, post, scale,
         new, tap, 0 if tap is None else tap.stride(0), *pairs,
         *(router or (None, None, None)), logits, experts, rows, eps,
         A=parts[0] if parts else 0, B=parts[1] if len(parts) > 1 else 0, C=width,
-        BLOCK=block, BN=ROUTED, PDL=pdl, num_warps=min(16, max(4, block // 256)),
+        BLOCK=block, BN=ROUTED, GROUPS=groups, PDL=pdl, num_warps=_warps(block, parts, router is not None),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return outs, logits
+
+
+def _warps(block: int, parts: Sequence[int], routed: bool) -> int:
+    return min(16, max(4, block // 256))

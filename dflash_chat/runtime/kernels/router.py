@@ -55,39 +55,54 @@ def _key(logits):
 
 
 @triton.jit
-def _order(logits, e, TOP: tl.constexpr):
-    """Each logit's place among the TOP largest of its row, TOP for the others: int32 [ROWS, E]."""
-    key = _key(logits)
-    order = tl.full(key.shape, TOP, tl.int32)
-    for r in tl.static_range(TOP):
-        largest = key == tl.max(key, axis=1)[:, None]
-        first = tl.min(tl.where(largest, e[None, :], e.shape[0]), axis=1)  # ties: the lower index
-        here = e[None, :] == first[:, None]
-        order = tl.where(here, r, order)
-        key = tl.where(here, -(2**31), key)
-    return order
+def _logit(key):
+    """What `_key` was made of."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr):
-    """Of the only row: the expert of rank r and its weight."""
-    e = tl.arange(0, E)
-    logits = tl.load(logits_ptr + e)
+def _order(logits, e, TOP: tl.constexpr):
+    """Each logit's place among the TOP largest of its row, TOP for the others: int32 [ROWS, E]; and
+    of each row the largest, and Σ exp(logit − largest) over the TOP, by rank: fp32 [ROWS].
+    """
     key = _key(logits)
-    SOME: tl.constexpr = 32 if E > 32 else E  # at a time: all pairs at once would fill registers
-    order = tl.zeros([E], tl.int32)
-    for begin in tl.range(0, E, SOME):
-        f = begin + tl.arange(0, SOME)
-        other = _key(tl.load(logits_ptr + f))
-        tie = (other[None, :] == key[:, None]) & (f[None, :] < e[:, None])
-        order += tl.sum((tie | (other[None, :] > key[:, None])).to(tl.int32), axis=1)
-    expert = tl.sum(tl.where(order == r, e, 0), axis=0)
-    p = tl.exp(logits - tl.max(logits, axis=0))
-    total = 0.0
+    order = tl.full(key.shape, TOP, tl.int32)
+    total = tl.zeros([key.shape[0]], tl.float32)
+    top = tl.zeros([key.shape[0]], tl.float32)
+    for r in tl.static_range(TOP):
+        largest = tl.max(key, axis=1)
+        first = tl.min(tl.where(key == largest[:, None], e[None, :], e.shape[0]), axis=1)
+        if r == 0:
+            top = _logit(largest)
+        total += tl.exp(_logit(largest) - top)
+        here = e[None, :] == first[:, None]  # of equals the first
+        order = tl.where(here, r, order)
+        key = tl.where(here, -(2**31), key)
+    return order, top, total
+
+
+@triton.jit
+def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS: tl.constexpr):
+    """Of the only row: the expert of rank r and its weight. Every warp finds them on its own."""
+    e = tl.arange(0, E)[None, :]
+    key = _key(tl.load(logits_ptr + tl.arange(0, WARPS)[:, None] * 0 + e))  # [WARPS, E]
+    expert = tl.zeros([WARPS], tl.int32)
+    share = tl.zeros([WARPS], tl.float32)
+    total = tl.zeros([WARPS], tl.float32)
+    top = tl.zeros([WARPS], tl.float32)
     for i in tl.static_range(TOP):
-        total += tl.sum(tl.where(order == i, p, 0.0), axis=0)
-    weight = tl.sum(tl.where(order == r, p, 0.0), axis=0) / total
-    return expert, weight * tl.load(scale_ptr + expert).to(tl.float32)
+        largest = tl.max(key, axis=1)
+        first = tl.min(tl.where(key == largest[:, None], e, E), axis=1)  # ties: the lower index
+        logit = _logit(largest)
+        if i == 0:
+            top = logit
+        p = tl.exp(logit - top)
+        total += p
+        expert = tl.where(r == i, first, expert)
+        share = tl.where(r == i, p, share)
+        key = tl.where(e == first[:, None], -(2**31), key)
+    chosen = tl.max(expert, axis=0)
+    return chosen, tl.max(share / total, axis=0) * tl.load(scale_ptr + chosen).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -103,12 +118,9 @@ def _select_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     used = row[:, None] < T
     logits = tl.load(logits_ptr + row[:, None] * E + e[None, :], mask=used, other=0.0)
-    order = _order(logits, e, TOP)
+    order, top, total = _order(logits, e, TOP)
     chosen = used & (order < TOP)
-    p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    total = tl.zeros([ROWS], tl.float32)
-    for r in tl.static_range(TOP):
-        total += tl.sum(tl.where(order == r, p, 0.0), axis=1)
+    p = tl.exp(logits - top[:, None])
     at = row[:, None] * TOP + order
     tl.store(slots_ptr + at, tl.broadcast_to(e[None, :], (ROWS, E)), mask=chosen)
     tl.store(weights_ptr + at, p / total[:, None] * scale[None, :], mask=chosen)
@@ -139,9 +151,9 @@ def select(
     assert top_k <= experts, f"top {top_k} of {experts}"
     assert experts & (experts - 1) == 0, f"{experts} experts"
     routing = unmade(rows, experts, top_k, logits.device)
+    padded = max(2, triton.next_power_of_2(rows))
     _select_kernel[(1,)](
-        logits, per_expert_scale, *routing, rows,
-        E=experts, TOP=top_k, ROWS=16 if rows <= 16 else 32, PDL=pdl,
-        num_warps=8, **({"launch_pdl": True} if pdl else {}),
+        logits, per_expert_scale, *routing, rows, E=experts, TOP=top_k, ROWS=padded, PDL=pdl,
+        num_warps=min(16, padded), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return routing

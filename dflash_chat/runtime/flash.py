@@ -98,7 +98,7 @@ def choice(device: torch.device, dtype: torch.dtype, heads: int, geometry: Geome
     """
     found = installed()
     if not found:
-        return Choice(by_our_kernel, "own kernel (flash-attn is not installed)")
+        return Choice(by_our_kernel, "own kernel (no flash-attn)")
     started = time.perf_counter()
     name, words = decide(*measured(device, dtype, heads, geometry))
     took = time.perf_counter() - started

@@ -201,7 +201,7 @@ def test_a_choice_stands_whatever_a_second_measurement_would_say(
 def test_without_a_package_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(flash, "measured")
     none = flash.choice(DEVICE, LOW, 4, FULL)
-    assert none == (flash.by_our_kernel, "own kernel (flash-attn is not installed)")
+    assert none == (flash.by_our_kernel, "own kernel (no flash-attn)")
 
 
 def test_the_line_about_kernels_says_what_reads_long_prompts(
@@ -212,7 +212,7 @@ def test_the_line_about_kernels_says_what_reads_long_prompts(
 
     assert said(FULL) == ""  # torch attends
     small(monkeypatch)
-    ours = "long prompts by own kernel (flash-attn is not installed)"
+    ours = "long prompts by own kernel (no flash-attn)"
     assert said(FULL, FULL) == ours
     assert said(FULL, Geometry(1, 512)) == f"{ours} at head dim 64"
     assert said(Geometry(1, 512)) == ""

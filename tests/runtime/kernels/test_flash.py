@@ -234,6 +234,7 @@ def test_chunks_are_read_alike_by_either(
     install(RIGHT)
     monkeypatch.setattr(flash, "MARGIN", 0.0)
     theirs, used = flash.choice(DEVICE, LOW, 4, geometry).attention, []
+    assert theirs is not flash.by_our_kernel
 
     def read(attention: flash.Attention) -> list[Tensor]:
         def counted(q: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401

@@ -13,9 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from sysconfig import get_path
@@ -39,7 +39,8 @@ class Found:
     """What the probe reported; `broken` is why it ended before it was through, "" if it was not.
 
     `torch` "" means that not even the import was survived; `kernels` None that they were not tried,
-    "" that they run, else why they do not. `problem` is torch's own reason for having no device.
+    "" that they run, else why they do not; `flash` the same of every flash-attn that is installed,
+    by name and version. `problem` is torch's own reason for having no device.
     """
 
     torch: str = ""
@@ -49,6 +50,7 @@ class Found:
     uuids: Sequence[str] = ()
     capabilities: Sequence[Sequence[int]] = ()
     kernels: str | None = None
+    flash: Mapping[str, str | None] = field(default_factory=dict)
     broken: str = ""
 
 
@@ -213,11 +215,26 @@ def _kernels_fix(reason: str) -> str:
 
 
 def _attention(found: Found) -> Line:
-    """Which code computes attention. flash-attn may be installed; nothing here uses it."""
-    path = "our Triton kernels" if found.kernels == "" else "torch's scaled_dot_product_attention"
-    version = _version("flash-attn")
-    other = f"flash-attn {version} is installed and not used" if version else "no flash-attn needed"
-    return ok("attention", f"{path}; {other}")
+    """Which code computes attention, and what becomes of flash-attn, which need not be there."""
+    if found.kernels != "":
+        return ok("attention", "torch's scaled_dot_product_attention, with or without flash-attn")
+    if not found.flash:
+        return ok("attention", "our Triton kernels; flash-attn is not installed, nor needed")
+    words = [_flash(name, why, found.broken) for name, why in found.flash.items()]
+    text = "; ".join(["our Triton kernels", *words])
+    unusable = [name.partition(" ")[0] for name, why in found.flash.items() if why != ""]
+    if not unusable:
+        return ok("attention", text)
+    remove = f"pip uninstall {' '.join(unusable)}"
+    if None in found.flash.values():
+        return fail("attention", text, f"{remove}; a model would not be loaded, either")
+    return warn("attention", text, f"{remove}; answers are the same")
+
+
+def _flash(name: str, why: str | None, broken: str) -> str:
+    if why is None:
+        return f"trying {name} ended the process: {broken}"
+    return f"{name} cannot be used: {why}" if why else f"{name} reads long prompts where quicker"
 
 
 def _requirement(name: str, of: str = machine.PACKAGE) -> str:

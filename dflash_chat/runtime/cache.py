@@ -96,6 +96,22 @@ class KVCache:
         seen = shown or min(end, slots)
         return keys[:, :seen], values[:, :seen]
 
+    def seen(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+        """What a block of `rows` that was just written may see, oldest first, its own rows last:
+        two [G, S, D], views of the cache unless a ring's end lies between.
+        """
+        window, slots = self.geometries[layer].window, self.keys[layer].shape[1]
+        first = max(0, self.length - window + 1) if window else 0
+        begin = first % slots
+        end = begin + self.length + rows - first
+        if end <= slots:
+            return self.keys[layer][:, begin:end], self.values[layer][:, begin:end]
+        keys, values = (
+            torch.cat([x[:, begin:], x[:, : end - slots]], 1)
+            for x in (self.keys[layer], self.values[layer])
+        )
+        return keys, values
+
     def mask(self, rows: int, window: int, causal: bool, share: int) -> Tensor | None:
         """What the rows of a block may not see of what `write` returns: 0 or −inf, to be added.
 

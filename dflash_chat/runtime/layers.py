@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dflash_chat.runtime import kernels
+from dflash_chat.runtime import flash, kernels
 from dflash_chat.runtime.cache import Geometry, KVCache
 from dflash_chat.runtime.quant import Experts
 from dflash_chat.runtime.width import MAX_ROWS
@@ -152,9 +152,10 @@ class Span(NamedTuple):
 class Causal:
     """Causal attention of one block in layer after layer, whatever their windows.
 
-    Our kernel for a prompt where it serves, else torch's with a mask per kind of layer. Torch's
-    sums on a CPU hang on how many slots it is shown. So there a row of a verify block is shown
-    whole grains up to its own, and computes what it would alone, whatever stands behind it.
+    Our kernel for a prompt where it serves, or flash-attn's where that is quicker; else torch's
+    with a mask per kind of layer. Torch's sums on a CPU hang on how many slots it is shown. So
+    there a row of a verify block is shown whole grains up to its own, and computes what it would
+    alone, whatever stands behind it.
     """
 
     def __init__(self, cache: KVCache, rows: int, heads: int, scale: float | None = None) -> None:
@@ -171,10 +172,7 @@ class Causal:
             if self.rows >= prefill.MIN_ROWS and geometry.head_dim in prefill.CONFIGS:
                 cache.write(layer, k, v)
                 scale = geometry.head_dim**-0.5 if self.scale is None else self.scale
-                return prefill.chunk_attention(
-                    q.contiguous(), cache.keys[layer], cache.values[layer], cache.length,
-                    window=geometry.window, scale=scale,
-                )  # fmt: skip
+                return flash.chunk_attention(q, cache, layer, scale)
         spans = self._spans.get(geometry)
         if spans is None:
             spans = self._spans[geometry] = self._cut(geometry)

@@ -23,7 +23,7 @@ from dflash_chat import __version__
 from dflash_chat.budget import OUTSIDE, TargetShape
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import draft_head, fitting, kernels, memory, models, text, weights
+from dflash_chat.runtime import draft_head, fitting, flash, kernels, memory, models, text, weights
 from dflash_chat.runtime.api import DEFAULT_CONTEXT, EngineOptions, ModelInfo, Progress
 from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Config as DrafterConfig
@@ -85,7 +85,7 @@ def load(installed: Installed, options: EngineOptions, progress: ReportProgress)
             ) from error
         fitting.measure(installed, engine, options, card)
     took = time.perf_counter() - started
-    info = _info(installed, options, engine, opened.drafter_config, device, dtype, took)
+    info = _info(installed, options, engine, opened, device, dtype, took)
     keep = partial(fitting.keep_survival, installed, engine, options)
     return Loaded(engine, opened.tokenizer, info, what_fits, keep)
 
@@ -285,7 +285,7 @@ def _info(
     installed: Installed,
     options: EngineOptions,
     engine: Engine,
-    config: DrafterConfig,
+    opened: _Opened,
     device: torch.device,
     dtype: torch.dtype,
     load_s: float,
@@ -299,15 +299,18 @@ def _info(
         ours = engine.target.nbytes + drafter.nbytes + cache_bytes
         other_bytes = max(0, torch.cuda.memory_reserved(device) - ours) + OUTSIDE
     plain = engine.plain
+    heads = opened.config.num_attention_heads
+    computing = [_kernels(engine), flash.words(engine.cache, heads)]
+    computing += _rounded_words(options, drafter.head)
     return ModelInfo(
         pair=installed.pair.name,
         target=f"{installed.pair.title} ({installed.build.source})",
         drafter=installed.drafter.name,
         device=name,
         dtype="fp32" if dtype == torch.float32 else "bf16",
-        kernels=", ".join([_kernels(engine), *_rounded_words(options, drafter.head)]),
+        kernels=", ".join(filter(None, computing)),
         context_tokens=engine.cache.capacity,
-        block_size=config.block_size,
+        block_size=opened.drafter_config.block_size,
         draft_tokens=engine.draft_tokens,
         target_bytes=engine.target.nbytes,
         drafter_bytes=drafter.nbytes,

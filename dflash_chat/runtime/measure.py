@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dflash_chat.budget import Budget, shortage
 from dflash_chat.errors import DoesNotFitError, UserError
-from dflash_chat.runtime import draft_head, memory, models, random_weights, timing
+from dflash_chat.runtime import draft_head, flash, memory, models, random_weights, timing
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
@@ -254,6 +254,7 @@ def run(
             f"prefill {filled['ms']:7.3f} ms  {PROMPT_TOKENS} tokens  {filled['tok_s']:.0f} tok/s"
             f"  {filled['tflop_s']:.0f} TFLOP/s of active parameters"
             + (f"  {filled['experts']:.1f} experts a chunk" if filled["experts"] else "")
+            + f"  {flash.words(subject.cache, subject.target.config.num_attention_heads)}"
         )
         route_at_random(subject)
         vocab = step.target.table.shape[0]

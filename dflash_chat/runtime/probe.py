@@ -13,7 +13,9 @@ MARK = "dflash-chat probe: "  # begins our lines; libraries print whatever they 
 
 
 def main() -> None:
-    """Report torch, then its CUDA devices, then whether our kernels run on the first of them."""
+    """Report torch, its CUDA devices, whether our kernels run on the first of them, and whether
+    flash-attn does.
+    """
     import torch
 
     report(torch=torch.__version__, cuda=torch.version.cuda or "")
@@ -30,9 +32,13 @@ def main() -> None:
         uuids=[str(card.uuid) for card in cards],
         capabilities=[(card.major, card.minor) for card in cards],
     )
-    from dflash_chat.runtime import kernels
+    from dflash_chat.runtime import flash, kernels
 
-    report(kernels=kernels.missing(torch.device("cuda", 0)))
+    first = torch.device("cuda", 0)
+    missing, found = kernels.missing(first), flash.installed()
+    report(kernels=missing, flash=dict.fromkeys(found))
+    if found and not missing:
+        report(flash=flash.trial(first))
 
 
 def report(**facts: object) -> None:

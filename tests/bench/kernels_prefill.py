@@ -1,12 +1,15 @@
-"""Routed experts of a prompt's chunk at Gemma-4-26B-A4B's shapes, in TFLOP/s.
+"""A prompt's chunk: routed experts at Gemma-4-26B-A4B's shapes, and attention, in TFLOP/s.
 
-    python -m tests.bench.kernels_prefill [--rows 2048] [--formats plain,fp8,int4]
+    python -m tests.bench.kernels_prefill [--rows 2048] [--formats plain,fp8,int4] [--attention]
 
 Each format is first compared with plain torch over the dequantised experts and stops at a
 difference. Then every candidate of each launch is timed by its own, sorting and summing not
 included, on a uniformly random routing and on a skewed one (experts drawn by 1/rank), and last the
 whole of `routed_experts` with the fastest two. Operations are those of the routed rows: padded
 tiles count as lost time. A layer's experts are larger than L2, so weights come from memory.
+
+With `--attention` instead our kernel and every installed flash-attn, timed as a load times them;
+one that computes something else says so. Operations are those of keys that rows may see.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from dflash_chat.geometry import Geometry
+from dflash_chat.runtime import flash
 from dflash_chat.runtime.kernels import grouped, unpack
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.grouped import GroupedConfig
@@ -36,6 +41,12 @@ CANDIDATES = {  # bm, bn, bk, warps, stages
         (64, 256, 64, 4, 3), (64, 256, 64, 8, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4),
     ],
 }  # fmt: skip
+ATTENTION = [  # query heads and layers
+    (32, Geometry(8, 64)),  # Llama-3.2-1B
+    (32, Geometry(8, 128)),  # Qwen3-8B
+    (16, Geometry(8, 256)),
+    (16, Geometry(8, 256, window=1024)),  # Gemma-4-26B-A4B's sliding layers
+]
 
 
 def random_slots(rows: int, skewed: bool) -> Tensor:
@@ -132,14 +143,36 @@ def bench(format_name: str, rows: int) -> None:
             )
 
 
+def bench_attention(rows: int) -> None:
+    """Rows of one shape: ours, then each package or why it cannot be used."""
+    for heads, geometry in ATTENTION:
+        for keys in (2048, 8192):
+            device = torch.device("cuda")
+            ours, tried = flash.measured(device, torch.bfloat16, heads, geometry, rows, [keys])
+            seen = sum(min(n, geometry.window or n) for n in range(keys - rows + 1, keys + 1))
+            operations = 4 * heads * geometry.head_dim * seen
+            for name, ms in {"ours": ours, **tried}.items():
+                shape = heads, geometry.kv_heads, geometry.head_dim, geometry.window, keys
+                if isinstance(ms, str):
+                    say(name, *shape, ms, "")
+                else:
+                    say(name, *shape, f"{ms:.3f}", f"{operations / ms / 1e9:.0f}")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--formats", default="plain,fp8,int4")
+    parser.add_argument("--attention", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     sys.stdout.write(f"{machine()}, {args.rows} rows\n\n")
+    if args.attention:
+        say("attention", "heads", "kv heads", "head dim", "window", "keys", "ms", "TFLOP/s")
+        say(*["---"] * 8)
+        bench_attention(args.rows)
+        return
     say("launch", "format", "skewed", "config", "µs", "TFLOP/s")
     say(*["---"] * 6)
     for format_name in args.formats.split(","):

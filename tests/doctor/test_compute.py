@@ -161,13 +161,33 @@ def test_a_kernel_that_takes_the_process_with_it_fails() -> None:
     assert "SIGSEGV" in line.text
 
 
-def test_flash_attn_is_told_to_be_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no flash-attn needed" in lines(FOUND)["attention"].text
-    info = tmp_path / "flash_attn-2.8.3.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "flash-attn 2.8.3 is installed and not used" in lines(FOUND)["attention"].text
+@pytest.mark.parametrize(
+    ("flash", "state", "text", "fix"),
+    [
+        ({}, State.OK, "our Triton kernels; flash-attn is not installed, nor needed", ""),
+        ({"flash-attn 2.8.3": ""}, State.OK, "flash-attn 2.8.3 reads long prompts where", ""),
+        (
+            {"flash-attn-4 4.0": "ImportError: x", "flash-attn 2.8.3": ""},
+            State.WARN,
+            "flash-attn-4 4.0 cannot be used: ImportError: x; flash-attn 2.8.3 reads long",
+            "pip uninstall flash-attn-4; answers are the same",
+        ),
+        (
+            {"flash-attn-4 4.0": None},
+            State.FAIL,
+            "trying flash-attn-4 4.0 ended the process: it crashed (SIGSEGV)",
+            "pip uninstall flash-attn-4; a model would not be loaded, either",
+        ),
+    ],
+    ids=["none", "usable", "one of two is broken", "takes the process with it"],
+)
+def test_flash_attn_is_told_to_be_used_or_why_it_cannot_be(
+    flash: dict[str, str | None], state: State, text: str, fix: str
+) -> None:
+    broken = "it crashed (SIGSEGV)" if None in flash.values() else ""
+    line = lines(replace(FOUND, flash=flash, broken=broken))["attention"]
+    assert (line.state, line.fix) == (state, fix)
+    assert text in line.text
 
 
 # ── the probe ───────────────────────────────────────────────────────────────────────────────────
@@ -263,3 +283,4 @@ def test_the_probe_of_the_real_card() -> None:
     assert report.torch == torch.__version__
     assert tuple(report.capabilities[0]) == torch.cuda.get_device_capability(0)
     assert report.kernels == ""
+    assert None not in report.flash.values()

@@ -127,3 +127,20 @@ def test_truncate_and_commit_refuse_what_is_not_there() -> None:
         raise RuntimeError("accepted")
     cache.commit(2)
     assert (cache.length, cache.provisional) == (2, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(window=st.integers(0, 7), blocks=BLOCKS)
+def test_what_a_block_may_see_is_in_order_whether_a_ring_wraps_or_not(
+    window: int, blocks: list[tuple[int, int]]
+) -> None:
+    cache = KVCache([Geometry(1, 2, window)], 120, torch.float32, tiny.CPU, 9)
+    for rows, n in blocks:
+        begin, end = cache.length, cache.length + rows
+        positions = torch.arange(begin, end)[None, :, None].expand(1, rows, 2).float()
+        cache.write(0, positions, -positions)
+        keys, values = cache.seen(0, rows)
+        first = max(0, begin - window + 1) if window else 0
+        assert keys[0, :, 0].tolist() == list(range(first, end))
+        assert torch.equal(values, -keys)
+        cache.commit(n)

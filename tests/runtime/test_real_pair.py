@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dflash_chat import hub, pairs
 from dflash_chat.bench import read_prompts
-from dflash_chat.runtime import weights
+from dflash_chat.runtime import flash, weights
 from dflash_chat.runtime.api import (
     EngineOptions,
     Finished,
@@ -137,9 +137,12 @@ def test_coarse_drafting_changes_no_answer_and_its_costs_are_told(
     assert coarse.info.target_bytes == exact.info.target_bytes
 
 
-def test_a_rounded_target_head_is_told_and_still_drafts_losslessly(smollm2_gguf: Path) -> None:
+def test_what_computes_is_told_and_a_rounded_target_head_still_drafts_losslessly(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "words", lambda cache, heads: f"long prompts with {heads} heads")
     session = _load(smollm2_gguf, "fp32", head="fp8", draft_head="fp8")
-    assert session.info.kernels.endswith(", fp8 target head")
+    assert session.info.kernels.endswith(", long prompts with 9 heads, fp8 target head")
     prompt, params = _ask(read_prompts(None)[3]), SamplingParams(max_tokens=32)
     drafted, _, _ = _answer(session, prompt, params=params)
     assert drafted == _answer(session, prompt, draft=False, params=params)[0]
@@ -281,6 +284,7 @@ def test_graphs_answer_the_same_with_and_without_drafting(
 ) -> None:
     session = _load(smollm2_gguf, "auto", "cuda")
     assert session.engine.graphed is not None, session.engine.eager_because
+    assert "long prompts by " in session.info.kernels
     params = SamplingParams(max_tokens=96, temperature=temperature, seed=3)
     for prompt in read_prompts(None)[:6]:
         drafted, with_draft, _ = _answer(session, _ask(prompt), params=params)

@@ -240,5 +240,5 @@ def _may_copy(options: EngineOptions, chosen: Candidate) -> bool:
 
 def _on_cpu(spent: Budget) -> Budget:
     """Of a GPU's budget what a CPU needs, too; activations are small beside it."""
-    kept = ("target", "draft_head", "drafter", "drafter_cache", "target_cache", "state")
+    kept = ("target", "screen", "draft_head", "drafter", "drafter_cache", "target_cache", "state")
     return Budget(**{name: n if name in kept else 0 for name, n in asdict(spent).items()})

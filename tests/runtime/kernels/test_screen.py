@@ -98,6 +98,12 @@ def test_the_token_is_the_dense_heads(rows: int, n: int, k: int) -> None:
         assert 1 <= candidates.sum() / rows < n / 4, "the copy must have ruled most rows out"
 
 
+def test_rows_longer_than_what_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "AT_ONCE", 64)
+    w, x = head(96, 168), states(3, 168)
+    assert likeliest(x, w) == truth(x, w).argmax(-1).tolist()
+
+
 def test_fp32_too() -> None:
     w, x = noise(100, 72).to(DEVICE), noise(3, 72, seed=1).to(DEVICE)
     assert likeliest(x, w) == truth(x, w).argmax(-1).tolist()
@@ -119,9 +125,9 @@ def test_one_bit_decides(seed: int) -> None:
 def test_of_equal_rows_the_first_is_taken() -> None:
     w, x = head(200, 64), states(5, 64)
     best = truth(x, w).argmax(-1)
-    w[150:155] = w[best]
-    w[30:35] = w[best]
-    assert likeliest(x, w) == truth(x, w).argmax(-1).tolist()
+    rows = w[best]
+    w[150:155] = rows
+    w[30:35] = rows
     assert likeliest(x, w) == [min(30 + t, v) for t, v in enumerate(best.tolist())]
 
 
@@ -190,7 +196,7 @@ def test_real_heads(n: int, k: int, rows: int) -> None:
         ours, dense = screen.argmax(x, w, copy), linear.head_argmax(x, w)
         for t in (ours != dense).nonzero().flatten().tolist():  # a tie of what fp32 can tell
             a, b = (x[t].double() @ w[v[t]].double() for v in (ours, dense))
-            assert abs(a - b) <= 1e-6 * k**0.5 * x[t].double().norm() * w[ours[t]].double().norm()
+            assert abs(a - b) <= 2e-7 * k**0.5 * x[t].double().norm() * w[ours[t]].double().norm()
         alone = [int(screen.argmax(x[t : t + 1], w, copy)) for t in range(rows)]
         assert ours.tolist() == alone
 

@@ -83,7 +83,7 @@ def round_to_int8(weight: Tensor) -> Int8:
     and 2⁻¹⁰ of that more for lengths that were themselves summed in fp32.
     """
     n, k = weight.shape
-    assert k <= 1 << 14, f"{k} columns"
+    assert k <= 1 << 13, f"{k} columns"
     device = weight.device
     q = torch.empty(n, k, dtype=torch.int8, device=device)
     scale, error = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))

@@ -7,8 +7,9 @@
 
 Every row that could win is a candidate, so the answer is the bf16 head's, exactly; the copy decides
 only how much of that head is read: a few rows for a state that has a likeliest token (on text, 3 of
-the default target's 49152 in the median), all of them for one that has none. Candidates' products are summed in fp32, one row of the head with one
-state at a time: a token depends neither on T nor on the other states. A softcap moves no maximum.
+the default target's 49152 in the median), all of them for one that has none. Candidates' products
+are summed in fp32, one row of the head with one state at a time: a token depends neither on T nor
+on the other states. A softcap moves no maximum.
 
 x: [T, K] bf16, rows contiguous. w: [N, K] bf16. Bound by reading the copy once. The first kernel is
 `linear`'s, with all logits of the copy; the last one, too.

@@ -283,7 +283,8 @@ def _draft_tokens(
 def _rounded_words(options: EngineOptions, head: DraftHead, screened: bool) -> list[str]:
     """What the options made coarser than the files are, or read a coarser copy of."""
     words = ["fp8 target head"] if options.head == "fp8" else []
-    words += ["screened head"] if screened else []
+    if options.head == "screened":  # which takes graphs, and a dense head
+        words.append("screened head" if screened else "head not screened")
     words += ["fp8 drafter"] if options.drafter == "fp8" else []
     if head.copied:
         kind = "fp8 draft head" if options.draft_head == "fp8" else "draft head"

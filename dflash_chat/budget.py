@@ -1,6 +1,7 @@
 """How much of a GPU's memory a pair takes, known before a byte of it is there, and what would fit.
 
-    target, draft head, drafter, their caches   to the byte, from shapes, formats and options
+    target, screen, draft head, drafter, caches to the byte, from shapes, formats and options;
+                                                the screen is an int8 copy of the head
     state                                       of recurrent layers, live and as the block began
     tables, buffers                             rotary positions; features and logits of a step
     graphs                                      of which the pool holds logits twice
@@ -79,6 +80,7 @@ class Budget:
 
     cuda_context: int
     target: int
+    screen: int
     draft_head: int
     drafter: int
     drafter_cache: int
@@ -140,6 +142,7 @@ class Demand:
         return Budget(
             cuda_context=CUDA_CONTEXT,
             target=target,
+            screen=screen_bytes(t) if options.head == "screened" else 0,
             draft_head=self._draft_head(options),
             drafter=drafter,
             drafter_cache=cache_bytes(d.attention, room, max(chunk, d.block_size), element),
@@ -263,6 +266,11 @@ def rounded_bytes(shape: tuple[int, ...], element: int) -> int:
     if len(shape) == 1:
         return prod(shape) * element
     return prod(shape) + 4 * prod(shape[:-1])
+
+
+def screen_bytes(target: TargetShape) -> int:
+    """int8 with an fp32 scale and an fp32 error per row."""
+    return target.vocab_size * (target.hidden_size + 8)
 
 
 def shortage(what: str, needed: int, free: int) -> str:

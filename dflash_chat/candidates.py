@@ -72,14 +72,15 @@ class Candidate:
 
     def formats(self, options: EngineOptions) -> Formats:
         """Bits that passes read."""
-        head = 16 if self.dense else self.build.head_bits
-        head = 8 if options.head == "fp8" else head
+        screened = options.head == "screened"
+        head = 8 if options.head == "fp8" else 16 if self.dense else self.build.head_bits
         return Formats(
             body=16 if self.dense else self.build.bits,
-            head=head,
+            head=8 if screened else head,
             drafter=8 if options.drafter == "fp8" else 16,
-            draft_head=8 if options.draft_head == "fp8" else head,
+            draft_head=8 if options.draft_head in ("fp8", "screened") else head,
             draft_head_rows=options.draft_rows,
+            screened=screened,
         )
 
     def total(self, options: EngineOptions, context: int) -> int:

@@ -3,7 +3,7 @@
     build      the best that leaves room for a comfortable context; else the smallest
     context    comfortable, or what fits of it; more only where somebody asks
     precision  of what changes no answer: the drafter and its head, rounded where that is quicker,
-               or where nothing else fits
+               or where nothing else fits; the target's head, screened where that is quicker
     width      the number of drafted tokens that commits most per second by `speed.py`'s bytes and
                usual acceptance, or by what was measured here of either
 
@@ -184,7 +184,7 @@ def _precision(
     chosen: Candidate, options: EngineOptions, gpu: Gpu | None, free: int, curve: Curve,
     found: Costs | None,
 ) -> tuple[EngineOptions, Costs | None, bool]:  # fmt: skip
-    """The options with drafter and draft head decided, the costs of passes, and whether these were
+    """The options with drafter and heads decided, the costs of passes, and whether these were
     measured, at the width that was asked for if one was.
     """
     most = chosen.demand.draft_tokens
@@ -194,15 +194,13 @@ def _precision(
         known = Costs(verify_ms, found.draft_ms)
     if gpu is None:
         return _decided(options), known, known is not None
+    drafters = ("bf16", "fp8") if options.drafter == "auto" else (options.drafter,)
     variants = [
         variant
-        for drafter, head in product(
-            ("bf16", "fp8") if options.drafter == "auto" else (options.drafter,),
-            ("own", "fp8") if _may_copy(options, chosen) else (options.draft_head,),
-        )
-        if chosen.total(variant := replace(options, drafter=drafter, draft_head=head),
-                        options.context_tokens) <= roomy(free)
-    ]  # fmt: skip
+        for drafter, heads in product(drafters, _heads(options, chosen))
+        if chosen.total(variant := replace(heads, drafter=drafter), options.context_tokens)
+        <= roomy(free)
+    ]
     first = variants[0] if variants else lean(options)
     if without_kernels(gpu, chosen):
         return _decided(first), None, False
@@ -223,12 +221,27 @@ def _precision(
     return _decided(best), known or costs(best), known is not None
 
 
+def _heads(options: EngineOptions, chosen: Candidate) -> list[EngineOptions]:
+    """Ways to read the head and to draft, from the plainest to what reads least."""
+    of_copy = options.draft_head == "auto" and not options.draft_rows
+    screened = replace(
+        options, head="screened", draft_head="screened" if of_copy else options.draft_head
+    )
+    if options.head == "screened":
+        return [screened]
+    names = ("own", "fp8") if _may_copy(options, chosen) else (options.draft_head,)
+    ways = [replace(options, draft_head=name) for name in names]
+    dense = options.head == "auto" and chosen.formats(options).head == 16
+    return [*ways, screened] if dense else ways
+
+
 def _decided(options: EngineOptions) -> EngineOptions:
     """No "auto" left in what a plan decides."""
     return replace(
         options,
         drafter="bf16" if options.drafter == "auto" else options.drafter,
         draft_head="own" if options.draft_head == "auto" else options.draft_head,
+        head="own" if options.head == "auto" else options.head,
     )
 
 
@@ -240,5 +253,5 @@ def _may_copy(options: EngineOptions, chosen: Candidate) -> bool:
 
 def _on_cpu(spent: Budget) -> Budget:
     """Of a GPU's budget what a CPU needs, too; activations are small beside it."""
-    kept = ("target", "draft_head", "drafter", "drafter_cache", "target_cache", "state")
+    kept = ("target", "screen", "draft_head", "drafter", "drafter_cache", "target_cache", "state")
     return Budget(**{name: n if name in kept else 0 for name, n in asdict(spent).items()})

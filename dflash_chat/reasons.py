@@ -37,7 +37,7 @@ def why(
     lines = [_build(made, chosen, candidates, wishes), _context(made, chosen, wishes)]
     if made.gpu:
         lines += [_kv(made), _drafter(made, chosen, wishes), _draft_head(made, chosen, wishes)]
-        lines += [_head(made, chosen)]
+        lines += [_head(made, chosen, wishes)]
     if made.gpu and made.fits:
         lines.append(_others(made))
     if made.gpu or made.costs:
@@ -197,6 +197,8 @@ def _draft_head(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
         choice = f"{choice}, {made.options.draft_rows} rows"
     if wishes.options.copies_head or wishes.options.draft_head != "auto":
         return Why("draft head", choice, "you named it")
+    if choice == "screened":
+        return Why("draft head", choice, "the copy that screens the target's; same answers")
     if choice == "fp8":
         took = gib(made.budget.draft_head)
         because = f"a copy of {took} that drafts are read off in half the time; same answers"
@@ -220,9 +222,15 @@ def _head_bytes(chosen: Candidate) -> int:
     return chosen.target.head or chosen.target.embedding
 
 
-def _head(made: Plan, chosen: Candidate) -> Why:
+def _head(made: Plan, chosen: Candidate, wishes: Wishes) -> Why:
     if made.options.head == "fp8":
         return Why("head", "fp8", "you named it; answers may differ from the file's")
+    if made.options.head == "screened":
+        took = gib(made.budget.screen)
+        because = f"a copy of {took} says which rows can win, half the bytes; same answers"
+        if wishes.options.head == "screened":
+            return Why("head", "screened", f"you named it; {because}")
+        return Why("head", "screened", because, "-o head=own")
     bits = chosen.formats(made.options).head
     saved = gib(round(_head_bytes(chosen) * (bits - 8) / 8))
     instead = f"-o head=fp8 reads {saved} less a pass; answers may differ" if bits > 8 else ""

@@ -125,7 +125,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "fp32", "bf16"),
     "drafter": ("auto", "bf16", "fp8"),
-    "head": ("auto", "fp8"),
+    "head": ("auto", "own", "fp8", "screened"),
     "lookup": ("on", "off"),
 }
 _QUANT = re.compile(r"[a-z0-9][a-z0-9._-]*")

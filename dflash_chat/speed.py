@@ -95,7 +95,8 @@ CURVES = {
 @dataclass(frozen=True)
 class Formats:
     """Bits per number on the device: a target's body, its head and routers, the drafter, and what
-    drafts are read off; `draft_head_rows` 0 means every token's.
+    drafts are read off; `draft_head_rows` 0 means every token's. Of a `screened` head it is the
+    copy's bits that a greedy pass reads.
     """
 
     body: float
@@ -103,6 +104,7 @@ class Formats:
     drafter: float = 16
     draft_head: float = 16
     draft_head_rows: int = 0
+    screened: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def estimated(
     """
     widths = sorted({n for n in WIDTHS if n <= most} | {most + 1})
     kind = "experts" if target.num_experts else "dense"
-    launches = _LAUNCHES[kind] * target.num_hidden_layers + 4
+    launches = _LAUNCHES[kind] * target.num_hidden_layers + 4 + 2 * formats.screened
     return Costs(
         {
             n: _ms(verify_bytes(target, formats, context, n), launches, bandwidth_gb_s)

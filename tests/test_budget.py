@@ -19,6 +19,7 @@ OPTIONS = {
     "plain": EngineOptions(),
     "fp8 drafter": EngineOptions(drafter="fp8"),
     "fp8 head": EngineOptions(head="fp8", draft_head="fp8"),
+    "screened head": EngineOptions(head="screened"),
     "fp8 rows": EngineOptions(draft_head="fp8", draft_rows=16_000),
 }
 

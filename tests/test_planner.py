@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dflash_chat import budget, cards, catalogue, geometry, planner, reasons
 from dflash_chat.calibration import Key, Known
-from dflash_chat.candidates import COMFORTABLE, Why
+from dflash_chat.candidates import COMFORTABLE, MARGIN, Why
 from dflash_chat.cards import GIB
 from dflash_chat.entries import Build, Drafter, HubSource, Pair
 from dflash_chat.errors import UnknownModelError, UsageError
@@ -76,7 +76,7 @@ _wishes = st.builds(
     draft_tokens=st.sampled_from([0, 0, 3]),
     drafter=st.sampled_from(["auto", "bf16", "fp8"]),
     draft_head=st.sampled_from(["auto", "own", "fp8"]),
-    head=st.sampled_from(["auto", "fp8"]),
+    head=st.sampled_from(["auto", "own", "fp8", "screened"]),
 )
 _capabilities = st.sampled_from([None, (7, 5), (8, 6), (9, 0)])
 
@@ -117,7 +117,7 @@ def test_parts_sum_up_and_nothing_planned_exceeds_what_is_free(
     # what was asked for is what is planned
     for asked, planned in zip(asdict(options).items(), asdict(made.options).values(), strict=True):
         assert asked[1] in ("auto", 0, planned)
-    assert "auto" not in (made.options.drafter, made.options.draft_head)
+    assert "auto" not in (made.options.drafter, made.options.draft_head, made.options.head)
     assert 1 <= made.num_speculative_tokens < chosen.drafter.block_size
 
 
@@ -232,6 +232,80 @@ def test_a_drafter_is_rounded_for_speed_where_that_is_measured_and_for_room_anyw
     )
     assert tight.options.drafter == "fp8"
     assert "takes least" in why(tight, "drafter").because
+
+
+# ── the screened head ───────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    chosen=st.sampled_from(CATALOGUE), size=st.floats(1, 200), context=st.sampled_from([0, 8000])
+)
+def test_a_screen_costs_no_context_and_no_better_build(
+    chosen: Pair, size: float, context: int
+) -> None:
+    auto, own = (
+        planner.plan(chosen, Wishes(options=EngineOptions(context_tokens=context, head=head)),
+                     gpu(size))
+        for head in ("auto", "own")
+    )  # fmt: skip
+    assert (auto.build, auto.context_tokens, auto.fits) == (
+        own.build, own.context_tokens, own.fits,
+    )  # fmt: skip
+    if auto.options.head == "screened":
+        assert auto.costs is not None
+        assert own.costs is not None
+        assert auto.costs.plain > own.costs.plain
+        assert auto.tok_s() > own.tok_s()
+
+
+def test_a_head_is_screened_by_a_copy_that_drafts_are_read_off_too() -> None:
+    made = planner.plan(gemma(), gpu=gpu(80))
+    assert (made.options.head, made.options.draft_head) == ("screened", "screened")
+    assert made.budget.screen == 262_144 * (2816 + 8)
+    assert made.budget.draft_head == 0
+    assert reasons.gib(made.budget.screen) in why(made, "head").because
+    assert "same answers" in why(made, "head").because
+    assert why(made, "head").instead == "-o head=own"
+    assert "screens the target's" in why(made, "draft head").because
+
+
+def test_drafts_are_read_off_what_was_named_beside_a_screened_head() -> None:
+    for name, held in (("own", 0), ("fp8", 262_144 * (2816 + 4))):
+        wishes = Wishes(options=EngineOptions(draft_head=name))
+        made = planner.plan(gemma(), wishes, gpu(80))
+        assert (made.options.head, made.options.draft_head) == ("screened", name)
+        assert made.budget.draft_head == held
+
+
+@pytest.mark.parametrize("named", ["own", "fp8"])
+def test_a_head_that_was_named_is_not_screened(named: str) -> None:
+    made = planner.plan(gemma(), Wishes(options=EngineOptions(head=named)), gpu(80))
+    assert made.options.head == named
+    assert made.budget.screen == 0
+
+
+def test_a_screen_is_taken_from_the_byte_on_that_it_fits() -> None:
+    least = EngineOptions(drafter="fp8", draft_head="own", head="screened")
+    needed = planner.plan(gemma(), Wishes("int4", least), gpu(24)).budget.total
+    around = needed * MARGIN // (MARGIN - 1)
+    free = next(n for n in range(around - 2, around + 3) if n - n // MARGIN >= needed)
+    for bytes_free, head in ((free, "screened"), (free - 1, "own")):
+        made = planner.plan(gemma(), Wishes("int4"), replace(gpu(24), free=bytes_free))
+        assert (made.options.head, made.context_tokens) == (head, COMFORTABLE)
+
+
+def test_a_quantised_head_is_left_as_it_is() -> None:
+    chosen = gemma()
+    halved = replace(chosen, builds=(replace(chosen.build("int4"), head_bits=8),))
+    made = planner.plan(halved, gpu=gpu(80))
+    assert (made.options.head, made.budget.screen) == ("own", 0)
+
+
+def test_on_a_cpu_and_on_cards_without_kernels_nothing_is_screened() -> None:
+    for card in (None, gpu(80, (7, 5)), gpu(80, (8, 6))):
+        made = planner.plan(gemma(), gpu=card, ram=200 * GIB)
+        assert (made.options.head, made.budget.screen) == ("own", 0)
 
 
 def test_experts_in_8_bits_go_without_kernels_on_older_cards() -> None:
@@ -374,14 +448,15 @@ def test_the_engine_gets_its_options_filled_in_and_chooses_the_width_itself() ->
     chosen = gemma()
     filled = planner.plan_for(chosen, chosen.build("int4"), EngineOptions(), gpu(24))
     assert filled.context_tokens == COMFORTABLE
-    assert (filled.drafter, filled.draft_head) == ("fp8", "fp8")
+    assert (filled.drafter, filled.draft_head) == ("fp8", "screened")
     assert filled.draft_tokens == 0
-    assert filled.head == "auto"
+    assert filled.head == "screened"
 
 
 def test_what_somebody_set_stays() -> None:
     chosen, asked = gemma(), EngineOptions(
-        context_tokens=4096, draft_tokens=3, drafter="bf16", draft_head="own", threads=2
+        context_tokens=4096, draft_tokens=3, drafter="bf16", draft_head="own", threads=2,
+        head="own",
     )  # fmt: skip
     assert planner.plan_for(chosen, chosen.build("int4"), asked, gpu(24)) == asked
 

@@ -66,6 +66,13 @@ def test_a_draft_head_is_rounded_or_trimmed_or_both(value: str, kind: str, rows:
     assert (engine.draft_head, engine.draft_rows) == (kind, rows)
 
 
+@pytest.mark.parametrize("head", ["auto", "own", "fp8", "screened"])
+def test_a_head_stays_or_is_rounded_or_screened(head: str) -> None:
+    assert parse_options(["head=fp8", f"head={head}"]).engine.head == head
+    with pytest.raises(UsageError, match="auto, own, fp8, screened"):
+        parse_options([f"head={head}:16000"])
+
+
 @pytest.mark.parametrize(
     "value", ["", "int8", "0", "-5", "1.5", "fp8:", "fp8:0", "fp8:all", ":9", "16000:fp8"]
 )

@@ -84,10 +84,12 @@ class EngineOptions:
     most the trained block minus one. `threads` 0 leaves torch's choice.
 
     "fp8" rounds weights to e4m3 with a scale per row: the `drafter`'s matrices, a copy of the head
-    that only drafts (`draft_head`), or the target's own `head`. "bf16" and "own" refuse the first
-    two; "auto" leaves them to the plan on a GPU, and as they are elsewhere. Only the last of
-    them changes answers. `draft_rows` keeps the rows of that many lowest ids in the copy, and those
-    of added tokens; 0 keeps all.
+    that only drafts (`draft_head`), or the target's own `head`. Only the last of them changes
+    answers. A "screened" `head` stays as it is, with an int8 copy beside it that says which rows
+    can win, for our CUDA kernels; drafts are read off that copy, too, and a plan that decides so
+    says "screened" of `draft_head`. "bf16" and "own" refuse all this; "auto" leaves it to the plan
+    on a GPU, which never rounds the head itself, and as it is elsewhere. `draft_rows` keeps the
+    rows of that many lowest ids in the copy for drafts, and those of added tokens; 0 keeps all.
 
     `lookup` "off" leaves all drafts to the drafter. Graphs of short steps look nothing up.
     """

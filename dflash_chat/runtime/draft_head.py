@@ -1,6 +1,6 @@
 """What drafts are read off: the target's own head, or a cheaper copy of it.
 
-    own      the target's, lent by reference
+    own      the target's, lent by reference; of a screened head the copy that it is screened by
     fp8      e4m3 with a scale per row: half the bytes of bf16
     trimmed  the rows of some tokens only: the N lowest ids, which a vocabulary in the order of its
              merges emits most, and those added beside the merges, so that every end can be drafted
@@ -69,14 +69,17 @@ def of(
     device: torch.device,
     dtype: torch.dtype,
     softcap: float = 0.0,
+    screen: Packed | None = None,
 ) -> DraftHead:
-    """The draft head that the options ask for; `added` are the ids beside the merges.
+    """The draft head that the options ask for; `added` are the ids beside the merges, `screen` is
+    the copy that `head` is screened by.
 
     Raises UsageError if the head has no more rows than are to be kept.
     """
     fp8, rows, vocab = options.draft_head == "fp8", options.draft_rows, head.shape[0]
     if not options.copies_head:
-        return DraftHead(head, vocab, softcap=softcap)
+        lent = head if screen is None or options.draft_head == "own" else screen
+        return DraftHead(lent, vocab, softcap=softcap)
     if rows >= vocab:
         raise UsageError(
             f"draft_head keeps {rows} rows, and this target's head has {vocab}",

@@ -23,7 +23,17 @@ from dflash_chat import __version__
 from dflash_chat.budget import OUTSIDE, TargetShape
 from dflash_chat.errors import CheckpointError, DoesNotFitError, UsageError
 from dflash_chat.hub import Installed
-from dflash_chat.runtime import draft_head, fitting, flash, kernels, memory, models, text, weights
+from dflash_chat.runtime import (
+    draft_head,
+    fitting,
+    flash,
+    kernels,
+    memory,
+    models,
+    target_head,
+    text,
+    weights,
+)
 from dflash_chat.runtime.api import DEFAULT_CONTEXT, EngineOptions, ModelInfo, Progress
 from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Config as DrafterConfig
@@ -63,6 +73,7 @@ def load(installed: Installed, options: EngineOptions, progress: ReportProgress)
     """
     started = time.perf_counter()
     device, dtype = _placement(options)
+    target_head.refuse_screening(options, device, dtype)
     card, named = fitting.card_of(device), options.context_tokens
     options = fitting.planned(installed, options, card, dtype)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
@@ -187,14 +198,13 @@ def _build(
     config, drafter_config, capacity = opened.config, opened.drafter_config, opened.capacity
     packed = weights.load_packed(*opened.for_target)
     target = opened.architecture.Target(config, packed, capacity, dtype, device)
-    if options.head == "fp8":
-        target.lm_head = rounded(target.lm_head.dequantize(dtype)).to(device, dtype)
+    target_head.settle(target, options, device, dtype)
     progress(Progress("reading the drafter", 0, 0))
     packed = weights.load_packed(*opened.for_drafter)
     if options.drafter == "fp8":
         packed = {name: _in_fp8(weight) for name, weight in packed.items()}
     added, cap = opened.tokenizer.added_ids, drafter_config.softcap
-    head = draft_head.of(target.lm_head, options, added, device, dtype, cap)
+    head = draft_head.of(target.lm_head, options, added, device, dtype, cap, target.screen)
     drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
     engine = Engine(
         target,
@@ -271,9 +281,11 @@ def _draft_tokens(
     return options.draft_tokens or min(default, most)
 
 
-def _rounded_words(options: EngineOptions, head: DraftHead) -> list[str]:
-    """What the options made coarser than the files are."""
+def _rounded_words(options: EngineOptions, head: DraftHead, screened: bool) -> list[str]:
+    """What the options made coarser than the files are, or read a coarser copy of."""
     words = ["fp8 target head"] if options.head == "fp8" else []
+    if options.head == "screened":  # which takes graphs, and a dense head
+        words.append("screened head" if screened else "head not screened")
     words += ["fp8 drafter"] if options.drafter == "fp8" else []
     if head.copied:
         kind = "fp8 draft head" if options.draft_head == "fp8" else "draft head"
@@ -293,6 +305,7 @@ def _info(
     drafter = engine.drafter
     assert isinstance(drafter, Drafter)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    screened = engine.graphed is not None and engine.graphed.step.screen is not None
     cache_bytes = engine.cache.nbytes + drafter.cache.nbytes
     other_bytes = 0
     if device.type == "cuda":
@@ -301,7 +314,7 @@ def _info(
     plain = engine.plain
     heads = opened.config.num_attention_heads
     computing = [_kernels(engine), flash.words(engine.cache, heads)]
-    computing += _rounded_words(options, drafter.head)
+    computing += _rounded_words(options, drafter.head, screened)
     return ModelInfo(
         pair=installed.pair.name,
         target=f"{installed.pair.title} ({installed.build.source})",

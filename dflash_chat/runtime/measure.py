@@ -23,7 +23,15 @@ from torch import Tensor
 
 from dflash_chat.budget import Budget, shortage
 from dflash_chat.errors import DoesNotFitError, UserError
-from dflash_chat.runtime import draft_head, flash, memory, models, random_weights, timing
+from dflash_chat.runtime import (
+    draft_head,
+    flash,
+    memory,
+    models,
+    random_weights,
+    target_head,
+    timing,
+)
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
@@ -31,7 +39,6 @@ from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import Experts
 from dflash_chat.runtime.kernels import linear
 from dflash_chat.runtime.parts import LayerParts
-from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.step import Graphs, Step, TargetParts
 from dflash_chat.runtime.width import MAX_ROWS
 
@@ -92,13 +99,14 @@ def build(
     capacity, dtype = _capacity(context), torch.bfloat16
     made = random_weights.RandomWeights(config.tensor_shapes(), quant, device, dtype)
     target = module.Target(config, made, capacity, dtype, device)
-    if options.head == "fp8":
-        target.lm_head = rounded(target.lm_head.dequantize(dtype)).to(device, dtype)
+    target_head.settle(target, options, device, dtype)
     drafter_config = DrafterConfig.from_raw(shapes.drafter)
     drafter_shapes = drafter_config.tensor_shapes(config.hidden_size)
     drafter_quant = "fp8" if options.drafter == "fp8" else "bf16"
     drafted = random_weights.RandomWeights(drafter_shapes, drafter_quant, device, dtype, seed=1)
-    head = draft_head.of(target.lm_head, options, (), device, dtype, drafter_config.softcap)
+    head = draft_head.of(
+        target.lm_head, options, (), device, dtype, drafter_config.softcap, target.screen
+    )
     drafter = Drafter(drafter_config, drafted, target.embed, head, capacity, dtype, device)
     cache = target.new_cache(capacity)
     for tensors in (cache.keys, cache.values, drafter.cache.keys, drafter.cache.values):
@@ -478,9 +486,13 @@ def _cache_bytes(cache: KVCache, context: int) -> float:
 
 
 def verify_bytes(subject: Subject, context: int, n: int, experts: float) -> float:
-    """Bytes a verify of n rows must read: weights once, routed experts once, the cache once."""
-    layers = sum(_layer_bytes(parts, experts) for parts in subject.step.target.layers)
-    return layers + subject.step.target.head.nbytes + _cache_bytes(subject.cache, context)
+    """Bytes a verify of n rows must read: weights once, routed experts once, the cache once; of a
+    screened head the copy, beside which the candidates' rows are few.
+    """
+    target = subject.step.target
+    layers = sum(_layer_bytes(parts, experts) for parts in target.layers)
+    head = target.head if target.screen is None else target.screen
+    return layers + head.nbytes + _cache_bytes(subject.cache, context)
 
 
 def draft_bytes(subject: Subject, context: int) -> float:

@@ -24,9 +24,9 @@ from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import Stack, Tables
-from dflash_chat.runtime.kernels import accept, linear, norms, rope
+from dflash_chat.runtime.kernels import accept, linear, norms, rope, screen
 from dflash_chat.runtime.kernels.accept import State
-from dflash_chat.runtime.kernels.forms import Weight
+from dflash_chat.runtime.kernels.forms import Int8
 from dflash_chat.runtime.kernels.norms import Branch
 from dflash_chat.runtime.layers import RMSNorm
 from dflash_chat.runtime.parts import LayerParts, weight_of
@@ -37,7 +37,9 @@ from dflash_chat.runtime.width import MAX_ROWS
 
 @dataclass(frozen=True)
 class TargetParts:
-    """A target for the fused path. `table` [V, C] holds the input embeddings; `softcap` 0: none."""
+    """A target for the fused path. `table` [V, C] holds the input embeddings; `softcap` 0: none;
+    `screen` is the int8 copy that greedy choices of `head` are screened by, if they are.
+    """
 
     layers: Sequence[LayerParts]
     norm: Tensor
@@ -45,6 +47,7 @@ class TargetParts:
     embed_scale: float
     head: Packed
     softcap: float = 0.0
+    screen: Packed | None = None
 
     @classmethod
     def of(cls, target: Describable) -> TargetParts:
@@ -58,6 +61,7 @@ class TargetParts:
             target.parts(), weight_of(target.norm), table.weight,
             float(getattr(target, "embed_scale", 1.0)), target.lm_head,
             float(getattr(target.config, "final_logit_softcapping", None) or 0.0),
+            target.screen,
         )  # fmt: skip
 
 
@@ -68,6 +72,7 @@ class Describable(Protocol):
     norm: RMSNorm
     embed_tokens: Packed
     lm_head: Packed
+    screen: Packed | None
 
     def parts(self) -> list[LayerParts]:
         """All layers in terms of `parts.py`."""
@@ -87,6 +92,12 @@ class Step:
         self.target, self.taps, self.pdl = target, tuple(taps), kernels.overlapping(device)
         self.stack = Stack(target.layers, target.norm, cache, cache.capacity, self.pdl)
         self.head = kernel_weights.linear(target.head)
+        self.screen: Int8 | None = None
+        if target.screen is not None:
+            copy = kernel_weights.linear(target.screen)
+            assert isinstance(self.head, Tensor), target.head.kernel
+            assert isinstance(copy, Int8), target.screen.kernel
+            self.screen = copy
         block_size = 1 if drafter is None else drafter.config.block_size
         mask_id = 0 if drafter is None else drafter.config.mask_token_id
 
@@ -116,7 +127,10 @@ class Step:
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """The likeliest token of each row, int64 [n]."""
-        return linear.head_argmax(hidden, self.head, pdl=self.pdl)
+        if self.screen is None:
+            return linear.head_argmax(hidden, self.head, pdl=self.pdl)
+        assert isinstance(self.head, Tensor)
+        return screen.argmax(hidden, self.head, self.screen, pdl=self.pdl)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [n, V], capped."""
@@ -159,7 +173,7 @@ class Drafting:
         self.fc = kernel_weights.linear(drafter.fc)
         self.pdl = step.pdl
         self.stack = Stack(drafter.parts(), norm, drafter.cache, drafter.cache.capacity, self.pdl)
-        self.draft_head = HeadKernels(drafter.head, step.head, self.pdl)
+        self.draft_head = HeadKernels(drafter.head, self.pdl)
         self.context_kv = kernel_weights.linear(drafter.context_kv)
         self.k_norms = torch.stack([layer.k_norm for layer in drafter.layers])  # [L, D]
         self.nothing = torch.zeros(
@@ -209,11 +223,11 @@ class Drafting:
 
 
 class HeadKernels:
-    """A draft head by our kernels. `own` is the target's, in their form."""
+    """A draft head by our kernels."""
 
-    def __init__(self, head: DraftHead, own: Weight, pdl: bool) -> None:
+    def __init__(self, head: DraftHead, pdl: bool) -> None:
         self.head, self.pdl = head, pdl
-        self.weight = kernel_weights.linear(head.weight) if head.copied else own
+        self.weight = kernel_weights.linear(head.weight)
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest tokens, int64 [T], of normed states [T, C], and their probabilities."""

@@ -34,7 +34,7 @@ class Part:
 
 
 _PARTS = (
-    ("W", "weights", ("target",)),
+    ("W", "weights", ("target", "screen")),
     ("D", "drafter", ("drafter", "draft_head")),
     ("C", "caches", ("target_cache", "drafter_cache", "state")),
     ("G", "graphs, workspace", ("tables", "buffers", "graphs", "workspace")),

@@ -118,8 +118,9 @@ async def test_bar_legend_reasons_and_json_are_the_planners(big: None) -> None:
         cells = {letter: bar.count(letter) for letter in "WDCGR·"}
 
         assert cells["W"] > cells["C"] > cells["D"] > 0
-        assert cells["W"] / len(bar) == pytest.approx(made.budget.target / made.free, abs=0.02)
-        assert f"W  weights {gib(made.budget.target)}" in " ".join(legend)
+        weights = made.budget.target + made.budget.screen
+        assert cells["W"] / len(bar) == pytest.approx(weights / made.free, abs=0.02)
+        assert f"W  weights {gib(weights)}" in " ".join(legend)
         assert f"{gib(made.spare)} spare" in " ".join(legend)
         reasons = " ".join(shown(chat, "why").split())
         for why in as_json(made)["why"]:
@@ -205,7 +206,8 @@ async def test_what_was_measured_stands_beside_the_estimates(big: None) -> None:
         figures = " ".join(shown(chat, "figures").split())
         loaded = expected(Wishes(build, EngineOptions(context_tokens=ON_CARD.context_tokens)))
 
-        estimate, measured = gib(loaded.budget.target), gib(ON_CARD.target_bytes)
+        weights = loaded.budget.target + loaded.budget.screen
+        estimate, measured = gib(weights), gib(ON_CARD.target_bytes)
         assert f"{estimate} {measured}" in figures
         assert f"in all {gib(expected().budget.total)}" in figures
         assert f"{gib(HELD)}" in figures

@@ -6,6 +6,8 @@ Int4    w = (q − zero)·scale in groups of g ∈ {32, 64, 128} along K. Every 
         columns: the low nibbles columns 0 … 31, the high ones 32 … 63, so that both are plain
         tiles. The four bytes of a word hold columns 0, 2, 1, 3 of its four: bits 0 … 3 and
         16 … 19 of the shifted word are then neighbours, and one instruction unpacks them both.
+Int8    w = q·scale + δ with one scale per row [N], of a head alone: who knows how far ‖δ‖ reaches
+        knows which rows can have the largest logit without reading the others (`screen.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from torch import Tensor
 
 CHUNK = 64  # columns per 32 bytes of int4
 BYTE_ORDER = [0, 2, 1, 3]  # its own inverse
+INT8_MAX = 127
+ROUNDED_AT_ONCE = 4096  # rows, which bounds what `round_to_int8` needs for a while
 
 
 class Fp8(NamedTuple):
@@ -37,7 +41,19 @@ class Int4(NamedTuple):
     zero: Tensor | None
 
 
-Weight = Tensor | Fp8 | Int4
+class Int8(NamedTuple):
+    """weight: int8 [N, K] of −127 … 127; scale, error: fp32 [N].
+
+    For every state h, |w·h − s·(q·h)| ≤ error·‖h‖₂, however either product was summed in fp32 and
+    ‖h‖₂ taken: see `round_to_int8`. Short of underflow.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    error: Tensor
+
+
+Weight = Tensor | Fp8 | Int4 | Int8
 
 
 def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
@@ -59,11 +75,35 @@ def unpack_int4(w: Int4) -> tuple[Tensor, Tensor, Tensor | None]:
     return q, w.scale.T, None if w.zero is None else w.zero.T
 
 
+def round_to_int8(weight: Tensor) -> Int8:
+    """A copy of `weight` [N, K] of a float dtype, in int8 with a scale per row.
+
+    With u = 2⁻²⁴, K products summed in fp32 in any order err by K·u·‖w‖‖h‖ at most, and by twice
+    that where tensor cores cut off instead of rounding: together 3K·u. `error` is ‖δ‖ + 4K·u·‖w‖,
+    and 2⁻¹⁰ of that more for lengths that were themselves summed in fp32.
+    """
+    n, k = weight.shape
+    assert k <= 1 << 13, f"{k} columns"
+    device = weight.device
+    q = torch.empty(n, k, dtype=torch.int8, device=device)
+    scale, error = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
+    chunks = (torch.split(tensor, ROUNDED_AT_ONCE) for tensor in (weight, q, scale, error))
+    for exact, q_rows, scale_rows, error_rows in zip(*chunks, strict=True):
+        wide = exact.float()
+        scale_rows.copy_(wide.abs().amax(-1).clamp(min=1e-30) / INT8_MAX)
+        rounded = (wide / scale_rows[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
+        q_rows.copy_(rounded)
+        length = torch.linalg.vector_norm(wide, dim=-1)
+        lost = torch.linalg.vector_norm(wide - rounded.mul_(scale_rows[:, None]), dim=-1)
+        error_rows.copy_((lost + k * 2.0**-22 * length) * (1 + 2.0**-10))
+    return Int8(q, scale, error)
+
+
 def shape(w: Weight) -> tuple[int, int]:
     """(N, K)."""
     if isinstance(w, Int4):
         return w.packed.shape[0], 2 * w.packed.shape[1]
-    weight = w.weight if isinstance(w, Fp8) else w
+    weight = w if isinstance(w, Tensor) else w.weight
     return weight.shape[0], weight.shape[1]
 
 
@@ -72,6 +112,8 @@ def dequantize(w: Weight, halves: int = 1) -> Tensor:
     n, k = shape(w)
     if isinstance(w, Tensor):
         return w.float()
+    if isinstance(w, Int8):
+        return w.weight.float() * w.scale[:, None]
     if isinstance(w, Fp8):
         scale = w.scale.float()
         if scale.dim() == 1:
@@ -88,4 +130,6 @@ def dequantize(w: Weight, halves: int = 1) -> Tensor:
 
 def kind(w: Weight) -> str:
     """The weight's form, as `tuned` calls it."""
-    return "int4" if isinstance(w, Int4) else "fp8" if isinstance(w, Fp8) else "bf16"
+    if isinstance(w, Tensor):
+        return "bf16"
+    return "int4" if isinstance(w, Int4) else "int8" if isinstance(w, Int8) else "fp8"

@@ -1,8 +1,8 @@
 """Linear layers of a verify block: y = x wᵀ for T ≤ 32 rows, bound by reading w once.
 
-x: [T, K] bf16, rows contiguous. w: [N, K] bf16, e4m3 or int4 as in `forms`. Sums are fp32.
-Quantised weights are unpacked to bf16 in registers; an e4m3 scale is applied to the sums, an int4
-group's scale to the weights.
+x: [T, K] bf16, rows contiguous. w: [N, K] bf16, e4m3, int8 or int4 as in `forms`. Sums are fp32.
+Quantised weights are unpacked to bf16 in registers; a row's or a block's scale is applied to the
+sums, an int4 group's scale to the weights.
 
 A program owns a tile of BN rows of w and a share of K. The shares of a tile meet in one of two
 ways: `partials` writes them side by side, [S, T, N] fp32, and whoever reads them adds them up;
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
-from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, kind, shape
+from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
 from dflash_chat.runtime.kernels.tuned import Config
 
 MAX_ROWS = 32
@@ -86,11 +86,34 @@ _WIDEN = tl.constexpr("""{
     fma.rn.bf16x2 $1, $1, scale, zero;
 }""")
 
+# The seven bits below an int8's sign end 128's mantissa; the sign makes what is taken off 256.
+_WIDEN_INT8 = tl.constexpr("""{
+    .reg .b32 low, high, one, b0, b1;
+    mov.b32 one, 0x3F803F80;
+    prmt.b32 low, $2, 0, 0x4140;
+    prmt.b32 high, $2, 0, 0x4342;
+    lop3.b32 b0, low, 0x00800080, 0xC300C300, 0xEA;
+    lop3.b32 b1, high, 0x00800080, 0xC300C300, 0xEA;
+    lop3.b32 $0, low, 0x007F007F, 0x43004300, 0xEA;
+    lop3.b32 $1, high, 0x007F007F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, $0, one, b0;
+    fma.rn.bf16x2 $1, $1, one, b1;
+}""")
+
 
 @triton.jit
 def _widen(w, dtype: tl.constexpr):
-    """The bytes of e4m3 → dtype, exactly; all else as it is. Hopper's own cvt is much slower."""
-    if w.dtype != tl.uint8:
+    """int8, or the bytes of e4m3 → dtype, exactly; all else as it is. Hopper's own cvt of e4m3 is
+    much slower, and there is none of int8 to bf16.
+    """
+    if w.dtype == tl.int8:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                _WIDEN_INT8, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        else:
+            return w.to(dtype)
+    elif w.dtype != tl.uint8:
         return w
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -458,19 +481,45 @@ def _head(
     x: Tensor, w: Weight, logits: Tensor | None, probability: Tensor | None, softcap: float,
     ids: Tensor | None, config: Config | None, pdl: bool,
 ) -> Tensor:  # fmt: skip
-    rows = x.shape[0]
     n, k = shape(w)
     config = config or tuned.head(kind(w), n, k)
+    sums = None
+    if probability is not None:
+        sums = torch.empty(x.shape[0], triton.cdiv(n, config.bn), device=x.device)
+    best, best_row = head_tiles(x, w, logits, sums, softcap, config, pdl)
+    return first_best(best, best_row, n, sums, probability, softcap, ids, pdl=pdl)
+
+
+def head_tiles(
+    x: Tensor, w: Weight, logits: Tensor | None, sums: Tensor | None, softcap: float,
+    config: Config, pdl: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Every tile's best logit, fp32 [T, ⌈N/config.bn⌉], and its row, int32; fills [T, N] of
+    `logits`, and of `sums`, fp32 [T, ⌈N/config.bn⌉], Σ exp(logit − best) of the capped ones.
+    """
+    rows = x.shape[0]
+    n, k = shape(w)
     _check(x, w)
     tiles = triton.cdiv(n, config.bn)
     best = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
     best_row = torch.empty(rows, tiles, dtype=torch.int32, device=x.device)
-    sums = None if probability is None else torch.empty_like(best)
-    out = torch.empty(rows, dtype=torch.int64, device=x.device)
     _head_kernel[(tiles,)](
         x, x.stride(0), *_operands(w), logits, best, best_row, sums, rows, n, k, softcap,
         **_shape_options(rows, w, config, pdl),
     )  # fmt: skip
+    return best, best_row
+
+
+def first_best(
+    best: Tensor, best_row: Tensor, n: int, sums: Tensor | None = None,
+    probability: Tensor | None = None, softcap: float = 0.0, ids: Tensor | None = None, *,
+    pdl: bool = False,
+) -> Tensor:  # fmt: skip
+    """What `head_tiles` found, [T, tiles] of a head of n rows → int64 [T]: the first best row, or
+    its id; fills `probability`.
+    """
+    rows, tiles = best.shape
+    out = torch.empty(rows, dtype=torch.int64, device=best.device)
     _argmax_kernel[(rows,)](
         best, best_row, sums, ids, out, probability, tiles, n, softcap,
         TILES=triton.next_power_of_2(tiles), PDL=pdl, num_warps=8, **_overlapping(pdl),
@@ -525,6 +574,8 @@ def _operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return w
     if isinstance(w, Fp8):
         return w.weight.view(torch.uint8), w.scale, None
+    if isinstance(w, Int8):
+        return w.weight, w.scale, None
     return w, None, None
 
 
@@ -540,6 +591,8 @@ def _shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str,
     if isinstance(w, Fp8):
         form = CHANNEL if w.scale.dim() == 1 else BLOCK
         assert form == CHANNEL or config.bk == 128, f"{config} with blocks of 128 columns"
+    elif isinstance(w, Int8):
+        form = CHANNEL
     elif isinstance(w, Int4):
         form, group = INT4, k // w.scale.shape[0]
         # Four warps would get wgmma, whose lanes hold half of the word that `_UNPACK` wants.

@@ -25,12 +25,14 @@ WASTE = 1.1  # how much longer than the mean the longest share of K may be
 _TILES = {  # (kernel, form of w): bn, bk, warps, stages
     ("linear", "bf16"): (64, 128, 4, 4),
     ("linear", "fp8"): (64, 128, 2, 6),
+    ("linear", "int8"): (64, 128, 2, 6),
     ("linear", "int4"): (64, 128, 2, 6),
     ("gated", "bf16"): (64, 128, 4, 4),
     ("gated", "fp8"): (64, 128, 2, 6),
     ("gated", "int4"): (64, 128, 2, 6),
     ("head", "bf16"): (128, 64, 4, 5),
     ("head", "fp8"): (128, 128, 2, 4),
+    ("head", "int8"): (64, 256, 2, 4),
     ("head", "int4"): (128, 128, 2, 5),
 }
 

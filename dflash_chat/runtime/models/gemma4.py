@@ -410,6 +410,7 @@ class Target:
         self.lm_head = (
             self.embed_tokens if config.tie_word_embeddings else weights.linear("lm_head")
         )
+        self.screen: Packed | None = None
         self.layers = [
             Layer(config, geometry, text.below(f"layers.{i}"))
             for i, geometry in enumerate(config.attention)
@@ -430,8 +431,9 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of the projections, embedding and head."""
+        """Resident bytes of the projections, embedding and head, and of a copy of it."""
         head = 0 if self.lm_head is self.embed_tokens else self.lm_head.nbytes
+        head += 0 if self.screen is None else self.screen.nbytes
         return self.embed_tokens.nbytes + head + sum(layer.nbytes for layer in self.layers)
 
     def parts(self) -> list[LayerParts]:

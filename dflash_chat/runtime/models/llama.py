@@ -200,6 +200,7 @@ class Target:
         self.lm_head = (
             self.embed_tokens if config.tie_word_embeddings else weights.linear("lm_head")
         )
+        self.screen: Packed | None = None
         self.layers = [
             self.layer_class(config, weights.below(f"model.layers.{i}"))
             for i in range(config.num_hidden_layers)
@@ -214,10 +215,12 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of the projections, embedding and head."""
+        """Resident bytes of the projections, embedding and head, and of a copy of it."""
         parts = [self.embed_tokens]
         if self.lm_head is not self.embed_tokens:
             parts.append(self.lm_head)
+        if self.screen is not None:
+            parts.append(self.screen)
         for layer in self.layers:
             parts += [layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj]
         return sum(part.nbytes for part in parts)

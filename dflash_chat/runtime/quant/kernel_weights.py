@@ -29,7 +29,7 @@ class KernelWeight:
     projection beside them, once `experts` has asked for it.
     """
 
-    form: forms.Fp8 | forms.Int4 | MoeWeight
+    form: forms.Fp8 | forms.Int4 | forms.Int8 | MoeWeight
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +60,8 @@ class KernelWeight:
         if isinstance(form, forms.Fp8):
             gathered = form.weight.view(torch.uint8)[ids].view(form.weight.dtype)
             form = forms.Fp8(gathered, form.scale[ids])
+        elif isinstance(form, forms.Int8):
+            form = forms.Int8(*(part[ids] for part in form))
         elif isinstance(form, forms.Int4):
             zero = None if form.zero is None else form.zero[:, ids]
             form = forms.Int4(form.packed[ids], form.scale[:, ids], zero)
@@ -82,12 +84,12 @@ class KernelWeight:
         form = self.form
         if isinstance(form, MoeWeight):
             if form.scale is not None and form.format == "fp8":
-                return _linear_fp8(x, form.data, form.scale)
+                return _linear_by_row(x, form.data, form.scale)
             return F.linear(x, unpack.unpack(form, x.dtype))
         if len(x) <= linear_kernel.MAX_ROWS:
             return linear_kernel.matmul(x, form)
-        if isinstance(form, forms.Fp8):
-            return _linear_fp8(x, *form)
+        if isinstance(form, forms.Fp8 | forms.Int8):
+            return _linear_by_row(x, form.weight, form.scale)
         return F.linear(x, unpack.unpack(form, x.dtype))
 
     def joined(self, others: Sequence[Packed]) -> Packed | None:
@@ -99,6 +101,11 @@ def fp8(weight: Tensor, scale: Tensor) -> KernelWeight:
     """weight e4m3 [.., N, K], scale [.., N, 1]."""
     per_row = scale.squeeze(-1).float().contiguous()
     return KernelWeight((forms.Fp8 if weight.dim() == 2 else MoeWeight)(weight, per_row))
+
+
+def int8(weight: DenseWeight) -> KernelWeight:
+    """A copy of a head [N, K], by which it is screened."""
+    return KernelWeight(forms.round_to_int8(weight.weight))
 
 
 def int4_fits(shape: tuple[int, ...], group: int) -> bool:
@@ -122,7 +129,7 @@ def _expert(q: Tensor, scale: Tensor, zero: Tensor | None) -> MoeWeight:
     return expert_weights.pack_int4_experts(q, scale, offset)
 
 
-def _linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _linear_by_row(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """One scale per row of the weight, applied to the product."""
     return F.linear(x, weight.to(x.dtype)).mul_(scale)
 
@@ -153,7 +160,8 @@ def experts(weight: Packed | Experts) -> MoeWeight:
     raise CheckpointError(f"experts of kind {type(weight).__name__} have no CUDA kernel")
 
 
-def _of_experts(form: forms.Fp8 | forms.Int4 | MoeWeight) -> MoeWeight:
+def _of_experts(form: forms.Fp8 | forms.Int4 | forms.Int8 | MoeWeight) -> MoeWeight:
+    assert not isinstance(form, forms.Int8), "of a head alone"
     if isinstance(form, MoeWeight):
         return form
     if isinstance(form, forms.Fp8):

@@ -12,7 +12,7 @@ from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
-from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime.quant import Packed, kernel_weights
 from dflash_chat.runtime.quant.dense import DenseWeight
 from dflash_chat.runtime.random_weights import RandomWeights
 from tests.runtime.kernels.conftest import DEVICE
@@ -81,6 +81,8 @@ def tiny(
     config = module.Config.from_hf(raw)
     weights = RandomWeights(config.tensor_shapes(), "bf16", DEVICE, dtype)
     target = module.Target(config, weights, capacity, dtype, DEVICE)
+    if options.head == "screened":  # the interpreter serves, too
+        target.screen = kernel_weights.int8(target.lm_head)
     c = DrafterConfig.from_raw(
         {
             "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -94,6 +96,6 @@ def tiny(
     quant = "fp8" if options.drafter == "fp8" else "bf16"
     drafted = RandomWeights(c.tensor_shapes(64), quant, DEVICE, dtype, seed=1)
     cap = float(raw.get("final_logit_softcapping", 0.0))
-    head = draft_head.of(target.lm_head, options, ADDED, DEVICE, dtype, cap)
+    head = draft_head.of(target.lm_head, options, ADDED, DEVICE, dtype, cap, target.screen)
     drafter = Drafter(c, drafted, target.embed, head, capacity, dtype, DEVICE)
     return Pair(target, target.new_cache(capacity), drafter)

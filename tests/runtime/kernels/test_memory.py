@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dflash_chat.budget import Budget
-from dflash_chat.runtime import draft_head, kernels, models
+from dflash_chat.runtime import draft_head, kernels, models, target_head
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.cache import CUDA_PREFILL_CHUNK
 from dflash_chat.runtime.drafter import Config as DrafterConfig
@@ -22,7 +22,6 @@ from dflash_chat.runtime.graphed import GraphedSteps, Passes
 from dflash_chat.runtime.memory import META, Pair
 from dflash_chat.runtime.models.gemma4 import Target
 from dflash_chat.runtime.quant import Packed, cpu
-from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
 from dflash_chat.runtime.random_weights import RandomWeights
 from dflash_chat.runtime.step import Step, TargetParts
@@ -49,6 +48,8 @@ OPTIONS = {
     "rows": EngineOptions(draft_rows=20),
     "fp8 rows": EngineOptions(draft_head="fp8", draft_rows=20),
     "fp8 head": EngineOptions(head="fp8", draft_head="fp8"),
+    "screened head": EngineOptions(head="screened"),
+    "screened head, fp8 drafts": EngineOptions(head="screened", draft_head="fp8"),
 }
 
 
@@ -74,10 +75,10 @@ def build(
     """As a session does, for a GPU."""
     module = models.find("gemma4" if hasattr(config, "num_experts") else "llama")
     target = module.Target(config, packed, CONTEXT, BF16, META)
-    if options.head == "fp8":
-        target.lm_head = rounded(target.lm_head.dequantize(BF16)).to(META, BF16)
+    target_head.settle(target, options, META, BF16)
     quant = "fp8" if options.drafter == "fp8" else "bf16"
-    head = draft_head.of(target.lm_head, options, pairs.ADDED, META, BF16)
+    added = pairs.ADDED
+    head = draft_head.of(target.lm_head, options, added, META, BF16, screen=target.screen)
     drafter = Drafter(
         DRAFTER, outline(DRAFTER.tensor_shapes(64), quant), target.embed, head, CONTEXT, BF16, META,
         CUDA_PREFILL_CHUNK,
@@ -161,7 +162,8 @@ def test_options_change_the_parts_as_they_change_what_is_built(
     drafter = steps.drafter
     assert drafter is not None
     ids = 0 if drafter.head.ids is None else drafter.head.ids.nbytes
-    assert plan.target == target.nbytes + vectors(shapes)
+    assert plan.target + plan.screen == target.nbytes + vectors(shapes)
+    assert (plan.screen > 0) == (options.head == "screened")
     assert plan.draft_head == drafter.head.nbytes + ids
     own = drafter.nbytes - drafter.head.nbytes
     assert plan.drafter == own + vectors(DRAFTER.tensor_shapes(64))

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from dflash_chat.runtime.api import EngineOptions
 from dflash_chat.runtime.kernels import accept
 from dflash_chat.runtime.kernels.accept import State
+from dflash_chat.runtime.kernels.forms import Int8
 from dflash_chat.runtime.quant import cpu, kernel_weights
 from dflash_chat.runtime.quant.float_quantized import Float8Weight
 from dflash_chat.runtime.random_weights import RandomWeights
@@ -24,6 +25,7 @@ CAPACITY, PROMPT = 128, 40
 HEADS = {
     "fp8": EngineOptions(drafter="fp8", draft_head="fp8"),
     "trimmed": EngineOptions(draft_rows=30),
+    "screened": EngineOptions(head="screened"),
     "trimmed in fp8": EngineOptions(draft_head="fp8", draft_rows=30),
 }
 
@@ -156,3 +158,20 @@ def test_acceptance_moves_the_state(right: int, scripted: bool) -> None:
         31 + n, 30, n + 1, 2,
     ]  # fmt: skip
     assert int(state.ids[0]) == int(state.block[0]) == 10 + n
+
+
+def test_a_screened_step_chooses_and_drafts_by_the_copy() -> None:
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(cpu, "prepacking_serves", lambda *_: False)
+        plain, screened = (
+            Pair("llama", EngineOptions(head=head)).step for head in ("own", "screened")
+        )
+        hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        want = plain.argmax(hidden)
+        assert torch.equal(screened.argmax(hidden), want)
+        assert torch.equal(screened.logits(hidden), plain.logits(hidden))
+        assert isinstance(screened.screen, Int8)
+        assert screened.drafting is not None
+        assert screened.drafting.draft_head.weight is screened.screen
+        screened.screen = screened.screen._replace(scale=-screened.screen.scale)
+        assert not torch.equal(screened.argmax(hidden), want), "the copy must have been read"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 from dflash_chat.errors import EXIT_OK, DoesNotFitError, UsageError
 from dflash_chat.runtime.width import WIDTHS
@@ -38,6 +39,9 @@ def run(args: RandomBenchArgs) -> int:
     random_weights.shapes(args.pair)  # an unknown name ends here
     if args.quant not in random_weights.QUANTS:
         raise UsageError(f"--quant {args.quant}", f"known: {', '.join(random_weights.QUANTS)}")
+    options = args.options
+    if options.head == "auto":
+        options = replace(options, head="screened")  # as a plan has it where there is room
     first, ratio = args.accept_curve
     laws = {}
     if args.accept_length or first:
@@ -61,11 +65,9 @@ def run(args: RandomBenchArgs) -> int:
             }
             asked = traces.Trace.of(Law(first=first, ratio=ratio)) if first else None
             chosen = {f"a1 {first}, r {ratio}": asked} if asked else known
-            report = traces.run(args.pair, args.quant, args.context, chosen, args.options, say)
+            report = traces.run(args.pair, args.quant, args.context, chosen, options, say)
         else:
-            report = measure.run(
-                args.pair, args.quant, args.context, widths, laws, args.options, say
-            )
+            report = measure.run(args.pair, args.quant, args.context, widths, laws, options, say)
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise
@@ -73,7 +75,9 @@ def run(args: RandomBenchArgs) -> int:
             f"the GPU's memory ran out while {args.pair} in {args.quant} was measured",
             "try --quant int4, or a smaller --context",
         ) from error
-    report |= {"pair": args.pair, "quant": args.quant, "context": args.context}
+    report |= {
+        "pair": args.pair, "quant": args.quant, "context": args.context, "head": options.head
+    }  # fmt: skip
     if args.json:
         sys.stdout.write(json.dumps(report) + "\n")
     return EXIT_OK

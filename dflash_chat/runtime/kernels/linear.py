@@ -482,7 +482,7 @@ def _head(
     ids: Tensor | None, config: Config | None, pdl: bool,
 ) -> Tensor:  # fmt: skip
     n, k = shape(w)
-    config = config or tuned.head(kind(w), n, k)
+    config = config or tuned.head(kind(w), n, k, x.shape[0])
     sums = None
     if probability is not None:
         sums = torch.empty(x.shape[0], triton.cdiv(n, config.bn), device=x.device)

@@ -133,8 +133,8 @@ def _residual_kernel(
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
     GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row, and GROUPS times BN of its router's logits. With `ids_ptr` the row of x is looked up and scaled.
-    A, B: parts of the branches.
+    """One row, and GROUPS times BN of its router's logits. With `ids_ptr` the row of x is looked up
+    and scaled. A, B: parts of the branches.
     """
     t = tl.program_id(0)
     c = tl.arange(0, BLOCK)
@@ -303,11 +303,8 @@ def _launch(
         new, tap, 0 if tap is None else tap.stride(0), *pairs,
         *(router or (None, None, None)), logits, experts, rows, eps,
         A=parts[0] if parts else 0, B=parts[1] if len(parts) > 1 else 0, C=width,
-        BLOCK=block, BN=ROUTED, GROUPS=groups, PDL=pdl, num_warps=_warps(block, parts, router is not None),
+        BLOCK=block, BN=ROUTED, GROUPS=groups, PDL=pdl,
+        num_warps=min(16 if router is None else 8, max(4, block // 256)),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return outs, logits
-
-
-def _warps(block: int, parts: Sequence[int], routed: bool) -> int:
-    return min(16, max(4, block // 256))

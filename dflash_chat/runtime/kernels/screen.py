@@ -137,7 +137,7 @@ def argmax(
     rows, (n, k) = x.shape[0], w.shape
     assert w.shape == copy.weight.shape, f"{tuple(w.shape)}, {tuple(copy.weight.shape)}"
     assert w.is_contiguous(), f"{tuple(w.shape)} {w.stride()}"
-    config = config or tuned.head("int8", n, k)
+    config = config or tuned.head("int8", n, k, rows)
     near = torch.empty(rows, n, dtype=torch.float32, device=x.device)
     best, best_row = linear.head_tiles(x, copy, near, None, 0.0, config, pdl)
     tiles = best.shape[1]

@@ -32,7 +32,7 @@ _TILES = {  # (kernel, form of w): bn, bk, warps, stages
     ("gated", "int4"): (64, 128, 2, 6),
     ("head", "bf16"): (128, 64, 4, 5),
     ("head", "fp8"): (128, 128, 2, 4),
-    ("head", "int8"): (64, 256, 2, 4),
+    ("head", "int8"): (64, 256, 4, 4),
     ("head", "int4"): (128, 128, 2, 5),
 }
 
@@ -79,8 +79,15 @@ def gated(form: str, n: int, k: int) -> Config:
     return _pick("gated", form, n, k, most=4)
 
 
-def head(form: str, n: int, k: int) -> Config:
-    """For the head, whose tiles are too many to be worth cutting."""
+MANY_BOUNDS = Config(64, 256, 2, 3, 1)
+
+
+def head(form: str, n: int, k: int, rows: int = 1) -> Config:
+    """For the head, whose tiles are too many to be worth cutting. The logits of an int8 copy only
+    bound others, so its tiles alone may depend on the rows.
+    """
+    if form == "int8" and rows > 8:
+        return MANY_BOUNDS
     return _pick("head", form, n, k, most=1)
 
 

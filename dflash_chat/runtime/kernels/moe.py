@@ -64,6 +64,11 @@ CONFIGS = {  # (launch, format of the experts), measured on an H200
     ("down", "fp8"): MoeConfig(64, 128, 4, 4),
     ("down", "int4"): MoeConfig(64, 64, 1, 4),
 }
+FEW = 4  # rows up to which a launch has few programs
+CONFIGS_OF_FEW = {  # where others are quicker then; they sum in the same order
+    ("gate_up", "fp8"): MoeConfig(32, 256, 4, 4),
+    ("down", "int4"): MoeConfig(64, 64, 2, 4),
+}
 
 
 def reference_gate_up(
@@ -244,7 +249,7 @@ def gate_up(
     assert h_dense.is_contiguous(), f"h_dense {h_dense.stride()}"
     assert h_moe.is_contiguous(), f"h_moe {h_moe.stride()}"
     assert dense_w.shape[1] == experts_w.shape[2] == width, f"{dense_w.shape} {experts_w.shape}"
-    config = config or CONFIGS["gate_up", experts_w.format]
+    config = config or _config("gate_up", experts_w, rows)
     places = routing.experts.numel()
     assert choice is None or rows == 1, f"a choice for {rows} rows"
     assert choice is None or choice.logits.shape == (1, experts_w.shape[0]), "logits of experts"
@@ -278,7 +283,7 @@ def down(
     assert dense_w.shape == (width, dense), f"{dense_w.shape}, activation {dense_act.shape}"
     assert experts_w.shape[1:] == (width, inner), f"{experts_w.shape}, {expert_act.shape}"
     assert places == routing.experts.numel(), f"{places} of {routing.experts.numel()} experts"
-    config = config or CONFIGS["down", experts_w.format]
+    config = config or _config("down", experts_w, rows)
     splits, top_k = triton.cdiv(dense, inner), routing.slots.shape[1]
     device = dense_act.device
     dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
@@ -291,6 +296,11 @@ def down(
         PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_out, routed
+
+
+def _config(launch: str, experts_w: MoeWeight, rows: int) -> MoeConfig:
+    key = launch, experts_w.format
+    return CONFIGS_OF_FEW.get(key, CONFIGS[key]) if rows <= FEW else CONFIGS[key]
 
 
 def _few(rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> bool:

@@ -272,7 +272,10 @@ def test_chunks_are_read_alike_by_either(
 def test_the_real_packages_at_real_shapes(
     module: str, heads: int, geometry: Geometry, rows: int, seen: int
 ) -> None:
-    function = pytest.importorskip(module, exc_type=ImportError).flash_attn_func
+    package = pytest.importorskip(module, exc_type=ImportError)
+    function = getattr(package, "flash_attn_func", None)
+    if function is None:  # 2.x and 4 share the name flash_attn, and only one of them is there
+        pytest.skip(f"no {module}.flash_attn_func")
     dim, window, scale = geometry.head_dim, geometry.window, geometry.head_dim**-0.5
     cache = KVCache([geometry], 9000, LOW, DEVICE, 2048)
     for tensor in (*cache.keys, *cache.values):

@@ -315,3 +315,21 @@ def test_dependent_launch_changes_no_bit(format_name: str, rows: int) -> None:
 
     for one, other in zip(run(False), run(True), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format_name", ["plain", "fp8", "int4"])
+def test_a_row_computes_the_same_bits_alone_and_in_a_block(format_name: str) -> None:
+    gate_up_w = weight(format_name, 4224, 2816), weight(format_name, EXPERTS, 1408, 2816)
+    down_w = weight(format_name, 2816, 2112), weight(format_name, EXPERTS, 2816, 704)
+    h, slots = activations(16, 2816), random_slots(16, 8)
+
+    def run(first: int, last: int) -> tuple[Tensor, Tensor]:
+        routing, part = routing_of(slots[first:last]), h[first:last].contiguous()
+        dense, routed = moe.gate_up(part, gate_up_w[0], part, gate_up_w[1], routing)
+        return moe.down(dense, down_w[0], routed, down_w[1], routing)
+
+    block = run(0, 16)
+    for rows in (1, 3, 5, 8):
+        for whole, alone in zip(block, run(4, 4 + rows), strict=True):
+            assert torch.equal(whole[:, 4 : 4 + rows], alone)

@@ -300,7 +300,9 @@ def down(
 
 def _config(launch: str, experts_w: MoeWeight, rows: int) -> MoeConfig:
     key = launch, experts_w.format
-    return CONFIGS_OF_FEW.get(key, CONFIGS[key]) if rows <= FEW else CONFIGS[key]
+    if rows <= FEW and experts_w.zero is None:  # zeros are multiplied by sums in a warp's own order
+        return CONFIGS_OF_FEW.get(key, CONFIGS[key])
+    return CONFIGS[key]
 
 
 def _few(rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> bool:

@@ -161,7 +161,7 @@ def compare(kind: str, rounds: int, folder: Path) -> None:
         without.stdout.readline()
         app, master = in_pty([*me, "--inside", kind, str(folder)])
         spent = {"alone": 0.0, "on screen": 0.0}  # seconds per token
-        for number in range(rounds * len(prompts(kind))):
+        for number in range(1 + rounds * len(prompts(kind))):
             speeds = {}
             for way in ("alone", "on screen") if number % 2 else ("on screen", "alone"):
                 if way == "alone":

@@ -252,7 +252,7 @@ def run(
         subject = build(name, quant, context, device, options)
         step = subject.step
         free, total = torch.cuda.mem_get_info()
-        say(f"{name} {quant}: {(total - free) / 1e9:.1f} GB in use")
+        say(f"{name} {quant}, head {options.head}: {(total - free) / 1e9:.1f} GB in use")
         check = self_check(subject, context)
         say("self-check " + " ".join(f"{k} {v:.2e}" for k, v in check.items()))
         if max(check.values()) > SELF_CHECK_LIMIT:

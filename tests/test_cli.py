@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from dflash_chat import __version__, bench_random, cli, completion, errors
+from dflash_chat import __version__, bench_random, cli, commands, completion, errors
 from dflash_chat.chat import Conversation
 from dflash_chat.config import Config
 from dflash_chat.errors import (
@@ -71,7 +71,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     terminals = {"stdin", "stdout", "stderr"}
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
-        cli, "_is_terminal", lambda s: any(s is getattr(sys, name) for name in terminals)
+        commands, "_is_terminal", lambda s: any(s is getattr(sys, name) for name in terminals)
     )
     return terminals
 
@@ -406,10 +406,10 @@ def test_an_empty_answer_deletes_nothing(
 ) -> None:
     monkeypatch.setattr(sys.stdin, "readline", lambda: "\n", raising=False)
     with pytest.raises(errors.UserError, match="nothing was done"):
-        cli._confirm("Delete?")
+        commands.confirm("Delete?")
     terminal.discard("stdin")
     with pytest.raises(errors.UsageError, match="nobody can be asked"):
-        cli._confirm("Delete?")
+        commands.confirm("Delete?")
 
 
 def test_version_is_the_packages() -> None:

@@ -24,7 +24,7 @@ from dflash_chat.runtime.cache import KVCache
 from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.fused import Stack, Tables
-from dflash_chat.runtime.kernels import accept, linear, norms, rope, screen
+from dflash_chat.runtime.kernels import accept, heads, linear, norms, rope, screen
 from dflash_chat.runtime.kernels.accept import State
 from dflash_chat.runtime.kernels.forms import Int8
 from dflash_chat.runtime.kernels.norms import Branch
@@ -128,13 +128,15 @@ class Step:
     def argmax(self, hidden: Tensor) -> Tensor:
         """The likeliest token of each row, int64 [n]."""
         if self.screen is None:
-            return linear.head_argmax(hidden, self.head, pdl=self.pdl)
+            return heads.argmax(hidden, self.head, pdl=self.pdl)
         assert isinstance(self.head, Tensor)
         return screen.argmax(hidden, self.head, self.screen, pdl=self.pdl)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [n, V], capped."""
-        logits, _ = linear.head_logits(hidden, self.head, softcap=self.target.softcap, pdl=self.pdl)
+        logits, _ = heads.logits_and_argmax(
+            hidden, self.head, softcap=self.target.softcap, pdl=self.pdl
+        )
         return logits
 
     def forward(self, n: int) -> Tensor:
@@ -231,14 +233,14 @@ class HeadKernels:
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest tokens, int64 [T], of normed states [T, C], and their probabilities."""
-        return linear.head_confident(
+        return heads.confident(
             hidden, self.weight, softcap=self.head.softcap, ids=self.head.ids, pdl=self.pdl
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, fp32 [T, V]; -inf for tokens without a row."""
         cap = self.head.softcap
-        logits, _ = linear.head_logits(hidden, self.weight, softcap=cap, pdl=self.pdl)
+        logits, _ = heads.logits_and_argmax(hidden, self.weight, softcap=cap, pdl=self.pdl)
         return self.head.spread(logits)
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from dflash_chat.runtime.kernels import linear, norms, tuned
+from dflash_chat.runtime.kernels import heads, linear, norms, tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, pack_int4
 from dflash_chat.runtime.kernels.norms import Branch
 from dflash_chat.runtime.kernels.tuned import Config
@@ -85,7 +85,7 @@ class Case:
             return linear.partials(x, w, config=config)
         if self.kernel == "gated":
             return linear.gated(x, w, "silu", config=config)
-        return linear.head_argmax(x, w, config=config)
+        return heads.argmax(x, w, config=config)
 
     def present(self) -> Config:
         """What `tuned` gives now."""
@@ -190,9 +190,9 @@ def check() -> None:
             ours, theirs = (float((y - true).norm() / true.norm()) for y in (out, plain))
             if not ours <= 2 * theirs + 1e-6:
                 raise SystemExit(f"{kernel}, {name}: error {ours:.3g}, plain torch {theirs:.3g}")
-        best = linear.head_argmax(x, w)
+        best = heads.argmax(x, w)
         if not torch.equal(best, truth.argmax(-1)):
-            raise SystemExit(f"head_argmax, {name}: {best.tolist()} {truth.argmax(-1).tolist()}")
+            raise SystemExit(f"head, {name}: {best.tolist()} {truth.argmax(-1).tolist()}")
     print("check: every form agrees with plain torch")
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dflash_chat.runtime.kernels import linear, screen, tuned
+from dflash_chat.runtime.kernels import heads, screen, tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int8, dequantize, round_to_int8
 from dflash_chat.runtime.kernels.tuned import Config
 from dflash_chat.runtime.quant.float_quantized import rounded
@@ -39,7 +39,7 @@ def candidates(x: Tensor, copy: Int8, w: Tensor) -> float:
 
 def check(x: Tensor, w: Tensor, copy: Int8) -> None:
     """The dense head's tokens, but for ties that fp32 cannot tell. Stops where one differs."""
-    ours, dense = screen.argmax(x, w, copy), linear.head_argmax(x, w)
+    ours, dense = screen.argmax(x, w, copy), heads.argmax(x, w)
     for t in (ours != dense).nonzero().flatten().tolist():
         a, b = (float(x[t].double() @ w[found[t]].double()) for found in (ours, dense))
         print(f"# row {t}: {a:.9f} of {int(ours[t])}, {b:.9f} of {int(dense[t])}")
@@ -82,10 +82,10 @@ def main() -> None:
             near = torch.empty(rows, n, device="cuda")
             config = tuned.head("int8", n, k)
             times = {
-                "bf16": microseconds(linear.head_argmax, x, w, pdl=True),
-                "fp8": microseconds(linear.head_argmax, x, fp8, pdl=True),
-                "int8": microseconds(linear.head_argmax, x, copy, pdl=True),
-                "copy": microseconds(linear.head_tiles, x, copy, near, None, 0.0, config, True),
+                "bf16": microseconds(heads.argmax, x, w, pdl=True),
+                "fp8": microseconds(heads.argmax, x, fp8, pdl=True),
+                "int8": microseconds(heads.argmax, x, copy, pdl=True),
+                "copy": microseconds(heads.by_tiles, x, copy, near, None, 0.0, config, True),
                 "screened": microseconds(screen.argmax, x, w, copy, pdl=True),
             }
             words = "  ".join(f"{what} {us:6.1f} µs" for what, us in times.items())

@@ -12,7 +12,7 @@ the other rows, because how K is cut does not.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton takes no annotations but its own)
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _spread(groups, BN: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(
+def accumulate(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, N, K, first, last,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr,
@@ -269,7 +269,7 @@ def _prefetch(w_ptr, row, row_bytes, start):
 
 
 @triton.jit
-def _depend(w_ptr, row, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr):
+def depend(w_ptr, row, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr):
     """Prefetch weights, then wait for what the previous kernel wrote."""
     if PDL:
         if FORMAT == DENSE:
@@ -307,10 +307,10 @@ def _linear_kernel(
         block_row = row // 128
     chunks = tl.cdiv(K, BK)
     first = chunks * split // splits
-    _depend(w_ptr, row, K, first * BK, FORMAT, PDL)
+    depend(w_ptr, row, K, first * BK, FORMAT, PDL)
     if PDL and EPILOGUE < SILU:
         tl.extra.cuda.gdc_launch_dependents()
-    acc = _accumulate(
+    acc = accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, rows_of_w, K,
         first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, GROUP,
     )  # fmt: skip
@@ -332,77 +332,6 @@ def _linear_kernel(
                 total += tl.load(at + s * (ROWS * BN), cache_modifier=".cg")
             tl.store(arrivals_ptr + tile, 0)
             _finish(total, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _head_kernel(
-    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, logits_ptr, best_ptr, best_row_ptr, sum_ptr,
-    T, N, K, softcap,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One tile of BN rows of the head: its best logit and row per t; if wanted, the logits, and the
-    sum of exp(logit − best).
-    """
-    tile = tl.program_id(0)
-    n = tile * BN + tl.arange(0, BN)
-    row = tl.minimum(n, N - 1)
-    _depend(w_ptr, row, K, 0, FORMAT, PDL)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    acc = _accumulate(
-        x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, row // 128, T, N, K,
-        0, tl.cdiv(K, BK), ROWS, BN, BK, EVEN_K, FORMAT, GROUP,
-    )  # fmt: skip
-    t = tl.arange(0, ROWS)
-    if logits_ptr is not None:
-        tl.store(
-            logits_ptr + t[None, :].to(tl.int64) * N + n[:, None],
-            _capped(acc, softcap).to(logits_ptr.dtype.element_ty),
-            mask=(t < T)[None, :] & (n < N)[:, None],
-        )  # fmt: skip
-    acc = tl.where(n[:, None] < N, acc, float("-inf"))
-    best = tl.max(acc, axis=0)
-    best_row = tl.min(tl.where(acc == best[None, :], n[:, None], N - 1), axis=0)
-    at = t * tl.num_programs(0) + tile
-    tl.store(best_ptr + at, best, mask=t < T)
-    tl.store(best_row_ptr + at, best_row, mask=t < T)
-    if sum_ptr is not None:
-        behind = tl.exp(_capped(acc, softcap) - _capped(best, softcap)[None, :])
-        tl.store(sum_ptr + at, tl.sum(tl.where(n[:, None] < N, behind, 0.0), axis=0), mask=t < T)
-
-
-@triton.jit
-def _capped(logits, softcap):
-    if softcap > 0:
-        logits = softcap * (2 * tl.sigmoid(2 / softcap * logits) - 1)
-    return logits
-
-
-@triton.jit
-def _argmax_kernel(
-    best_ptr, best_row_ptr, sum_ptr, ids_ptr, out_ptr, probability_ptr, tiles, N, softcap,
-    TILES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The first best row over all tiles, through `ids` if there are any, and its probability if
-    wanted. One program per t.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    t = tl.program_id(0)
-    i = tl.arange(0, TILES)
-    best = tl.load(best_ptr + t * tiles + i, mask=i < tiles, other=float("-inf"))
-    row = tl.load(best_row_ptr + t * tiles + i, mask=i < tiles, other=N - 1)
-    largest = tl.max(best, axis=0)
-    winner = tl.min(tl.where(best == largest, row, N - 1), axis=0).to(tl.int64)
-    if probability_ptr is not None:
-        tile_sum = tl.load(sum_ptr + t * tiles + i, mask=i < tiles, other=0.0)
-        behind = tl.exp(_capped(best, softcap) - _capped(largest, softcap))
-        tl.store(probability_ptr + t, 1 / tl.sum(tile_sum * behind, axis=0))
-    if ids_ptr is not None:
-        winner = tl.load(ids_ptr + winner).to(tl.int64)
-    tl.store(out_ptr + t, winner)
 
 
 def partials(x: Tensor, w: Weight, *, config: Config | None = None, pdl: bool = False) -> Tensor:
@@ -436,101 +365,10 @@ def gated(
     return out
 
 
-def head_argmax(
-    x: Tensor,
-    w: Weight,
-    *,
-    ids: Tensor | None = None,
-    config: Config | None = None,
-    pdl: bool = False,
-) -> Tensor:
-    """[T, K] → int64 [T]: the row of the largest logit, the first of equals, or that row's id."""
-    return _head(x, w, None, None, 0.0, ids, config, pdl)
-
-
-def head_confident(
-    x: Tensor,
-    w: Weight,
-    *,
-    softcap: float = 0.0,
-    ids: Tensor | None = None,
-    config: Config | None = None,
-    pdl: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`head_argmax` and, fp32 [T], the softmax of the (capped) logits there."""
-    probability = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    return _head(x, w, None, probability, softcap, ids, config, pdl), probability
-
-
-def head_logits(
-    x: Tensor,
-    w: Weight,
-    *,
-    softcap: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    ids: Tensor | None = None,
-    config: Config | None = None,
-    pdl: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """[T, K] → logits [T, N], softcap·tanh(logit/softcap) if there is one, and `head_argmax`."""
-    logits = torch.empty(x.shape[0], shape(w)[0], dtype=dtype, device=x.device)
-    return logits, _head(x, w, logits, None, softcap, ids, config, pdl)
-
-
-def _head(
-    x: Tensor, w: Weight, logits: Tensor | None, probability: Tensor | None, softcap: float,
-    ids: Tensor | None, config: Config | None, pdl: bool,
-) -> Tensor:  # fmt: skip
-    n, k = shape(w)
-    config = config or tuned.head(kind(w), n, k, x.shape[0])
-    sums = None
-    if probability is not None:
-        sums = torch.empty(x.shape[0], triton.cdiv(n, config.bn), device=x.device)
-    best, best_row = head_tiles(x, w, logits, sums, softcap, config, pdl)
-    return first_best(best, best_row, n, sums, probability, softcap, ids, pdl=pdl)
-
-
-def head_tiles(
-    x: Tensor, w: Weight, logits: Tensor | None, sums: Tensor | None, softcap: float,
-    config: Config, pdl: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Every tile's best logit, fp32 [T, ⌈N/config.bn⌉], and its row, int32; fills [T, N] of
-    `logits`, and of `sums`, fp32 [T, ⌈N/config.bn⌉], Σ exp(logit − best) of the capped ones.
-    """
-    rows = x.shape[0]
-    n, k = shape(w)
-    _check(x, w)
-    tiles = triton.cdiv(n, config.bn)
-    best = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
-    best_row = torch.empty(rows, tiles, dtype=torch.int32, device=x.device)
-    _head_kernel[(tiles,)](
-        x, x.stride(0), *_operands(w), logits, best, best_row, sums, rows, n, k, softcap,
-        **_shape_options(rows, w, config, pdl),
-    )  # fmt: skip
-    return best, best_row
-
-
-def first_best(
-    best: Tensor, best_row: Tensor, n: int, sums: Tensor | None = None,
-    probability: Tensor | None = None, softcap: float = 0.0, ids: Tensor | None = None, *,
-    pdl: bool = False,
-) -> Tensor:  # fmt: skip
-    """What `head_tiles` found, [T, tiles] of a head of n rows → int64 [T]: the first best row, or
-    its id; fills `probability`.
-    """
-    rows, tiles = best.shape
-    out = torch.empty(rows, dtype=torch.int64, device=best.device)
-    _argmax_kernel[(rows,)](
-        best, best_row, sums, ids, out, probability, tiles, n, softcap,
-        TILES=triton.next_power_of_2(tiles), PDL=pdl, num_warps=8, **_overlapping(pdl),
-    )  # fmt: skip
-    return out
-
-
 def _launch(
     x: Tensor, w: Weight, out: Tensor, n: int, epilogue: tl.constexpr, config: Config, pdl: bool
 ) -> None:
-    _check(x, w)
+    check(x, w)
     rows, k = x.shape
     gate_up = epilogue in (SILU, GELU)
     tiles = triton.cdiv(n, config.bn // 2 if gate_up else config.bn)
@@ -544,8 +382,8 @@ def _launch(
         scratch = torch.empty(size, dtype=torch.float32, device=x.device)
         arrivals = _arrivals(x.device)
     _linear_kernel[(tiles, splits)](
-        x, x.stride(0), *_operands(w), out, scratch, arrivals, rows, n, k, splits,
-        EPILOGUE=epilogue, REDUCE=reduce, **_shape_options(rows, w, config, pdl),
+        x, x.stride(0), *operands(w), out, scratch, arrivals, rows, n, k, splits,
+        EPILOGUE=epilogue, REDUCE=reduce, **shape_options(rows, w, config, pdl),
     )  # fmt: skip
 
 
@@ -559,7 +397,7 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
-def _check(x: Tensor, w: Weight) -> None:
+def check(x: Tensor, w: Weight) -> None:
     n, k = shape(w)
     assert 1 <= x.shape[0] <= MAX_ROWS, f"{x.shape[0]} rows"
     assert x.shape[1] == k, f"x {tuple(x.shape)}, w [{n}, {k}]"
@@ -568,7 +406,7 @@ def _check(x: Tensor, w: Weight) -> None:
         assert part is None or part.is_contiguous(), f"{tuple(part.shape)} {part.stride()}"
 
 
-def _operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weights, scales and zeros."""
     if isinstance(w, Int4):
         return w
@@ -584,7 +422,7 @@ def _padded(rows: int, w: Weight) -> int:
     return max(16 if isinstance(w, Tensor) else 8, int(triton.next_power_of_2(rows)))
 
 
-def _shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str, Any]:
+def shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str, Any]:
     """What a kernel is compiled for, and how it is launched."""
     k = shape(w)[1]
     form, group = DENSE, 0
@@ -600,10 +438,10 @@ def _shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str,
     return {
         "ROWS": _padded(rows, w), "BN": config.bn, "BK": config.bk, "EVEN_K": k % config.bk == 0,
         "FORMAT": form, "GROUP": group, "PDL": pdl,
-        "num_warps": config.warps, "num_stages": config.stages, **_overlapping(pdl),
+        "num_warps": config.warps, "num_stages": config.stages, **overlapping(pdl),
     }  # fmt: skip
 
 
-def _overlapping(pdl: bool) -> dict[str, bool]:
+def overlapping(pdl: bool) -> dict[str, bool]:
     """Launch while the previous kernel still runs, if asked to."""
     return {"launch_pdl": True} if pdl else {}

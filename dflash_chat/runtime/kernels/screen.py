@@ -12,7 +12,7 @@ are summed in fp32, one row of the head with one state at a time: a token depend
 on the other states. A softcap moves no maximum.
 
 x: [T, K] bf16, rows contiguous. w: [N, K] bf16. Bound by reading the copy once. The first kernel is
-`linear`'s, with all logits of the copy; the last one, too.
+`heads`'s, with all logits of the copy; the last one, too.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_chat.runtime.kernels import linear, tuned
+from dflash_chat.runtime.kernels import heads, tuned
 from dflash_chat.runtime.kernels.forms import Int8, dequantize
 from dflash_chat.runtime.kernels.tuned import Config
 
@@ -139,7 +139,7 @@ def argmax(
     assert w.is_contiguous(), f"{tuple(w.shape)} {w.stride()}"
     config = config or tuned.head("int8", n, k, rows)
     near = torch.empty(rows, n, dtype=torch.float32, device=x.device)
-    best, best_row = linear.head_tiles(x, copy, near, None, 0.0, config, pdl)
+    best, best_row = heads.by_tiles(x, copy, near, None, 0.0, config, pdl)
     tiles = best.shape[1]
     floor, length = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     options = {
@@ -158,4 +158,4 @@ def argmax(
         x, x.stride(0), w, copy.error, near, best, floor, length, exact, exact_row,
         rows, n, k, tiles, ROWS=triton.next_power_of_2(rows), BN=config.bn, GROUP=group, **options,
     )  # fmt: skip
-    return linear.first_best(exact, exact_row, n, pdl=pdl)
+    return heads.first_best(exact, exact_row, n, pdl=pdl)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dflash_chat.runtime.kernels import linear, tuned
+from dflash_chat.runtime.kernels import heads, linear, tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, pack_int4
 from dflash_chat.runtime.kernels.tuned import Config
 from tests.runtime.kernels.conftest import DEVICE, LOW
@@ -130,15 +130,15 @@ def test_pack_int4_keeps_what_dequantize_returns() -> None:
 )
 def test_head_finds_the_largest_logit(form: str, rows: int) -> None:
     w, x = weight(form, 100, 128), activations(rows, 128)
-    logits, best = linear.head_logits(x, w, softcap=30.0, config=Config(32, 64, 2, 3, 1))
+    logits, best = heads.logits_and_argmax(x, w, softcap=30.0, config=Config(32, 64, 2, 3, 1))
     raw = x.double() @ dequantize(w).double().T
     plain = 30 * torch.tanh(linear.reference(x, w) / 30)
     assert_as_good(logits, plain, 30 * torch.tanh(raw / 30))
     assert torch.equal(best, raw.argmax(-1))
     config = Config(32, 64, 2, 3, 1)
-    assert torch.equal(best, linear.head_argmax(x, w, config=config))
+    assert torch.equal(best, heads.argmax(x, w, config=config))
     for softcap, capped in ((30.0, plain), (0.0, linear.reference(x, w))):
-        sure, probability = linear.head_confident(x, w, softcap=softcap, config=config)
+        sure, probability = heads.confident(x, w, softcap=softcap, config=config)
         assert torch.equal(sure, best)
         want = capped.float().softmax(-1).amax(-1)
         torch.testing.assert_close(probability, want, rtol=2e-2, atol=1e-3)
@@ -151,8 +151,8 @@ def test_head_takes_the_first_of_equals_and_maps_it() -> None:
     ids = torch.arange(300, 0, -1, device=DEVICE)
     twice = torch.cat([w, w])
     config = Config(32, 64, 2, 3, 1)
-    assert torch.equal(linear.head_argmax(x, twice, config=config), first)
-    assert torch.equal(linear.head_argmax(x, twice, ids=ids, config=config), 300 - first)
+    assert torch.equal(heads.argmax(x, twice, config=config), first)
+    assert torch.equal(heads.argmax(x, twice, ids=ids, config=config), 300 - first)
 
 
 def test_rows_may_be_strided_but_columns_may_not() -> None:
@@ -215,7 +215,7 @@ def test_a_captured_step_follows_its_input(pdl: bool) -> None:
     def step() -> tuple[Tensor, ...]:
         inner = linear.gated(x, gate_up, "gelu_tanh", pdl=pdl)
         out = linear.matmul(inner, down, pdl=pdl)
-        return inner, out, linear.head_argmax(out, head, pdl=pdl)
+        return inner, out, heads.argmax(out, head, pdl=pdl)
 
     step()
     torch.cuda.synchronize()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dflash_chat.runtime.kernels import linear, screen
+from dflash_chat.runtime.kernels import heads, screen
 from dflash_chat.runtime.kernels.forms import Int8, dequantize, round_to_int8
 from dflash_chat.runtime.kernels.tuned import Config
 from tests.runtime.kernels.conftest import DEVICE, LOW
@@ -66,7 +66,7 @@ def test_every_int8_is_read_exactly(config: Config) -> None:
     w = Int8(q.to(DEVICE), torch.ones(256, device=DEVICE), torch.zeros(256, device=DEVICE))
     for start in range(0, 128, 32):
         x = torch.eye(128, device=DEVICE, dtype=LOW)[start : start + 32]
-        logits, _ = linear.head_logits(x, w, config=config)
+        logits, _ = heads.logits_and_argmax(x, w, config=config)
         assert torch.equal(logits, w.weight[:, start : start + 32].T.float())
 
 
@@ -193,7 +193,7 @@ def test_real_heads(n: int, k: int, rows: int) -> None:
     copy = round_to_int8(w)
     for seed in range(4):
         x = states(rows, k, seed)
-        ours, dense = screen.argmax(x, w, copy), linear.head_argmax(x, w)
+        ours, dense = screen.argmax(x, w, copy), heads.argmax(x, w)
         for t in (ours != dense).nonzero().flatten().tolist():  # a tie of what fp32 can tell
             a, b = (x[t].double() @ w[v[t]].double() for v in (ours, dense))
             assert abs(a - b) <= 2e-7 * k**0.5 * x[t].double().norm() * w[ours[t]].double().norm()

@@ -32,6 +32,15 @@ def prefill_chunk(device: torch.device) -> int:
     return CUDA_PREFILL_CHUNK if device.type == "cuda" else PREFILL_CHUNK
 
 
+def barred(query: Tensor, key: Tensor, window: int, causal: bool, dtype: torch.dtype) -> Tensor:
+    """−inf where rows at positions `query` [T, 1] may not see `key` [1, S], else 0: [T, S]."""
+    hidden = key > query if causal else torch.zeros_like(key > query)
+    if window:
+        hidden = hidden | (key <= query - window)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device)
+    return mask.masked_fill_(hidden, float("-inf"))
+
+
 class KVCache:
     """Keys and values of all layers of one sequence, allocated once.
 
@@ -128,11 +137,7 @@ class KVCache:
         if end > slots:
             key = end - 1 - (end - 1 - key) % slots  # the last position written to each slot
         query = torch.arange(self.length, end, device=self.device)[:, None]
-        hidden = key > query if causal else torch.zeros_like(key > query)
-        if window:
-            hidden = hidden | (key <= query - window)
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(hidden, float("-inf")).repeat(share, 1)
+        return barred(query, key, window, causal, self.dtype).repeat(share, 1)
 
     def commit(self, n: int) -> None:
         """Keep the first n rows of the provisional block and forget the others."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dflash_chat.runtime import flash, kernels
-from dflash_chat.runtime.cache import Geometry, KVCache
+from dflash_chat.runtime.cache import Geometry, KVCache, barred
 from dflash_chat.runtime.quant import Experts
 from dflash_chat.runtime.width import MAX_ROWS
 
@@ -197,13 +197,9 @@ class Causal:
             shown = (begin + done) // GRAIN * GRAIN + GRAIN
             last = min(self.rows, shown - begin)
             shown = min(shown, slots)
-            slot = torch.arange(shown, device=cache.device)
+            slot = torch.arange(shown, device=cache.device)[None]
             position = torch.arange(begin + done, begin + last, device=cache.device)[:, None]
-            hidden = slot > position
-            if window:
-                hidden = hidden | (slot <= position - window)
-            mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device)
-            mask = mask.masked_fill_(hidden, float("-inf"))
+            mask = barred(position, slot, window, True, cache.dtype)
             spans.append(
                 Span(done, last, shown, mask if last - done == 1 else mask.repeat(share, 1))
             )

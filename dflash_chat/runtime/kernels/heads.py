@@ -8,7 +8,7 @@ where they are wanted. A softcap moves no maximum.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton takes no annotations but its own)
 
 from __future__ import annotations
 
@@ -76,6 +76,21 @@ def _capped(logits, softcap):
 
 
 @triton.jit
+def of_tiles(best_ptr, best_row_ptr, t, tiles, N, TILES: tl.constexpr):
+    """What `by_tiles` left for row t: every tile's best logit and its row, [TILES] each."""
+    i = tl.arange(0, TILES)
+    best = tl.load(best_ptr + t * tiles + i, mask=i < tiles, other=float("-inf"))
+    return best, tl.load(best_row_ptr + t * tiles + i, mask=i < tiles, other=N - 1)
+
+
+@triton.jit
+def largest_of_tiles(best, row, N):
+    """The largest logit and the first row that has it."""
+    largest = tl.max(best, axis=0)
+    return largest, tl.min(tl.where(best == largest, row, N - 1), axis=0).to(tl.int64)
+
+
+@triton.jit
 def _argmax_kernel(
     best_ptr, best_row_ptr, sum_ptr, ids_ptr, out_ptr, probability_ptr, tiles, N, softcap,
     TILES: tl.constexpr, PDL: tl.constexpr,
@@ -87,12 +102,10 @@ def _argmax_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0)
-    i = tl.arange(0, TILES)
-    best = tl.load(best_ptr + t * tiles + i, mask=i < tiles, other=float("-inf"))
-    row = tl.load(best_row_ptr + t * tiles + i, mask=i < tiles, other=N - 1)
-    largest = tl.max(best, axis=0)
-    winner = tl.min(tl.where(best == largest, row, N - 1), axis=0).to(tl.int64)
+    best, row = of_tiles(best_ptr, best_row_ptr, t, tiles, N, TILES)
+    largest, winner = largest_of_tiles(best, row, N)
     if probability_ptr is not None:
+        i = tl.arange(0, TILES)
         tile_sum = tl.load(sum_ptr + t * tiles + i, mask=i < tiles, other=0.0)
         behind = tl.exp(_capped(best, softcap) - _capped(largest, softcap))
         tl.store(probability_ptr + t, 1 / tl.sum(tile_sum * behind, axis=0))

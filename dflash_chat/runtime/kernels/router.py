@@ -50,14 +50,21 @@ def reference(logits: Tensor, per_expert_scale: Tensor, top_k: int = 8) -> tuple
 @triton.jit
 def _key(logits):
     """int32, ordered as the logits are."""
-    bits = logits.to(tl.int32, bitcast=True)
+    return _flipped(logits.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _flipped(bits):
+    """A negative number's other bits the other way round; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _logit(key):
-    """What `_key` was made of."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _largest(key, e):
+    """The largest logit of each row [R, E], and where it stands first: fp32 and int32 [R]."""
+    largest = tl.max(key, axis=1)
+    first = tl.min(tl.where(key == largest[:, None], e, e.shape[1]), axis=1)
+    return _flipped(largest).to(tl.float32, bitcast=True), first
 
 
 @triton.jit
@@ -70,12 +77,11 @@ def _order(logits, e, TOP: tl.constexpr):
     total = tl.zeros([key.shape[0]], tl.float32)
     top = tl.zeros([key.shape[0]], tl.float32)
     for r in tl.static_range(TOP):
-        largest = tl.max(key, axis=1)
-        first = tl.min(tl.where(key == largest[:, None], e[None, :], e.shape[0]), axis=1)
+        logit, first = _largest(key, e[None, :])
         if r == 0:
-            top = _logit(largest)
-        total += tl.exp(_logit(largest) - top)
-        here = e[None, :] == first[:, None]  # of equals the first
+            top = logit
+        total += tl.exp(logit - top)
+        here = e[None, :] == first[:, None]
         order = tl.where(here, r, order)
         key = tl.where(here, -(2**31), key)
     return order, top, total
@@ -91,9 +97,7 @@ def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS:
     total = tl.zeros([WARPS], tl.float32)
     top = tl.zeros([WARPS], tl.float32)
     for i in tl.static_range(TOP):
-        largest = tl.max(key, axis=1)
-        first = tl.min(tl.where(key == largest[:, None], e, E), axis=1)  # ties: the lower index
-        logit = _logit(largest)
+        logit, first = _largest(key, e)
         if i == 0:
             top = logit
         p = tl.exp(logit - top)

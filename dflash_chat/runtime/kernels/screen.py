@@ -68,12 +68,10 @@ def _floor_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0)
-    i = tl.arange(0, TILES)
-    best = tl.load(best_ptr + t * tiles + i, mask=i < tiles, other=float("-inf"))
-    row = tl.load(best_row_ptr + t * tiles + i, mask=i < tiles, other=N - 1)
+    best, row = heads.of_tiles(best_ptr, best_row_ptr, t, tiles, N, TILES)
     x_row = x_ptr + t * stride_x
     squared, _ = _product(x_row, x_row, K, BK)
-    first = tl.min(tl.where(best == tl.max(best, axis=0), row, N - 1), axis=0).to(tl.int64)
+    _, first = heads.largest_of_tiles(best, row, N)
     product, size = _product(x_row, w_ptr + first * K, K, BK)
     tl.store(floor_ptr + t, product - size * (K * 1.1920929e-07))  # 2⁻²³
     tl.store(length_ptr + t, tl.sqrt(squared))

@@ -36,6 +36,8 @@ _TILES = {  # (kernel, form of w): bn, bk, warps, stages
     ("head", "int4"): (128, 128, 2, 5),
 }
 
+MANY_BOUNDS = Config(64, 256, 2, 3, 1)  # of a head's int8 copy, for more than eight rows
+
 _MEASURED: dict[tuple[str, str, int, int], Config] = {  # (kernel, form of w, N, K), on an H200
     ("linear", "fp8", 2816, 8192): Config(32, 128, 2, 3, 8),
     ("linear", "fp8", 2816, 4096): Config(32, 128, 2, 3, 8),
@@ -77,9 +79,6 @@ def linear(form: str, n: int, k: int) -> Config:
 def gated(form: str, n: int, k: int) -> Config:
     """For `linear.gated` of an [n, k] weight, which has one tile of gate and up together."""
     return _pick("gated", form, n, k, most=4)
-
-
-MANY_BOUNDS = Config(64, 256, 2, 3, 1)
 
 
 def head(form: str, n: int, k: int, rows: int = 1) -> Config:

@@ -117,12 +117,14 @@ class Experts:
         r, (h_dense, h_moe), logits = norms.residual_norms_and_logits(
             x, [attended], [p.mlp_input_norm, m.input_norm], p.eps, routed_by, pdl=pdl
         )
-        choice = None
+        choice, at_once = None, moe.at_once(self.gate_up, len(x))
         if len(x) == 1:
-            routing = router.unmade(1, len(m.proj), m.top_k, x.device)
+            routing = router.unmade(1, len(m.proj), m.top_k, x.device, at_once)
             choice = moe.Choice(logits, m.per_expert_scale)
         else:
-            routing = router.select(logits, m.per_expert_scale, top_k=m.top_k, pdl=pdl)
+            routing = router.select(
+                logits, m.per_expert_scale, top_k=m.top_k, at_once=at_once, pdl=pdl
+            )
         self.active = routing.active
         dense, routed = moe.gate_up(
             h_dense, self.dense_gate_up, h_moe, self.gate_up, routing, choice=choice, pdl=pdl

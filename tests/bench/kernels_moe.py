@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dflash_chat.runtime.kernels import moe
+from dflash_chat.runtime.kernels import moe, router
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.moe import MoeConfig
 from dflash_chat.runtime.kernels.router import Routing
 from tests.bench.gpu import copy_bandwidth, graph_seconds, machine
+from tests.runtime.kernels.routes import slots_of
 
 EXPERTS, TOP_K, WIDTH, DENSE, INNER = 128, 8, 2816, 2112, 704
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -79,15 +80,11 @@ def random_weight(format_name: str, *shape: int) -> MoeWeight:
     return MoeWeight(data.mul_(shape[-1] ** -0.5))
 
 
-def random_routing(rows: int) -> Routing:
+def random_routing(rows: int, at_once: int) -> Routing:
     """Top-8 of 128, uniform, each row on its own."""
-    slots = torch.rand(rows, EXPERTS).argsort(1)[:, :TOP_K].int()
-    distinct = slots.unique()
-    experts = torch.zeros(min(EXPERTS, TOP_K * rows), dtype=torch.int32)
-    experts[: distinct.numel()] = distinct
-    active = torch.tensor([distinct.numel()], dtype=torch.int32)
-    weights = torch.full((rows, TOP_K), 1 / TOP_K)
-    return Routing(experts.cuda(), active.cuda(), slots.cuda(), weights.cuda())
+    logits = torch.rand(rows, EXPERTS, device="cuda")
+    scale = torch.ones(EXPERTS, dtype=torch.bfloat16, device="cuda")
+    return router.select(logits, scale, at_once=at_once, top_k=TOP_K)
 
 
 def act(*shape: int) -> Tensor:
@@ -105,11 +102,12 @@ def self_check(format_name: str, gate_up: list[MoeWeight], down: list[MoeWeight]
     """Every row's output of both launches, at one, seven and sixteen rows."""
     wide = [w.dequantize() for w in (*gate_up, *down)]
     for rows in (1, 7, 16):
-        routing, h = random_routing(rows), act(rows, WIDTH)
+        routing, h = random_routing(rows, moe.at_once(gate_up[1], rows)), act(rows, WIDTH)
+        slots = slots_of(routing)
         dense_act, expert_act = moe.gate_up(h, gate_up[0], h, gate_up[1], routing)
         dense, routed = moe.down(dense_act, down[0], expert_act, down[1], routing)
-        acts = moe.reference_gate_up(h.float(), wide[0], h.float(), wide[1], routing.slots)
-        outs = moe.reference_down(acts[0], wide[2], acts[1], wide[3], routing.slots)
+        acts = moe.reference_gate_up(h.float(), wide[0], h.float(), wide[1], slots)
+        outs = moe.reference_down(acts[0], wide[2], acts[1], wide[3], slots)
         check(f"{format_name} dense activation, T = {rows}", dense_act, acts[0])
         check(f"{format_name} dense, T = {rows}", dense.sum(0), outs[0])
         check(f"{format_name} experts, T = {rows}", routed, outs[1])
@@ -126,8 +124,8 @@ def torch_seconds(h: Tensor, dense: list[MoeWeight], experts: list[MoeWeight], r
 
         return run
 
-    lists = [random_routing(rows) for _ in range(6)]
-    chosen = [r.experts[: int(r.active)].tolist() for r in lists]
+    lists = [slots_of(random_routing(rows, 32)) for _ in range(6)]
+    chosen = [slots.unique().tolist() for slots in lists]
     return graph_seconds([call(i % len(dense), c) for i, c in enumerate(chosen)], repeats=5)
 
 
@@ -140,7 +138,7 @@ def bench_launch(
     expert_bytes = experts[0].nbytes / EXPERTS
 
     def launch(i: int, routing: Routing, config: MoeConfig) -> Callable[[], object]:
-        rows, layer = routing.slots.shape[0], i % len(dense)
+        rows, layer = len(routing.weights), i % len(dense)
         if name == "gate_up":
             h = act(rows, WIDTH)
             return lambda: moe.gate_up(
@@ -153,11 +151,11 @@ def bench_launch(
 
     with ThreadPoolExecutor(8) as pool:  # compiles them all
         for rows in (1, 16):
-            routing = random_routing(rows)
+            routing = random_routing(rows, moe.at_once(experts[0], rows))
             list(pool.map(lambda c, r=routing: launch(0, r, c)(), candidates))
     best = candidates[0]
     for rows in ROWS:
-        routings = [random_routing(rows) for _ in range(CALLS)]
+        routings = [random_routing(rows, moe.at_once(experts[0], rows)) for _ in range(CALLS)]
         distinct = sum(int(r.active) for r in routings) / CALLS
         size = dense[0].nbytes + distinct * expert_bytes
         timed = {}

@@ -4,17 +4,17 @@
 
     h_dense, h_moe [T, C]     gate_up weights: gate's rows, then up's: [2D, C] and [E, 2I, C]
     down weights [C, D], [E, C, I]
-    dense_act [T, D], expert_act [min(E, k·T), T, I]: expert `routing.experts[i]` at i, written
-    where a row goes to that expert
+    dense_act [T, D], expert_act [P, T, I]: of place i of the router's list at i, written where a
+    row belongs to that place
     dense partials fp32 [S, T, C] to be summed, experts' outputs bf16 [k, T, C] by rank, unweighted
 
 Bound by the bytes of the weights of the experts that any row chose. A CTA multiplies one tile of
-output channels of one expert with all rows, padded to 16 for the tensor cores: nothing is gathered,
-rows that go elsewhere are masked and cost no traffic. Experts stand in the grid by their place in
-the router's list, and CTAs behind its end exit at once. The dense MLP is treated as D/I more
-experts, of all rows; its down projection is split along K to the experts' I, so that all CTAs of a
-launch are equal. gate and up rows alternate in a tile. With `pdl` the dense tiles, which come
-first, ask for weights before they wait for the previous kernel; the experts' tiles need its list.
+output channels of one expert with the rows of one place of the router's list: eight, or sixteen of
+a plain weight, padded for the tensor cores. CTAs behind the list's end exit at once. The dense MLP
+is treated as D/I more experts, of all rows; its down projection is split along K to the experts' I,
+so that all CTAs of a launch are equal. gate and up rows alternate in a tile. With `pdl` the dense
+tiles, which come first, ask for weights before they wait for the previous kernel; the experts'
+tiles need its list.
 A single row has as many places as ranks: given its logits instead of a list, the gate_up CTAs of
 place i look for the expert of rank i themselves, and the first of them writes it down.
 
@@ -27,7 +27,7 @@ Activations bf16, accumulation fp32, weights in any format of `expert_weights.py
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
-from dflash_chat.runtime.kernels.router import Routing, at_rank
+from dflash_chat.runtime.kernels.router import HIGH, MAX_ROWS, Routing, at_rank
 from dflash_chat.runtime.kernels.tile_product import prefetch, tile_product
 
 
@@ -56,19 +56,22 @@ class MoeConfig(NamedTuple):
     stages: int
 
 
-CONFIGS = {  # (launch, format of the experts), measured on an H200
-    ("gate_up", "plain"): MoeConfig(32, 128, 4, 4),
-    ("gate_up", "fp8"): MoeConfig(32, 256, 4, 3),
-    ("gate_up", "int4"): MoeConfig(32, 128, 2, 3),
-    ("down", "plain"): MoeConfig(64, 64, 2, 5),
-    ("down", "fp8"): MoeConfig(64, 128, 4, 4),
-    ("down", "int4"): MoeConfig(64, 64, 1, 4),
-}
-FEW = 4  # rows up to which a launch has few programs
-CONFIGS_OF_FEW = {  # where others are quicker then; they sum in the same order
-    ("gate_up", "fp8"): MoeConfig(32, 256, 4, 4),
-    ("down", "int4"): MoeConfig(64, 64, 2, 4),
-}
+NARROW_ROWS = 8  # of a product with narrow weights
+ANY = MAX_ROWS
+# (launch, format of the experts): {rows up to which: what is quickest}, measured on an H200. All of
+# a line sum in the same order.
+CONFIGS = {
+    ("gate_up", "plain"): {ANY: MoeConfig(32, 128, 4, 4)},
+    ("gate_up", "fp8"): {
+        1: MoeConfig(16, 128, 2, 6), 4: MoeConfig(16, 128, 2, 4), ANY: MoeConfig(32, 256, 4, 3),
+    },
+    ("gate_up", "int4"): {
+        1: MoeConfig(16, 128, 1, 4), 4: MoeConfig(32, 128, 2, 3), ANY: MoeConfig(32, 64, 1, 3),
+    },
+    ("down", "plain"): {ANY: MoeConfig(64, 64, 2, 5)},
+    ("down", "fp8"): {2: MoeConfig(64, 128, 4, 3), ANY: MoeConfig(64, 128, 4, 4)},
+    ("down", "int4"): {2: MoeConfig(64, 64, 2, 4), ANY: MoeConfig(128, 64, 2, 3)},
+}  # fmt: skip
 
 
 def reference_gate_up(
@@ -100,13 +103,15 @@ def reference_down(
 
 
 @triton.jit
-def _rank(slots_ptr, row, expert, T, TOP: tl.constexpr, RANKS: tl.constexpr):
-    """Which rows go to the expert, and as which of their ranks: [ROWS] each."""
-    rank = tl.arange(0, RANKS)
-    valid = (row[:, None] < T) & (rank[None, :] < TOP)
-    slots = tl.load(slots_ptr + row[:, None] * TOP + rank[None, :], mask=valid, other=-1)
-    same = slots == expert
-    return tl.max(same.to(tl.int32), axis=1) > 0, tl.sum(tl.where(same, rank[None, :], 0), axis=1)
+def _place(experts_ptr, members_ptr, i, ROWS: tl.constexpr):
+    """Of place i the expert, its rows and their ranks there, and whether there are so many: [ROWS]
+    each.
+    """
+    c = tl.arange(0, ROWS)
+    entry = tl.load(experts_ptr + i)
+    member = tl.load(members_ptr + i * ROWS + c)
+    taken = c < entry // HIGH
+    return entry % HIGH, tl.where(taken, member % HIGH, 0), member // HIGH, taken
 
 
 @triton.jit
@@ -120,35 +125,45 @@ def _store_activation(acc, out_ptr, row, taken, column, WIDTH: tl.constexpr, BN:
     tl.store(out, act.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _store_rows(acc, out_ptr, row, taken, column, WIDTH: tl.constexpr):
+    """acc [ROWS, BN] at rows of out [·, WIDTH]."""
+    out = out_ptr + row[:, None] * WIDTH + column[None, :]
+    mask = taken[:, None] & (column[None, :] < WIDTH)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _gate_up_kernel(
     h_dense_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
     h_moe_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
-    experts_ptr, active_ptr, slots_ptr, weights_ptr, logits_ptr, expert_scale_ptr,
+    experts_ptr, active_ptr, members_ptr, weights_ptr, logits_ptr, expert_scale_ptr,
     dense_act_ptr, expert_act_ptr, T,
     W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    E: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, DENSE_ROWS: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, E: tl.constexpr, TOP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    DENSE_TILES: tl.constexpr = (D + BN - 1) // BN
+    DENSE_TILES: tl.constexpr = (D + BN - 1) // BN * GROUPS
     TILES: tl.constexpr = (I + BN - 1) // BN
     tile = tl.program_id(0)
-    row = tl.arange(0, ROWS)
     pair = tl.arange(0, 2 * BN)
     column = tl.arange(0, BN)
     if tile < DENSE_TILES:
-        n = tl.minimum(tile * BN + pair // 2, D - 1) + pair % 2 * D
+        dense_row = tile % GROUPS * DENSE_ROWS + tl.arange(0, DENSE_ROWS)
+        first = tile // GROUPS * BN
+        n = tl.minimum(first + pair // 2, D - 1) + pair % 2 * D
         if PDL:
             prefetch(dense_w_ptr, n, 0, 2 * D, C, DENSE_FORMAT)
             tl.extra.cuda.gdc_wait()
         acc = tile_product(
-            h_dense_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, 0,
-            2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, ROWS, 2 * BN, BK, STAGES,
+            h_dense_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n,
+            0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, BK, STAGES,
         )  # fmt: skip
-        _store_activation(acc, dense_act_ptr, row, row < T, tile * BN + column, D, BN)
+        _store_activation(acc, dense_act_ptr, dense_row, dense_row < T, first + column, D, BN)
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -157,23 +172,23 @@ def _gate_up_kernel(
         if logits_ptr is not None:
             expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
             if first == 0:
-                tl.store(experts_ptr + i, expert)
-                tl.store(slots_ptr + i, expert)
+                tl.store(experts_ptr + i, expert + HIGH)
+                tl.store(members_ptr + i * ROWS, i * HIGH)
                 tl.store(weights_ptr + i, weight)
                 tl.store(active_ptr, TOP)  # by each of them the same
             active = TOP
+            row = tl.arange(0, ROWS)
             taken = row < T
         else:
-            expert = tl.load(experts_ptr + i)
             active = tl.load(active_ptr)
-            taken, _ = _rank(slots_ptr, row, expert, T, TOP, RANKS)
+            expert, row, _, taken = _place(experts_ptr, members_ptr, i, ROWS)
         if i < active:
             n = tl.minimum(first + pair // 2, I - 1) + pair % 2 * I
             e = expert.to(tl.int64)
             acc = tile_product(
                 h_moe_ptr, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
-                2 * I, C, C, FORMAT, ZERO, ROWS, 2 * BN, BK, STAGES,
+                2 * I, C, C, FORMAT, ZERO, BK, STAGES,
             )  # fmt: skip
             _store_activation(acc, expert_act_ptr + i * T * I, row, taken, first + column, I, BN)
     if PDL:  # a GEMM follows, whose programs are to find free room
@@ -184,48 +199,46 @@ def _gate_up_kernel(
 def _down_kernel(
     dense_act_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
     expert_act_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
-    experts_ptr, active_ptr, slots_ptr, dense_ptr, routed_ptr, T,
+    experts_ptr, active_ptr, members_ptr, dense_ptr, routed_ptr, T,
     W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, RANKS: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, DENSE_ROWS: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     SPLITS: tl.constexpr = (D + I - 1) // I
     TILES: tl.constexpr = (C + BN - 1) // BN
     item = tl.program_id(0) // TILES
-    row = tl.arange(0, ROWS)
     column = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
     n = tl.minimum(column, C - 1)
-    if item < SPLITS:
+    if item < SPLITS * GROUPS:
+        split = item // GROUPS
+        dense_row = item % GROUPS * DENSE_ROWS + tl.arange(0, DENSE_ROWS)
         if PDL:
-            prefetch(dense_w_ptr, n, item * I, C, D, DENSE_FORMAT)
+            prefetch(dense_w_ptr, n, split * I, C, D, DENSE_FORMAT)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         acc = tile_product(
-            dense_act_ptr, row, row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n, item * I,
-            C, D, I, DENSE_FORMAT, DENSE_ZERO, ROWS, BN, BK, STAGES,
+            dense_act_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
+            n, split * I, C, D, I, DENSE_FORMAT, DENSE_ZERO, BK, STAGES,
         )  # fmt: skip
-        out = dense_ptr + (item * T + row[:, None]) * C + column[None, :]
-        tl.store(out, acc, mask=(row[:, None] < T) & (column[None, :] < C))
+        _store_rows(acc, dense_ptr, split * T + dense_row, dense_row < T, column, C)
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        i = item - SPLITS
-        expert = tl.load(experts_ptr + i)
-        taken, rank = _rank(slots_ptr, row, expert, T, TOP, RANKS)
-        if i < tl.load(active_ptr):
+        i = item - SPLITS * GROUPS
+        active = tl.load(active_ptr)
+        expert, row, rank, taken = _place(experts_ptr, members_ptr, i, ROWS)
+        if i < active:
             e = expert.to(tl.int64)
             acc = tile_product(
                 expert_act_ptr + i * T * I, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
-                C, I, I, FORMAT, ZERO, ROWS, BN, BK, STAGES,
+                C, I, I, FORMAT, ZERO, BK, STAGES,
             )  # fmt: skip
-            out = routed_ptr + (rank * T + row)[:, None] * C + column[None, :]
-            acc = acc.to(routed_ptr.dtype.element_ty)
-            tl.store(out, acc, mask=taken[:, None] & (column[None, :] < C))
+            _store_rows(acc, routed_ptr, rank * T + row, taken, column, C)
 
 
 def gate_up(
@@ -239,9 +252,9 @@ def gate_up(
     config: MoeConfig | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """dense_act [T, D] and expert_act [min(E, k·T), T, I], in h's dtype.
+    """dense_act [T, D] and expert_act [P, T, I], in h's dtype.
 
-    With a `choice`, which is for one row, `routing` is written, its experts in the order of ranks.
+    With a `choice`, which is for one row, `routing` is written, its places in the order of ranks.
     """
     rows, width = h_moe.shape
     dense, inner = dense_w.shape[0] // 2, experts_w.shape[1] // 2
@@ -255,12 +268,13 @@ def gate_up(
     assert choice is None or choice.logits.shape == (1, experts_w.shape[0]), "logits of experts"
     dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
-    tiles = triton.cdiv(dense, config.bn) + places * triton.cdiv(inner, config.bn)
-    _gate_up_kernel[(tiles,)](
+    constants = _constants(rows, dense_w, experts_w, routing, config)
+    dense_tiles = constants["GROUPS"] * triton.cdiv(dense, config.bn)
+    _gate_up_kernel[(dense_tiles + places * triton.cdiv(inner, config.bn),)](
         h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing,
         *(choice or (None, None)), dense_act, expert_act, rows, C=width, D=dense, I=inner,
-        **_constants(rows, dense_w, experts_w, routing, config),
-        E=experts_w.shape[0], WARPS=config.warps, PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
+        **constants, E=experts_w.shape[0], TOP=routing.weights.shape[1], WARPS=config.warps,
+        PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
 
@@ -284,50 +298,51 @@ def down(
     assert experts_w.shape[1:] == (width, inner), f"{experts_w.shape}, {expert_act.shape}"
     assert places == routing.experts.numel(), f"{places} of {routing.experts.numel()} experts"
     config = config or _config("down", experts_w, rows)
-    splits, top_k = triton.cdiv(dense, inner), routing.slots.shape[1]
+    splits, top_k = triton.cdiv(dense, inner), routing.weights.shape[1]
     device = dense_act.device
     dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
     routed = torch.empty(top_k, rows, width, dtype=expert_act.dtype, device=device)
-    tiles = (splits + places) * triton.cdiv(width, config.bn)
-    _down_kernel[(tiles,)](
+    constants = _constants(rows, dense_w, experts_w, routing, config)
+    items = splits * constants["GROUPS"] + places
+    _down_kernel[(items * triton.cdiv(width, config.bn),)](
         dense_act, *dense_w.operands(), expert_act, *experts_w.operands(), *routing[:3], dense_out,
-        routed, rows, C=width, D=dense, I=inner,
-        **_constants(rows, dense_w, experts_w, routing, config),
+        routed, rows, C=width, D=dense, I=inner, **constants,
         PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_out, routed
 
 
 def _config(launch: str, experts_w: MoeWeight, rows: int) -> MoeConfig:
-    key = launch, experts_w.format
-    if rows <= FEW and experts_w.zero is None:  # zeros are multiplied by sums in a warp's own order
-        return CONFIGS_OF_FEW.get(key, CONFIGS[key])
-    return CONFIGS[key]
+    configs = CONFIGS[launch, experts_w.format]
+    if experts_w.zero is not None:  # zeros are multiplied by sums in an order of the warps' own
+        return configs[ANY]
+    return next(config for most, config in configs.items() if rows <= most)
 
 
-def _few(rows: int, dense_w: MoeWeight, experts_w: MoeWeight) -> bool:
-    """Whether eight rows are enough: the plain format has the same instructions for sixteen."""
-    return rows <= 8 and "plain" not in (dense_w.format, experts_w.format)
+def at_once(experts_w: MoeWeight, rows: int) -> int:
+    """How many rows the experts' kernels multiply at once, so how many a place may have."""
+    return 16 * triton.cdiv(rows, 16) if experts_w.format == "plain" else NARROW_ROWS
 
 
 def _constants(
     rows: int, dense_w: MoeWeight, experts_w: MoeWeight, routing: Routing, config: MoeConfig
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What both kernels are specialised by."""
-    top_k = routing.slots.shape[1]
-    assert routing.slots.shape[0] == rows <= 32, f"slots {routing.slots.shape}, {rows} rows"
-    assert config.bk % 64 == 0 or "int4" not in (dense_w.format, experts_w.format), f"{config}"
-    padded = 8 if _few(rows, dense_w, experts_w) else 16 if rows <= 16 else 32
+    assert len(routing.weights) == rows <= MAX_ROWS, f"{routing.weights.shape}, {rows} rows"
+    at_a_place = at_once(experts_w, rows)
+    assert routing.members.shape[1] == at_a_place, f"places of {routing.members.shape[1]} rows"
+    assert config.bk % 64 == 0 or dense_w.format == experts_w.format == "plain", f"{config}"
+    dense_rows = at_once(dense_w, rows)
     return {
         "W_STRIDE": experts_w.data.stride(0),
         "SCALE_STRIDE": experts_w.operands()[1].stride(0),
-        "TOP": top_k,
-        "RANKS": triton.next_power_of_2(top_k),
         "DENSE_FORMAT": dense_w.format,
         "DENSE_ZERO": dense_w.zero is not None,
         "FORMAT": experts_w.format,
         "ZERO": experts_w.zero is not None,
-        "ROWS": padded,
+        "ROWS": at_a_place,
+        "DENSE_ROWS": dense_rows,
+        "GROUPS": triton.cdiv(rows, dense_rows),
         "BN": config.bn,
         "BK": config.bk,
         "STAGES": config.stages,

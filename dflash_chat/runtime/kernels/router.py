@@ -5,8 +5,10 @@
 
 The softmax's denominator cancels, so only the chosen logits count.
 
-    logits fp32 [T, E] → slots int32 [T, k] (expert of each rank), weights fp32 [T, k], experts
-    int32 [min(E, k·T)] (the distinct ones, ascending), active int32 [1]
+    logits fp32 [T, E] → weights fp32 [T, k] by rank, and a list of places: an expert and the rows
+    that go to it, at most A of them, the number that its kernel multiplies at once
+    experts int32 [P]: expert + 2¹⁶·rows, experts ascending, each with as many places as it needs
+    members int32 [P, A]: row + 2¹⁶·rank        active int32 [1]: how many of the P mean something
 
 Bound by latency. The logits come out of the norms' launch (`norms.py`). One program does the rest
 for all rows: a row of 128 experts belongs to one warp, and a logit is compared by its bits, as
@@ -28,14 +30,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MAX_ROWS = 32
+HIGH = tl.constexpr(1 << 16)
+
 
 class Routing(NamedTuple):
-    """Who goes where. Only the first `active` entries of `experts` mean something."""
+    """Who goes where: see the file."""
 
-    experts: Tensor  # int32 [min(E, k·T)]
-    active: Tensor  # int32 [1]
-    slots: Tensor  # int32 [T, k]
-    weights: Tensor  # fp32 [T, k]
+    experts: Tensor
+    active: Tensor
+    members: Tensor
+    weights: Tensor
 
 
 def reference(logits: Tensor, per_expert_scale: Tensor, top_k: int = 8) -> tuple[Tensor, Tensor]:
@@ -109,10 +114,19 @@ def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS:
     return chosen, tl.max(share / total, axis=0) * tl.load(scale_ptr + chosen).to(tl.float32)
 
 
+@triton.jit
+def _ones(bits):
+    """How many bits of each int32 are set."""
+    pairs = bits - ((bits >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return ((((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24) & 63
+
+
 @triton.jit(do_not_specialize=["T"])
 def _select_kernel(
-    logits_ptr, scale_ptr, experts_ptr, active_ptr, slots_ptr, weights_ptr, T,
-    E: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, scale_ptr, experts_ptr, active_ptr, members_ptr, weights_ptr, T,
+    E: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)
     e = tl.arange(0, E)
@@ -122,42 +136,54 @@ def _select_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     used = row[:, None] < T
     logits = tl.load(logits_ptr + row[:, None] * E + e[None, :], mask=used, other=0.0)
-    order, top, total = _order(logits, e, TOP)
-    chosen = used & (order < TOP)
+    rank, top, total = _order(logits, e, TOP)
+    chosen = used & (rank < TOP)
     p = tl.exp(logits - top[:, None])
-    at = row[:, None] * TOP + order
-    tl.store(slots_ptr + at, tl.broadcast_to(e[None, :], (ROWS, E)), mask=chosen)
-    tl.store(weights_ptr + at, p / total[:, None] * scale[None, :], mask=chosen)
+    weights = p / total[:, None] * scale[None, :]
+    tl.store(weights_ptr + row[:, None] * TOP + rank, weights, mask=chosen)
 
-    hit = tl.max(chosen.to(tl.int32), axis=0)  # [E]
-    tl.store(experts_ptr + tl.cumsum(hit, 0) - 1, e, mask=hit > 0)
-    tl.store(active_ptr, tl.sum(hit, axis=0))
+    bit = tl.full([ROWS], 1, tl.int32) << row
+    rows = tl.sum(tl.where(chosen, bit[:, None], 0), axis=0)  # of each expert, as bits
+    count = _ones(rows)
+    places = (count + AT_ONCE - 1) // AT_ONCE
+    first = tl.cumsum(places, 0) - places
+    for nth in tl.static_range((ROWS + AT_ONCE - 1) // AT_ONCE):
+        here = tl.minimum(count - nth * AT_ONCE, AT_ONCE)
+        tl.store(experts_ptr + first + nth, e + here * HIGH, mask=here > 0)
+    tl.store(active_ptr, tl.sum(places, axis=0))
+    before = _ones(rows[None, :] & (bit - 1)[:, None])  # how many rows of the expert
+    at = members_ptr + first[None, :] * AT_ONCE + before  # an expert's places are neighbours
+    tl.store(at, row[:, None] + rank * HIGH, mask=chosen)
 
 
-def unmade(rows: int, experts: int, top_k: int, device: torch.device) -> Routing:
+def unmade(rows: int, experts: int, top_k: int, device: torch.device, at_once: int) -> Routing:
     """A routing that a kernel will write."""
+    distinct = min(experts, top_k * rows)
+    places = distinct + (top_k * rows - distinct) // at_once  # fewer where fewer are chosen
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
-    return Routing(ints(min(experts, top_k * rows)), ints(1), ints(rows, top_k), weights)
+    return Routing(ints(places), ints(1), ints(places, at_once), weights)
 
 
 def select(
-    logits: Tensor, per_expert_scale: Tensor, *, top_k: int = 8, pdl: bool = False
-) -> Routing:
-    """Route the rows by their logits, fp32 [T, E]."""
+    logits: Tensor, per_expert_scale: Tensor, *, at_once: int, top_k: int = 8,
+    pdl: bool = False,
+) -> Routing:  # fmt: skip
+    """Route the rows by their logits, fp32 [T, E]. at_once: rows of a place at most."""
     rows, experts = logits.shape
     assert logits.is_contiguous(), f"logits {logits.stride()}"
     assert per_expert_scale.shape == (experts,), f"scale {per_expert_scale.shape}"
-    assert rows <= 32, f"{rows} rows"
+    assert rows <= MAX_ROWS, f"{rows} rows"
     assert top_k <= experts, f"top {top_k} of {experts}"
     assert experts & (experts - 1) == 0, f"{experts} experts"
-    routing = unmade(rows, experts, top_k, logits.device)
+    routing = unmade(rows, experts, top_k, logits.device, at_once)
     padded = max(2, triton.next_power_of_2(rows))
     _select_kernel[(1,)](
-        logits, per_expert_scale, *routing, rows, E=experts, TOP=top_k, ROWS=padded, PDL=pdl,
-        num_warps=min(16, padded), **({"launch_pdl": True} if pdl else {}),
+        logits, per_expert_scale, *routing, rows, E=experts, TOP=top_k, ROWS=padded,
+        AT_ONCE=at_once, PDL=pdl,
+        num_warps=padded if padded <= 4 else padded // 2, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return routing

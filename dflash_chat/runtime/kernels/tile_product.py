@@ -9,8 +9,9 @@ scaled at the end, int4 once per group of 32, with 128 + q instead of q, which i
 
 At 4.2 TB/s an SM has four issue slots for an int4 weight, so instructions bound the narrow formats.
 The two conversions are written for pairs of bf16; Σ x·136 is a product with a constant matrix, the
-same for all channels, so computed once per warp; and up to eight rows the weights come first in
-the product, whose second matrix may have eight columns while its first needs sixteen rows.
+same for all channels, so computed once per warp; and their rows come eight at a time, with the
+weights first in the product, whose second matrix may have eight columns while its first needs
+sixteen rows. The plain format has the same instructions for sixteen.
 For fp16 (the interpreter) the conversions are plain casts.
 """
 
@@ -113,12 +114,16 @@ def prefetch(w_ptr, n, first, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.const
 def tile_product(
     x_ptr, row, taken, w_ptr, scale_ptr, zero_ptr, n, first,
     N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
-    FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS]."""
+    """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS].
+
+    ROWS: eight, of a plain weight sixteen or more.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    W_FIRST: tl.constexpr = ROWS == 8
+    ROWS: tl.constexpr = row.shape[0]
+    CHANNELS: tl.constexpr = n.shape[0]
+    W_FIRST: tl.constexpr = FORMAT != "plain"
     acc = tl.zeros([CHANNELS, ROWS] if W_FIRST else [ROWS, CHANNELS], tl.float32)
     one = tl.full([ROWS], 1.0, tl.float32)
     if FORMAT == "int4":

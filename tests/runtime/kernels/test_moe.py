@@ -14,6 +14,7 @@ from dflash_chat.runtime.kernels.moe import MoeConfig
 from dflash_chat.runtime.kernels.router import Routing
 from dflash_chat.runtime.quant import float_quantized, kernel_weights
 from tests.runtime.kernels.conftest import DEVICE, LOW
+from tests.runtime.kernels.routes import members, slots_of
 from tests.runtime.kernels.truth import assert_as_good, relative_error
 
 EXPERTS = 16
@@ -43,14 +44,17 @@ def weight(format_name: str, *shape: int) -> MoeWeight:
     return pack_int4_experts(q, scale, 3 * scale.flip(-1) if zeros else None)
 
 
-def routing_of(slots: Tensor) -> Routing:
+def routing_of(slots: Tensor, experts_w: MoeWeight) -> Routing:
     """The router's answer for given slots [T, k]; behind its end the list points nowhere."""
-    distinct = slots.unique()
-    experts = torch.full((min(EXPERTS, slots.numel()),), 2**30, dtype=torch.int32)
-    experts[: distinct.numel()] = distinct
-    active = torch.tensor([distinct.numel()], dtype=torch.int32)
-    weights = torch.rand(slots.shape)
-    return Routing(*(t.to(DEVICE) for t in (experts, active, slots.int(), weights)))
+    rows, top_k = slots.shape
+    logits = torch.zeros(rows, EXPERTS)
+    logits.scatter_(1, slots, 100 - torch.arange(top_k).float().expand(rows, top_k))
+    scale = torch.ones(EXPERTS, device=DEVICE, dtype=LOW)
+    at_once = moe.at_once(experts_w, rows)
+    routing = router.select(logits.to(DEVICE), scale, top_k=top_k, at_once=at_once)
+    assert torch.equal(slots_of(routing), slots)
+    routing.experts[int(routing.active) :] = 2**30
+    return routing
 
 
 def random_slots(rows: int, top_k: int, experts: int = EXPERTS) -> Tensor:
@@ -63,25 +67,24 @@ def activations(*shape: int) -> Tensor:
 
 
 def by_rank(expert_act: Tensor, routing: Routing) -> Tensor:
-    """[active, T, I] -> [T, k, I]."""
-    place = torch.zeros(EXPERTS, dtype=torch.long, device=DEVICE)
-    count = int(routing.active)
-    place[routing.experts[:count].long()] = torch.arange(count, device=DEVICE)
-    rows = torch.arange(routing.slots.shape[0], device=DEVICE)[:, None]
-    return expert_act[place[routing.slots.long()], rows]
+    """[places, T, I] -> [T, k, I]."""
+    out = torch.empty(*routing.weights.shape, expert_act.shape[-1]).to(expert_act)
+    for place, _, row, rank in members(routing):
+        out[row, rank] = expert_act[place, row]
+    return out
 
 
 def check_gate_up(
-    dense_w: MoeWeight, experts_w: MoeWeight, routing: Routing, config: MoeConfig | None
+    dense_w: MoeWeight, experts_w: MoeWeight, slots: Tensor, config: MoeConfig | None
 ) -> None:
-    rows, width = routing.slots.shape[0], dense_w.shape[1]
+    routing, rows, width = routing_of(slots, experts_w), len(slots), dense_w.shape[1]
     h_dense, h_moe = activations(rows, width), activations(rows + 1, width)[1:]
     dense, routed = moe.gate_up(h_dense, dense_w, h_moe, experts_w, routing, config=config)
 
     def expect(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return moe.reference_gate_up(
             h_dense.to(dtype), dense_w.dequantize(dtype),
-            h_moe.to(dtype), experts_w.dequantize(dtype), routing.slots,
+            h_moe.to(dtype), experts_w.dequantize(dtype), slots,
         )  # fmt: skip
 
     ours = (dense, by_rank(routed, routing))
@@ -90,9 +93,9 @@ def check_gate_up(
 
 
 def check_down(
-    dense_w: MoeWeight, experts_w: MoeWeight, routing: Routing, config: MoeConfig | None
+    dense_w: MoeWeight, experts_w: MoeWeight, slots: Tensor, config: MoeConfig | None
 ) -> None:
-    rows, inner = routing.slots.shape[0], experts_w.shape[2]
+    routing, rows, inner = routing_of(slots, experts_w), len(slots), experts_w.shape[2]
     dense_act = activations(rows, dense_w.shape[1])
     expert_act = activations(routing.experts.numel(), rows, inner)
     dense, routed = moe.down(dense_act, dense_w, expert_act, experts_w, routing, config=config)
@@ -100,7 +103,7 @@ def check_down(
     def expect(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return moe.reference_down(
             dense_act.to(dtype), dense_w.dequantize(dtype),
-            by_rank(expert_act, routing).to(dtype), experts_w.dequantize(dtype), routing.slots,
+            by_rank(expert_act, routing).to(dtype), experts_w.dequantize(dtype), slots,
         )  # fmt: skip
 
     for out, plain, truth in zip(
@@ -111,50 +114,57 @@ def check_down(
 
 @pytest.mark.parametrize(("rows", "top_k"), WIDTHS)
 def test_gate_up_at_every_block_width(rows: int, top_k: int) -> None:
-    routing = routing_of(random_slots(rows, top_k))
-    check_gate_up(weight("plain", 208, 80), weight("plain", EXPERTS, 96, 80), routing, SMALL)
+    slots = random_slots(rows, top_k)
+    check_gate_up(weight("plain", 208, 80), weight("plain", EXPERTS, 96, 80), slots, SMALL)
 
 
 @pytest.mark.parametrize(("rows", "top_k"), WIDTHS)
 def test_down_at_every_block_width(rows: int, top_k: int) -> None:
-    routing = routing_of(random_slots(rows, top_k))
-    check_down(weight("plain", 72, 104), weight("plain", EXPERTS, 72, 48), routing, SMALL)
+    slots = random_slots(rows, top_k)
+    check_down(weight("plain", 72, 104), weight("plain", EXPERTS, 72, 48), slots, SMALL)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("bk", [64, 128])
 def test_gate_up_in_every_format(format_name: str, bk: int) -> None:
-    routing = routing_of(random_slots(3, 4))
-    dense_w, experts_w = weight(format_name, 144, 64), weight(format_name, EXPERTS, 96, 64)
-    check_gate_up(dense_w, experts_w, routing, SMALL._replace(bk=bk))
+    dense_w, experts_w = weight(format_name, 144, 192), weight(format_name, EXPERTS, 96, 192)
+    for rows in (3, 16):
+        slots = random_slots(rows, 4)
+        check_gate_up(dense_w, experts_w, slots, SMALL._replace(bk=bk))
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("bk", [64, 128])
 def test_down_in_every_format(format_name: str, bk: int) -> None:
-    routing = routing_of(random_slots(3, 4))
     dense_w, experts_w = weight(format_name, 40, 192), weight(format_name, EXPERTS, 40, 128)
-    check_down(dense_w, experts_w, routing, SMALL._replace(bk=bk))
+    for rows in (3, 16):
+        slots = random_slots(rows, 4)
+        check_down(dense_w, experts_w, slots, SMALL._replace(bk=bk))
 
 
 def test_the_dense_mlp_may_have_another_format() -> None:
-    routing = routing_of(random_slots(2, 4))
-    check_gate_up(weight("plain", 96, 64), weight("int4", EXPERTS, 96, 64), routing, SMALL)
-    check_down(weight("plain", 72, 64), weight("int4", EXPERTS, 72, 64), routing, SMALL)
+    slots = random_slots(2, 4)
+    check_gate_up(weight("plain", 96, 64), weight("int4", EXPERTS, 96, 64), slots, SMALL)
+    check_down(weight("plain", 72, 64), weight("int4", EXPERTS, 72, 64), slots, SMALL)
+    check_gate_up(weight("int4", 96, 64), weight("plain", EXPERTS, 96, 64), slots, SMALL)
+    check_down(weight("int4", 72, 64), weight("plain", EXPERTS, 72, 64), slots, SMALL)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17])
-def test_one_expert_may_take_all_rows(rows: int) -> None:
-    routing = routing_of(torch.full((rows, 1), EXPERTS - 1))
-    check_gate_up(weight("plain", 96, 64), weight("plain", EXPERTS, 96, 64), routing, SMALL)
-    check_down(weight("plain", 72, 96), weight("plain", EXPERTS, 72, 48), routing, SMALL)
+@pytest.mark.parametrize("rows", [1, 9, 16, 17])
+@pytest.mark.parametrize("format_name", ["plain", "fp8", "int4"])
+def test_one_expert_may_take_all_rows(format_name: str, rows: int) -> None:
+    slots = torch.full((rows, 1), EXPERTS - 1)
+    shapes = [(96, 64), (EXPERTS, 96, 64), (72, 128), (EXPERTS, 72, 64)]
+    weights = [weight(format_name, *shape) for shape in shapes]
+    check_gate_up(*weights[:2], slots, SMALL)
+    check_down(*weights[2:], slots, SMALL)
 
 
 def dense_down(x: Tensor, dense_w: MoeWeight) -> Tensor:
     """x [T, K] · Wᵀ by the down launch's dense part."""
-    routing = routing_of(torch.zeros(x.shape[0], 1, dtype=torch.long))
-    expert_act = activations(routing.experts.numel(), x.shape[0], 64)
     experts_w = weight(dense_w.format, EXPERTS, dense_w.shape[0], 64)
+    routing = routing_of(torch.zeros(x.shape[0], 1, dtype=torch.long), experts_w)
+    expert_act = activations(routing.experts.numel(), x.shape[0], 64)
     out, _ = moe.down(x, dense_w, expert_act, experts_w, routing, config=SMALL)
     return out.sum(0)
 
@@ -179,10 +189,11 @@ def test_every_int4_code_is_widened_exactly_at_every_place(rows: int) -> None:
 
 
 def test_rows_that_go_elsewhere_are_not_written() -> None:
-    slots = torch.tensor([[0, 1], [2, 3]])
+    experts_w = weight("plain", EXPERTS, 96, 64)
+    routing = routing_of(torch.tensor([[0, 1], [2, 3]]), experts_w)
     _, routed = moe.gate_up(
-        activations(2, 64), weight("plain", 96, 64), activations(2, 64),
-        weight("plain", EXPERTS, 96, 64), routing_of(slots), config=SMALL,
+        activations(2, 64), weight("plain", 96, 64), activations(2, 64), experts_w, routing,
+        config=SMALL,
     )  # fmt: skip
     written = routed.isfinite().all(-1)
     assert written.tolist() == [[True, False]] * 2 + [[False, True]] * 2
@@ -196,7 +207,8 @@ def test_router_and_both_launches_make_the_whole_half() -> None:
         weight("plain", 2 * dense, width), weight("plain", EXPERTS, 2 * inner, width),
         weight("plain", width, dense), weight("plain", EXPERTS, width, inner),
     ]  # fmt: skip
-    routing = router.select(h[2].float() @ proj.float().T, scale, top_k=top_k)
+    logits = h[2].float() @ proj.float().T
+    routing = router.select(logits, scale, at_once=16, top_k=top_k)
     acts = moe.gate_up(h[0], weights[0], h[1], weights[1], routing, config=SMALL)
     dense_out, routed = moe.down(acts[0], weights[2], acts[1], weights[3], routing, config=SMALL)
     out = dense_out.sum(0) + (routing.weights.T[..., None] * routed).sum(0)
@@ -220,18 +232,17 @@ def check_choice(logits: Tensor, format_name: str, width: int, inner: int) -> No
     )  # fmt: skip
     h = activations(1, width)
     config = None if width > 64 else SMALL
-    listed = router.select(logits, scale, top_k=top_k)
+    at_once = moe.at_once(experts_w, 1)
+    listed = router.select(logits, scale, at_once=at_once, top_k=top_k)
     want = moe.gate_up(h, dense_w, h, experts_w, listed, config=config)
-    made = router.unmade(1, experts, top_k, DEVICE)
+    made = router.unmade(1, experts, top_k, DEVICE, at_once)
     choice = moe.Choice(logits, scale)
     got = moe.gate_up(h, dense_w, h, experts_w, made, choice=choice, config=config)
-    assert torch.equal(made.slots, listed.slots)
-    assert torch.equal(made.experts, listed.slots[0])
+    assert [member.rank for member in members(made)] == list(range(top_k))
+    assert torch.equal(slots_of(made), slots_of(listed))
     assert torch.equal(made.weights, listed.weights)
-    assert int(made.active) == top_k
     assert torch.equal(got[0], want[0])
-    place = listed.experts.argsort()[listed.slots[0].long().argsort().argsort()]
-    assert torch.equal(got[1], want[1][place])
+    assert torch.equal(by_rank(got[1], made), by_rank(want[1], listed))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -277,9 +288,10 @@ def test_a_group_of_128_is_refused() -> None:
 def test_the_real_shapes_follow_their_routing_on_replay(format_name: str, rows: int) -> None:
     gate_up_w = weight(format_name, 4224, 2816), weight(format_name, EXPERTS, 1408, 2816)
     down_w = weight(format_name, 2816, 2112), weight(format_name, EXPERTS, 2816, 704)
-    routing = routing_of(random_slots(rows, 8))
-    check_gate_up(*gate_up_w, routing, None)
-    check_down(*down_w, routing, None)
+    slots = random_slots(rows, 8)
+    check_gate_up(*gate_up_w, slots, None)
+    check_down(*down_w, slots, None)
+    routing = routing_of(slots, gate_up_w[1])
 
     h = activations(rows, 2816)
 
@@ -290,8 +302,8 @@ def test_the_real_shapes_follow_their_routing_on_replay(format_name: str, rows: 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = half()
-    slots = random_slots(rows, 8).flip(0) * 7 % EXPERTS
-    for static, fresh in zip(routing, routing_of(slots), strict=True):
+    slots = slots.flip(0) * 7 % EXPERTS
+    for static, fresh in zip(routing, routing_of(slots, gate_up_w[1]), strict=True):
         static.copy_(fresh)
     h.mul_(0.5)
     graph.replay()
@@ -309,7 +321,7 @@ def test_dependent_launch_changes_no_bit(format_name: str, rows: int) -> None:
     scale = torch.ones(128, device=DEVICE, dtype=LOW)
 
     def run(pdl: bool) -> tuple[Tensor, Tensor]:
-        routing = router.select(logits, scale, pdl=pdl)
+        routing = router.select(logits, scale, at_once=moe.at_once(gate_up_w[1], rows), pdl=pdl)
         dense, routed = moe.gate_up(h, gate_up_w[0], h, gate_up_w[1], routing, pdl=pdl)
         return moe.down(dense, down_w[0], routed, down_w[1], routing, pdl=pdl)
 
@@ -322,10 +334,10 @@ def test_dependent_launch_changes_no_bit(format_name: str, rows: int) -> None:
 def test_a_row_computes_the_same_bits_alone_and_in_a_block(format_name: str) -> None:
     gate_up_w = weight(format_name, 4224, 2816), weight(format_name, EXPERTS, 1408, 2816)
     down_w = weight(format_name, 2816, 2112), weight(format_name, EXPERTS, 2816, 704)
-    h, slots = activations(16, 2816), random_slots(16, 8)
+    h, slots = activations(16, 2816), random_slots(16, 8)  # some experts of more than eight rows
 
     def run(first: int, last: int) -> tuple[Tensor, Tensor]:
-        routing, part = routing_of(slots[first:last]), h[first:last].contiguous()
+        routing, part = routing_of(slots[first:last], gate_up_w[1]), h[first:last].contiguous()
         dense, routed = moe.gate_up(part, gate_up_w[0], part, gate_up_w[1], routing)
         return moe.down(dense, down_w[0], routed, down_w[1], routing)
 

@@ -30,7 +30,8 @@ from dflash_chat.runtime.kernels.forms import Int8, dequantize
 from dflash_chat.runtime.kernels.tuned import Config
 
 AT_ONCE = 4096  # columns of a row that are in flight together
-REFINED = 256  # rows of the head that one program of `refine` looks at
+REFINED = 256  # rows of the head that one program of `refine` looks at,
+STATES = 4  # and for how many states: what several of them want there is read one by one
 WARPS = 4  # one row of the head is read by 128 threads
 
 
@@ -83,12 +84,13 @@ def _refine_kernel(
     exact_ptr, row_ptr, T, N, K, tiles,
     ROWS: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """GROUP tiles of BN rows of the head: per state the largest product of its candidates, −inf
-    without one, and that row.
+    """GROUP tiles of BN rows of the head and ROWS states: per state the largest product of its
+    candidates, −inf without one, and that row.
     """
     SPAN: tl.constexpr = GROUP * BN
     group = tl.program_id(0)
-    t = tl.arange(0, ROWS)
+    first = tl.program_id(1) * ROWS
+    t = first + tl.arange(0, ROWS)
     n = tl.arange(0, SPAN)
     row = group * SPAN + n
     error = tl.load(error_ptr + row, mask=row < N, other=0.0)
@@ -108,11 +110,11 @@ def _refine_kernel(
         live = (t < T)[None, :] & (row < N)[:, None]
         near = tl.load(at, mask=live, other=float("-inf"))
         candidate = near + error[:, None] * length[None, :] >= floor[None, :]
-        place = n[:, None] * ROWS + t[None, :]
+        place = n[:, None] * ROWS + (t - first)[None, :]
         END: tl.constexpr = SPAN * ROWS
         i = tl.min(tl.min(tl.where(candidate, place, END), axis=1), axis=0)
         while i < END:  # in the order of rows, so that the first of equals stays
-            state = i % ROWS
+            state = first + i % ROWS
             v = group * SPAN + i // ROWS
             w_row = w_ptr + v.to(tl.int64) * K
             product, _ = _product(x_ptr + state * stride_x, w_row, K, BK)
@@ -152,8 +154,9 @@ def argmax(
     groups = triton.cdiv(tiles, group)
     exact = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     exact_row = torch.empty(rows, groups, dtype=torch.int32, device=x.device)
-    _refine_kernel[(groups,)](
+    states = min(STATES, triton.next_power_of_2(rows))
+    _refine_kernel[(groups, triton.cdiv(rows, states))](
         x, x.stride(0), w, copy.error, near, best, floor, length, exact, exact_row,
-        rows, n, k, tiles, ROWS=triton.next_power_of_2(rows), BN=config.bn, GROUP=group, **options,
+        rows, n, k, tiles, ROWS=states, BN=config.bn, GROUP=group, **options,
     )  # fmt: skip
     return heads.first_best(exact, exact_row, n, pdl=pdl)

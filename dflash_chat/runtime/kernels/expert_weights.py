@@ -62,6 +62,8 @@ class MoeWeight:
             assert scale.dtype == torch.bfloat16, f"scale {scale.dtype}"
             scale = scale.view(torch.int32)  # a load of 4 bytes can be asynchronous
             zero = None if zero is None else zero.view(torch.int32)
+        elif self.format == "fp8":
+            data = data.view(torch.uint8)  # cards before Ada know no type for it
         return data, data if scale is None else scale, data if zero is None else zero
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

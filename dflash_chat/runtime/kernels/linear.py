@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
+from dflash_chat.runtime.kernels.tile_product import widen
 from dflash_chat.runtime.kernels.tuned import Config
 
 MAX_ROWS = 32
@@ -69,23 +70,6 @@ _UNPACK_SIGNED = tl.constexpr(_UNPACK.format(bias="0xC308C308"))  # − (128 + 8
 _UNPACK_PLAIN = tl.constexpr(_UNPACK.format(bias="0xC300C300"))  # − 128
 _UNPACK_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 
-# The seven bits below an e4m3's sign go below a bf16's; the exponents' biases differ by 120.
-_WIDEN = tl.constexpr("""{
-    .reg .b32 low, high, scale, zero;
-    mov.b32 scale, 0x7B807B80;
-    mov.b32 zero, 0x80008000;
-    prmt.b32 low, $2, 0, 0x1404;
-    prmt.b32 high, $2, 0, 0x3424;
-    shr.u32 $0, low, 4;
-    shr.u32 $1, high, 4;
-    and.b32 $0, $0, 0x07F007F0;
-    and.b32 $1, $1, 0x07F007F0;
-    lop3.b32 $0, low, 0x80008000, $0, 0xEA;
-    lop3.b32 $1, high, 0x80008000, $1, 0xEA;
-    fma.rn.bf16x2 $0, $0, scale, zero;
-    fma.rn.bf16x2 $1, $1, scale, zero;
-}""")
-
 # The seven bits below an int8's sign end 128's mantissa; the sign makes what is taken off 256.
 _WIDEN_INT8 = tl.constexpr("""{
     .reg .b32 low, high, one, b0, b1;
@@ -103,24 +87,15 @@ _WIDEN_INT8 = tl.constexpr("""{
 
 @triton.jit
 def _widen(w, dtype: tl.constexpr):
-    """int8, or the bytes of e4m3 → dtype, exactly; all else as it is. Hopper's own cvt of e4m3 is
-    much slower, and there is none of int8 to bf16.
+    """int8, or the bytes of e4m3 → dtype, exactly; all else as it is. Hopper has no instruction
+    from int8 to bf16.
     """
-    if w.dtype == tl.int8:
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                _WIDEN_INT8, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
-            )
-        else:
-            return w.to(dtype)
-    elif w.dtype != tl.uint8:
-        return w
-    elif dtype == tl.bfloat16:
+    if w.dtype == tl.int8 and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            _WIDEN, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+            _WIDEN_INT8, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     else:
-        return w.to(tl.float8e4nv, bitcast=True).to(dtype)
+        return widen(w, dtype)
 
 
 @triton.jit
@@ -215,6 +190,8 @@ def accumulate(
     else:
         col = tl.arange(0, BK)
         w_row = w_ptr + row[:, None].to(tl.int64) * K
+        if FORMAT == CHANNEL:  # asked for before the weights, not behind them
+            scale = tl.load(scale_ptr + row)[:, None].to(tl.float32)
         if FORMAT == BLOCK:
             s_row = scale_ptr + block_row * tl.cdiv(K, 128)
             s = tl.load(s_row + first)
@@ -234,7 +211,7 @@ def accumulate(
             else:
                 acc = tl.dot(_widen(w, x.dtype), x, acc)
         if FORMAT == CHANNEL:
-            acc *= tl.load(scale_ptr + row)[:, None].to(tl.float32)
+            acc *= scale
     return acc
 
 

@@ -26,8 +26,12 @@ import triton.language as tl
 
 @triton.jit
 def widen(w, dtype: tl.constexpr):
-    """w in `dtype`, exact. sm_90 has no instruction from fp8 to bf16 and would go through fp32."""
-    if w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+    """The bytes of e4m3 → dtype, exactly; all else as it is. Hopper's own cvt of e4m3 goes through
+    fp16 and is much slower, and cards before Ada know no such type.
+    """
+    if w.dtype != tl.uint8:
+        return w.to(dtype)
+    elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 low, high, scale, none;
@@ -43,12 +47,13 @@ def widen(w, dtype: tl.constexpr):
             fma.rn.bf16x2 $1, high, scale, none;
             }""",  # a byte and its sign, eight times; ·16; then ·2¹²⁰ for the other bias, − 0
             "=&r,=&r,r",
-            [w.to(tl.int8, bitcast=True)],
+            [w],
             dtype=tl.bfloat16,
             is_pure=True,
             pack=4,
         )
-    return w.to(dtype)
+    else:
+        return w.to(tl.float8e4nv, bitcast=True).to(dtype)
 
 
 @triton.jit
@@ -154,6 +159,8 @@ def tile_product(
                         acc += _outer(total, zero[g], W_FIRST)
     else:
         k = tl.arange(0, BK)
+        if FORMAT == "fp8":
+            scale = tl.load(scale_ptr + n)  # asked for before the weights, not behind them
         for start in tl.range(0, SPAN, BK, num_stages=STAGES):
             x_at = x_ptr + row[:, None] * K + first + start + k[None, :]
             w_at = w_ptr + n[:, None] * K + first + start + k[None, :]
@@ -166,5 +173,5 @@ def tile_product(
                 w = tl.load(w_at, mask=inside[None, :], other=0.0)
             acc = _product(x, widen(w, dtype), acc, W_FIRST)
         if FORMAT == "fp8":
-            acc *= _outer(one, tl.load(scale_ptr + n), W_FIRST)
+            acc *= _outer(one, scale, W_FIRST)
     return tl.trans(acc) if W_FIRST else acc

@@ -30,8 +30,8 @@ from dflash_chat.runtime.kernels.forms import Int8, dequantize
 from dflash_chat.runtime.kernels.tuned import Config
 
 AT_ONCE = 4096  # columns of a row that are in flight together
-REFINED = 256  # rows of the head that one program of `refine` looks at,
-STATES = 4  # and for how many states: what several of them want there is read one by one
+REFINED = 256  # rows of the head that one program of `refine` looks at …
+STATES = 4  # … for so many states: what several of them want of these is read one by one
 WARPS = 4  # one row of the head is read by 128 threads
 
 

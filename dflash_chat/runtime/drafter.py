@@ -38,6 +38,8 @@ _KNOWN_KEYS = _IGNORED_KEYS | {
     "num_target_layers", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
     "sliding_window", "vocab_size",
 }  # fmt: skip
+FEW_BLOCKS = 6
+
 _KNOWN_DFLASH_KEYS = {"block_size", "causal", "mask_token_id", "target_layer_ids"}
 
 
@@ -301,10 +303,17 @@ class Drafter:
         self._pending.append(features)
 
     def flush(self) -> None:
-        """Project everything observed into the context cache."""
+        """Project everything observed into the context cache.
+
+        A CPU's matmul is compiled for every number of rows, which takes as long as 30 rows. So what
+        a few passes have left goes there in blocks, whose numbers of rows have been seen before.
+        """
         if self._pending:
             pending, self._pending = torch.cat(self._pending), []
-            for features in torch.split(pending, self.cache.largest_block):
+            block, most = self.config.block_size, self.cache.largest_block
+            if self.cache.device.type == "cpu" and len(pending) <= FEW_BLOCKS * block:
+                most = block
+            for features in torch.split(pending, most):
                 self._project(features)
 
     def rewindable(self, n: int) -> int:

@@ -259,3 +259,20 @@ def test_a_published_config_for_gemma_is_read() -> None:
     assert config.softcap == 30.0
     shapes = config.tensor_shapes(2816)
     assert round(sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6, 1) == 429.7
+
+
+def test_what_a_few_passes_left_is_projected_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = tiny.drafter(tiny.target())
+    block, sizes = drafter.config.block_size, []
+    project = drafter._project
+
+    def counted(features: torch.Tensor) -> None:
+        sizes.append(len(features))
+        project(features)
+
+    monkeypatch.setattr(drafter, "_project", counted)
+    with torch.inference_mode():
+        for rows in (block + 3, 1, module.FEW_BLOCKS * block + 1):
+            drafter.observe(_features(rows))
+            drafter.flush()
+    assert sizes == [block, 3, 1, module.FEW_BLOCKS * block + 1]

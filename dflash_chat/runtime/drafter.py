@@ -38,9 +38,9 @@ _KNOWN_KEYS = _IGNORED_KEYS | {
     "num_target_layers", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
     "sliding_window", "vocab_size",
 }  # fmt: skip
-FEW_BLOCKS = 6
-
 _KNOWN_DFLASH_KEYS = {"block_size", "causal", "mask_token_id", "target_layer_ids"}
+
+FEW_BLOCKS = 6  # of pending rows, up to which a CPU projects them block by block
 
 
 @dataclass(frozen=True)

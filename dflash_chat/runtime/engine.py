@@ -200,11 +200,12 @@ class Engine:
         if self.target.device.type == "cuda":
             _, features = self._dry_pass(min(self.cache.largest_block, self.cache.capacity))
         if self.drafter is not None:
-            few = range(1, self.draft_tokens + 1 if self.target.device.type == "cpu" else 1)
-            for rows in (*few, len(features)):  # as many as a pass may leave to the drafter
-                self.drafter.observe(features[:rows])
-                self.drafter.draft(0, self.draft_tokens)
-                self.drafter.truncate(0)
+            if self.target.device.type == "cpu":  # as few rows as a pass may leave to the drafter
+                for rows in range(1, len(features)):
+                    self.drafter.observe(features[:rows])
+                    self.drafter.flush()
+                    self.drafter.truncate(0)
+            self._dry_draft(self.drafter, features)
 
     @torch.inference_mode()
     def measure(
@@ -252,10 +253,12 @@ class Engine:
         What a draw costs beyond that is paid for every token alike, drafted or not.
         """
         widths, sampler = self._widths, Sampler(SamplingParams(temperature=0.0), [])
-        _, left = self._dry_pass(min(2, widths[-1]))
 
         def verify(n: int, context: int) -> None:
             sampler.choose(self._dry_pass(n, context)[0], self._tensor([0] * (n - 1)))
+
+        def draft(drafter: BlockDrafter, left: Tensor) -> None:
+            sampler.guess(self._dry_draft(drafter, left))
 
         most = self.cache.capacity - widths[-1]
         contexts = sorted({min(n, most) for n in CONTEXTS_OF_MEASURE})
@@ -264,17 +267,18 @@ class Engine:
         for context in contexts:
             passes: list[Callable[[], object]] = [partial(verify, n, context) for n in widths]
             if (drafter := self.drafter) is not None:
-                passes.append(partial(self._dry_draft, drafter, sampler, left))
+                passes.append(partial(draft, drafter, self._dry_pass(2)[1]))
             times = quickest_ms(passes, self.target.device)
             verifies.append(times[: len(widths)])
             drafts.append(times[-1])  # without a drafter never looked at
         return CostTable.measured(widths, contexts, drafts, list(zip(*verifies, strict=True)))
 
-    def _dry_draft(self, drafter: BlockDrafter, sampler: Sampler, left: Tensor) -> None:
-        """A draft behind a pass that left these features [T, K·C] to the drafter."""
+    def _dry_draft(self, drafter: BlockDrafter, left: Tensor) -> Tensor:
+        """The logits of a draft behind a pass that left features [T, K·C]; all is forgotten."""
         drafter.observe(left)
-        sampler.guess(drafter.draft(0, self.draft_tokens))
+        logits = drafter.draft(0, self.draft_tokens)
         drafter.truncate(0)
+        return logits
 
     def _dry_pass(self, n: int, context: int = 0) -> tuple[Tensor, Tensor]:
         """A pass of n rows that commits nothing; its logits [≤ n, V] and features [n, K·C]. With

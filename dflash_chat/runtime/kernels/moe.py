@@ -36,7 +36,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
-from dflash_chat.runtime.kernels.router import HIGH, MAX_ROWS, Routing, at_rank
+from dflash_chat.runtime.kernels.linear import MAX_ROWS
+from dflash_chat.runtime.kernels.router import HIGH, Routing, at_rank
 from dflash_chat.runtime.kernels.tile_product import prefetch, tile_product
 
 

@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_ROWS = 32
+from dflash_chat.runtime.kernels.linear import MAX_ROWS
+
 HIGH = tl.constexpr(1 << 16)
 
 

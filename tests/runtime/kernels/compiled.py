@@ -27,7 +27,7 @@ from dflash_chat.runtime.kernels import (
     router,
     screen,
     tuned,
-)  # fmt: skip
+)
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight
 from dflash_chat.runtime.kernels.norms import Branch, Router

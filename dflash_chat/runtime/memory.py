@@ -16,7 +16,7 @@ import torch
 
 from dflash_chat.budget import LEAST, STEP, Demand, TargetShape, rounded_bytes
 from dflash_chat.runtime.drafter import Config as DrafterConfig
-from dflash_chat.runtime.kernels.expert_weights import GROUP
+from dflash_chat.runtime.kernels import forms
 from dflash_chat.runtime.quant import Packed
 from dflash_chat.runtime.quant.float_quantized import Float8Weight
 from dflash_chat.runtime.quant.pack_quantized import Int4GroupWeight
@@ -40,10 +40,9 @@ class Pair(Demand):
     ) -> Pair:  # fmt: skip
         """From weights as they are loaded, or on the meta device."""
         sizes, quantised = {}, False
-        beside = any(name.endswith("experts.down_proj") for name in weights)
         for name, weight in weights.items():
             quantised |= isinstance(weight, Int4GroupWeight | Float8Weight)
-            sizes[name] = _resident(weight, dtype, beside and ".mlp." in name)
+            sizes[name] = _resident(weight, dtype)
         # the drafter's keys and values have two homes: in qkv, and in the context's projection
         drafted = [
             (1 + name.endswith(("k_proj.weight", "v_proj.weight")), weight)
@@ -82,12 +81,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _resident(weight: Packed, dtype: torch.dtype, beside_experts: bool = False) -> int:
+def _resident(weight: Packed, dtype: torch.dtype) -> int:
     """Bytes of a weight in the kernels' layout; block formats become dense."""
     if isinstance(weight, Int4GroupWeight):
         scales = weight.scale.nbytes
-        if beside_experts or len(weight.shape) == 3:
-            scales = prod(weight.shape) // GROUP * 2
+        if forms.int4_fits(weight.shape[-1], weight.group):
+            scales = prod(weight.shape) // forms.GROUP * 2
         return weight.packed.nbytes + scales * (1 if weight.zero is None else 2)
     if isinstance(weight, Float8Weight):
         per_row = weight.block == (1, weight.shape[-1])

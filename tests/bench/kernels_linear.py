@@ -114,8 +114,8 @@ def weights(case: Case, pool: Tensor) -> Iterator[Weight]:
         elif case.form == "fp8":
             yield Fp8(piece.view(torch.float8_e4m3fn).view(case.n, case.k), scales[: case.n])
         else:
-            packed = piece.view(torch.uint8).view(case.n, case.k // 2)
-            yield Int4(packed, scales.view(case.k // GROUP, case.n), None)
+            words = piece.view(torch.int16).view(case.k // 64, case.n, 16)
+            yield Int4(words, scales.view(case.k // 64, case.n, 2), None)
 
 
 def seconds(case: Case, rows: int, config: Config, pool: Tensor) -> float:
@@ -164,7 +164,7 @@ def check() -> None:
     x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
     q = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
     scale = torch.rand(n, k // GROUP, device="cuda").bfloat16() / 400
-    zero = torch.randint(0, 16, scale.shape, device="cuda")
+    zero = torch.rand_like(scale) / 100
     dense = torch.randn(n, k, device="cuda") / k**0.5
     forms: dict[str, Weight] = {
         "bf16": dense.bfloat16(),

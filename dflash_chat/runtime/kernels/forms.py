@@ -2,10 +2,11 @@
 
 Tensor  bf16, as it is.
 Fp8     e4m3 with one scale per row [N], or per 128×128 block [⌈N/128⌉, ⌈K/128⌉].
-Int4    w = (q − zero)·scale in groups of g ∈ {32, 64, 128} along K. Every 32 bytes hold 64
-        columns: the low nibbles columns 0 … 31, the high ones 32 … 63, so that both are plain
-        tiles. The four bytes of a word hold columns 0, 2, 1, 3 of its four: bits 0 … 3 and
-        16 … 19 of the shifted word are then neighbours, and one instruction unpacks them both.
+Int4    w = (q − 8)·scale + zero, one scale for 32 columns of a row. Word i of a row's 64 columns b
+        holds K = 64·b + 16·j + i in its bits 4j … 4j+3, so that each j of all words is a plain
+        [16, N] operand, and the first two share a scale, as do the last two. What a tile of rows
+        has of 64 columns stands together: one request for memory is 128 neighbouring bytes.
+        Groups of 64 and 128 are stored as so many of 32.
 Int8    w = q·scale + δ with one scale per row [N], of a head alone: who knows how far ‖δ‖ reaches
         knows which rows can have the largest logit without reading the others (`screen.py`).
 """
@@ -17,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 64  # columns per 32 bytes of int4
-BYTE_ORDER = [0, 2, 1, 3]  # its own inverse
+CHUNK = 64  # columns of int4 that stand together
+GROUP = 32  # columns with one scale
 INT8_MAX = 127
 ROUNDED_AT_ONCE = 4096  # rows, which bounds what `round_to_int8` needs for a while
 
@@ -34,9 +35,9 @@ class Fp8(NamedTuple):
 
 
 class Int4(NamedTuple):
-    """packed: uint8 [N, K/2]; scale: [K/g, N]; zero: [K/g, N] of scale's dtype, or None for 8."""
+    """words: int16 [.., K/64, N, 16]; scale, zero: bf16 [.., K/64, N, 2], no zero if all are 0."""
 
-    packed: Tensor
+    words: Tensor
     scale: Tensor
     zero: Tensor | None
 
@@ -56,23 +57,36 @@ class Int8(NamedTuple):
 Weight = Tensor | Fp8 | Int4 | Int8
 
 
+def int4_fits(columns: int, group: int) -> bool:
+    """Whether `Int4` can hold rows of so many columns in such groups."""
+    return columns % CHUNK == 0 and group in (32, 64, 128)
+
+
 def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
-    """q: uint8 [N, K] of 0 … 15; scale, zero: [N, K/g] → the kernel's layout."""
-    n, k = q.shape
-    assert k % CHUNK == 0, f"int4 takes columns in multiples of {CHUNK}, not {k}"
-    assert k // scale.shape[1] in (32, 64, 128), f"groups of {k / scale.shape[1]:g}"
-    halves = q.view(n, k // CHUNK, 2, 8, 4)[..., BYTE_ORDER]
-    packed = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    zero = None if zero is None else zero.to(scale.dtype).T.contiguous()
-    return Int4(packed.reshape(n, k // 2), scale.T.contiguous(), zero)
+    """q: uint8 [.., N, K] of 0 … 15; scale, zero: [.., N, K/g], rounded to bf16."""
+    *rows, k = q.shape
+    group = k // scale.shape[-1]
+    assert int4_fits(k, group), f"{k} columns in groups of {group}"
+    shifts = torch.arange(0, 16, 4, device=q.device)[:, None]
+    words = (q.int().view(*rows, k // CHUNK, 4, 16) << shifts).sum(-2)  # [.., N, K/64, 16]
+    words = torch.where(words < 2**15, words, words - 2**16).to(torch.int16)
+
+    def pairs(per_group: Tensor) -> Tensor:  # [.., N, K/g] → [.., K/64, N, 2]
+        halves = per_group.bfloat16().repeat_interleave(group // GROUP, -1)
+        return halves.view(*rows, k // CHUNK, 2).transpose(-3, -2).contiguous()
+
+    zero = None if zero is None else pairs(zero)
+    return Int4(words.transpose(-3, -2).contiguous(), pairs(scale), zero)
 
 
-def unpack_int4(w: Int4) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `pack_int4` was given."""
-    n, k = shape(w)
-    words = w.packed.view(n, k // CHUNK, 8, 4)[..., BYTE_ORDER]
-    q = torch.stack([words & 15, words >> 4], 2).view(n, k)
-    return q, w.scale.T, None if w.zero is None else w.zero.T
+def unpack_int4(w: Int4, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[.., N, K]."""
+    shifts = torch.arange(0, 16, 4, device=w.words.device)[:, None]
+    q = (w.words.int()[..., None, :] >> shifts) & 15  # [.., K/64, N, 4, 16]
+    wide = (q.view(*w.scale.shape, GROUP) - 8) * w.scale.to(dtype)[..., None]
+    if w.zero is not None:
+        wide = wide + w.zero.to(dtype)[..., None]
+    return wide.flatten(-2).transpose(-3, -2).flatten(-2)  # [.., K/64, N, 64] → [.., N, K]
 
 
 def round_to_int8(weight: Tensor) -> Int8:
@@ -102,7 +116,8 @@ def round_to_int8(weight: Tensor) -> Int8:
 def shape(w: Weight) -> tuple[int, int]:
     """(N, K)."""
     if isinstance(w, Int4):
-        return w.packed.shape[0], 2 * w.packed.shape[1]
+        chunks, n, _ = w.words.shape
+        return n, chunks * CHUNK
     weight = w if isinstance(w, Tensor) else w.weight
     return weight.shape[0], weight.shape[1]
 
@@ -121,11 +136,7 @@ def dequantize(w: Weight, halves: int = 1) -> Tensor:
         rows = torch.arange(n // halves, device=scale.device) // 128
         rows = torch.cat([rows + half * (scale.shape[0] // halves) for half in range(halves)])
         return w.weight.float() * scale[rows].repeat_interleave(128, 1)[:, :k]
-    q, scale, zero = unpack_int4(w)
-    zero = torch.full_like(scale, 8) if zero is None else zero
-    group = k // scale.shape[1]
-    spread = [part.float().repeat_interleave(group, 1) for part in (zero, scale)]
-    return (q.float() - spread[0]) * spread[1]
+    return unpack_int4(w)
 
 
 def kind(w: Weight) -> str:

@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels.attention import card
-from dflash_chat.runtime.kernels.expert_weights import BLOCK, MoeWeight
+from dflash_chat.runtime.kernels.expert_weights import MoeWeight
+from dflash_chat.runtime.kernels.forms import CHUNK
 from dflash_chat.runtime.kernels.tile_product import pair, widen
 
 
@@ -229,8 +230,8 @@ def _launch(
     """gate_up without shares, down with them."""
     width = x.shape[1]
     if w.format == "int4":
-        assert config.bk == BLOCK, f"{config} with int4"
-        x = x.view(-1, width // BLOCK, 4, 16).transpose(2, 3)
+        assert config.bk == CHUNK, f"{config} with int4"
+        x = x.view(-1, width // CHUNK, 4, 16).transpose(2, 3)
     x = x.reshape(-1, width).contiguous()
     data, scale, zero = w.operands()
     tiles = groups.expert.numel() * triton.cdiv(out.shape[1], config.bn)

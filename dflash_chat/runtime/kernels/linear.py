@@ -27,13 +27,14 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
-from dflash_chat.runtime.kernels.tile_product import widen
+from dflash_chat.runtime.kernels.tile_product import int4_block, lifted, meant, prefetch, small
 from dflash_chat.runtime.kernels.tuned import Config
 
 MAX_ROWS = 32
 MAX_TILES = 4096  # of `matmul` and `gated`
 
 DENSE, CHANNEL, BLOCK, INT4 = (tl.constexpr(i) for i in range(4))  # forms of w
+INT4_AHEAD = tl.constexpr(4)  # blocks of 64 columns that are asked for before the wait
 PARTIALS, PLAIN, SILU, GELU = (tl.constexpr(i) for i in range(4))  # what becomes of a tile
 
 
@@ -47,28 +48,6 @@ def gated_reference(x: Tensor, w: Weight, activation: str) -> Tensor:
     gate, up = F.linear(x, dequantize(w, 2).to(x.dtype)).chunk(2, -1)
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
-
-# fma instead of sub and mul: those want sm_90. A nibble becomes the end of 128 + q's mantissa, in
-# bf16 0x430q.
-_UNPACK = """{{
-    .reg .b32 s4, s8, s12, one, bias;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 bias, {bias};
-    shr.u32 s4, $4, 4;
-    shr.u32 s8, $4, 8;
-    shr.u32 s12, $4, 12;
-    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $1, s8, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $2, s4, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $3, s12, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, $0, one, bias;
-    fma.rn.bf16x2 $1, $1, one, bias;
-    fma.rn.bf16x2 $2, $2, one, bias;
-    fma.rn.bf16x2 $3, $3, one, bias;
-}}"""
-_UNPACK_SIGNED = tl.constexpr(_UNPACK.format(bias="0xC308C308"))  # − (128 + 8)
-_UNPACK_PLAIN = tl.constexpr(_UNPACK.format(bias="0xC300C300"))  # − 128
-_UNPACK_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 
 # The seven bits below an int8's sign end 128's mantissa; the sign makes what is taken off 256.
 _WIDEN_INT8 = tl.constexpr("""{
@@ -87,52 +66,33 @@ _WIDEN_INT8 = tl.constexpr("""{
 
 @triton.jit
 def _widen(w, dtype: tl.constexpr):
-    """int8, or the bytes of e4m3 → dtype, exactly; all else as it is. Hopper has no instruction
-    from int8 to bf16.
+    """int8 → dtype, exactly, or the bytes of e4m3 → `small`; all else as it is. Hopper has no
+    instruction from int8 to bf16.
     """
     if w.dtype == tl.int8 and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             _WIDEN_INT8, "=&r,=&r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
         )
+    elif w.dtype == tl.uint8:
+        return small(w, dtype)
     else:
-        return widen(w, dtype)
+        return w.to(dtype)
 
 
 @triton.jit
-def _nibbles(packed, SIGNED: tl.constexpr, dtype: tl.constexpr):
-    """uint8 → (low, high) nibbles in dtype, less 8 if SIGNED."""
-    if dtype == tl.bfloat16:
-        if SIGNED:
-            return tl.inline_asm_elementwise(
-                _UNPACK_SIGNED, _UNPACK_REGISTERS, [packed],
-                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                _UNPACK_PLAIN, _UNPACK_REGISTERS, [packed],
-                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
+def _lifted(x, w):
+    """x for `_widen(w)`."""
+    if w.dtype == tl.uint8:
+        return lifted(x)
     else:
-        low = (packed & 15).to(dtype)
-        high = (packed >> 4).to(dtype)
-        if SIGNED:
-            low -= 8
-            high -= 8
-        return low, high
-
-
-@triton.jit
-def _spread(groups, BN: tl.constexpr, HALF: tl.constexpr):
-    """One value per 32 weights → one per weight: [BN, HALF/32] → [BN, HALF]."""
-    wide = tl.broadcast_to(groups[:, :, None], (BN, HALF // 32, 32))
-    return tl.reshape(wide, (BN, HALF))
+        return x
 
 
 @triton.jit
 def accumulate(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, N, K, first, last,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """w[row] · xᵀ over the chunks first … last of BK columns: [BN, ROWS] fp32.
 
@@ -143,50 +103,16 @@ def accumulate(
     live = t < T
     acc = tl.zeros([BN, ROWS], tl.float32)
     if FORMAT == INT4:
-        HALF: tl.constexpr = BK // 2
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        byte = tl.arange(0, HALF)
-        col = (byte // 32 * 64 + byte % 32)[:, None]
-        w_row = w_ptr + row[:, None].to(tl.int64) * (K // 64 * 32)
-        if dtype == tl.bfloat16:
-            w_row += byte[None, :]
-        else:  # without `_UNPACK` the bytes of a word are put in order here
-            w_row += (byte // 4 * 4 + byte % 2 * 2 + byte // 2 % 2)[None, :]
-        chunk = tl.arange(0, HALF // 32)[None, :] * 64
-        s_row = scale_ptr + row[:, None]
-        at = tl.minimum(first * BK + chunk, K - 64)
-        s_low = tl.load(s_row + at // GROUP * N)
-        s_high = tl.load(s_row + (at + 32) // GROUP * N)
-        if zero_ptr is not None:
-            z_row = zero_ptr + row[:, None]
-            z_low = tl.load(z_row + at // GROUP * N)
-            z_high = tl.load(z_row + (at + 32) // GROUP * N)
-        for i in tl.range(first, last):
-            low_k = i * BK + col
-            high_k = low_k + 32
-            if EVEN_K:
-                x_low = tl.load(x_row + low_k, mask=live, other=0.0)
-                x_high = tl.load(x_row + high_k, mask=live, other=0.0)
-                packed = tl.load(w_row + i * HALF)
-            else:
-                x_low = tl.load(x_row + low_k, mask=live & (low_k < K), other=0.0)
-                x_high = tl.load(x_row + high_k, mask=live & (high_k < K), other=0.0)
-                packed = tl.load(
-                    w_row + i * HALF, mask=(i * HALF + byte)[None, :] < K // 64 * 32, other=0,
+        x_block = x_ptr + tl.arange(0, ROWS) * stride_x
+        taken = tl.arange(0, ROWS) < T
+        for i in tl.range(first, last, num_stages=STAGES):  # pipelines the scales too
+            for step in tl.static_range(BK // 64):
+                block = i * (BK // 64) + step
+                acc = int4_block(
+                    acc, x_block + block * 64, taken, w_ptr, scale_ptr, zero_ptr, block * N + row,
+                    EVEN_K or block < K // 64, zero_ptr is not None,
                 )  # fmt: skip
-            low, high = _nibbles(packed, zero_ptr is None, dtype)
-            at = tl.minimum((i + 1) * BK + chunk, K - 64)  # the next chunk's groups, ahead of use
-            if zero_ptr is not None:
-                low -= _spread(z_low.to(dtype), BN, HALF)
-                high -= _spread(z_high.to(dtype), BN, HALF)
-                z_low = tl.load(z_row + at // GROUP * N)
-                z_high = tl.load(z_row + (at + 32) // GROUP * N)
-            low *= _spread(s_low.to(dtype), BN, HALF)
-            high *= _spread(s_high.to(dtype), BN, HALF)
-            s_low = tl.load(s_row + at // GROUP * N)
-            s_high = tl.load(s_row + (at + 32) // GROUP * N)
-            acc = tl.dot(low, x_low, acc)
-            acc = tl.dot(high, x_high, acc)
+        acc = meant(acc, x_ptr.dtype.element_ty, 40)
     else:
         col = tl.arange(0, BK)
         w_row = w_ptr + row[:, None].to(tl.int64) * K
@@ -206,10 +132,12 @@ def accumulate(
                 w = tl.load(w_row + k[None, :], mask=inside[None, :], other=0.0)
             if FORMAT == BLOCK:
                 s_next = tl.load(s_row + tl.minimum(i + 1, last - 1))
-                acc += tl.dot(_widen(w, x.dtype), x) * s[:, None].to(tl.float32)
+                acc += tl.dot(_widen(w, x.dtype), _lifted(x, w)) * s[:, None].to(tl.float32)
                 s = s_next
             else:
-                acc = tl.dot(_widen(w, x.dtype), x, acc)
+                acc = tl.dot(_widen(w, x.dtype), _lifted(x, w), acc)
+        if w_ptr.dtype.element_ty == tl.uint8:
+            acc = meant(acc, x_ptr.dtype.element_ty, 27)
         if FORMAT == CHANNEL:
             acc *= scale
     return acc
@@ -235,26 +163,10 @@ def _finish(acc, out_ptr, tile, T, N, ROWS: tl.constexpr, BN: tl.constexpr, EPIL
 
 
 @triton.jit
-def _prefetch(w_ptr, row, row_bytes, start):
-    """Ask L2 for the first 512 bytes of a share of w, while the previous kernel still runs."""
-    line = tl.minimum(start + tl.arange(0, 4) * 128, row_bytes - 1)
-    at = w_ptr.to(tl.uint64, bitcast=True) + row[:, None].to(tl.uint64) * row_bytes + line[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def depend(w_ptr, row, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr):
-    """Prefetch weights, then wait for what the previous kernel wrote."""
+def depend(w_ptr, row, N, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr):
+    """Ask L2 for weights while the previous kernel still runs, then wait for what it wrote."""
     if PDL:
-        if FORMAT == DENSE:
-            _prefetch(w_ptr, row, K * 2, first_column * 2)
-        elif FORMAT == INT4:
-            _prefetch(w_ptr, row, K // 2, first_column // 2)
-        else:
-            _prefetch(w_ptr, row, K, first_column)
+        prefetch(w_ptr, row, first_column, N, K, "int4" if FORMAT == INT4 else "rows", INT4_AHEAD)
         tl.extra.cuda.gdc_wait()
 
 
@@ -263,7 +175,7 @@ def _linear_kernel(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, out_ptr, scratch_ptr, arrivals_ptr,
     T, N, K, splits,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, REDUCE: tl.constexpr,
+    FORMAT: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr, REDUCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN rows of w and one share of K. N: columns of the output.
@@ -284,12 +196,12 @@ def _linear_kernel(
         block_row = row // 128
     chunks = tl.cdiv(K, BK)
     first = chunks * split // splits
-    depend(w_ptr, row, K, first * BK, FORMAT, PDL)
+    depend(w_ptr, row, rows_of_w, K, first * BK, FORMAT, PDL)
     if PDL and EPILOGUE < SILU:
         tl.extra.cuda.gdc_launch_dependents()
     acc = accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, rows_of_w, K,
-        first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, GROUP,
+        first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, STAGES,
     )  # fmt: skip
     if PDL and EPILOGUE >= SILU:  # a GEMM follows, whose programs are to find free room
         tl.extra.cuda.gdc_launch_dependents()
@@ -386,7 +298,8 @@ def check(x: Tensor, w: Weight) -> None:
 def operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weights, scales and zeros."""
     if isinstance(w, Int4):
-        return w
+        zero = None if w.zero is None else w.zero.view(torch.int32)
+        return w.words, w.scale.view(torch.int32), zero  # four bytes can be asked for ahead of use
     if isinstance(w, Fp8):
         return w.weight.view(torch.uint8), w.scale, None
     if isinstance(w, Int8):
@@ -402,19 +315,19 @@ def _padded(rows: int, w: Weight) -> int:
 def shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str, Any]:
     """What a kernel is compiled for, and how it is launched."""
     k = shape(w)[1]
-    form, group = DENSE, 0
+    form = DENSE
     if isinstance(w, Fp8):
         form = CHANNEL if w.scale.dim() == 1 else BLOCK
         assert form == CHANNEL or config.bk == 128, f"{config} with blocks of 128 columns"
     elif isinstance(w, Int8):
         form = CHANNEL
     elif isinstance(w, Int4):
-        form, group = INT4, k // w.scale.shape[0]
+        form = INT4
         # Four warps would get wgmma, whose lanes hold half of the word that `_UNPACK` wants.
         assert config.warps < 4, f"{config} with int4"
     return {
         "ROWS": _padded(rows, w), "BN": config.bn, "BK": config.bk, "EVEN_K": k % config.bk == 0,
-        "FORMAT": form, "GROUP": group, "PDL": pdl,
+        "FORMAT": form, "STAGES": config.stages, "PDL": pdl,
         "num_warps": config.warps, "num_stages": config.stages, **overlapping(pdl),
     }  # fmt: skip
 

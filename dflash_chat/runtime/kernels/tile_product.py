@@ -1,18 +1,20 @@
-"""The inner loop of the MoE kernels: a few rows times a tile of one expert's output channels.
+"""What the matmuls of few rows have in common: narrow weights, a few rows times a tile of them.
 
     x [T, K] bf16, w in a format of `expert_weights.py` → x · w[n]ᵀ over a span of K, fp32
 
-fp8 and int4 are widened to bf16 in registers, exactly, and multiplied on the tensor cores; fp8 is
-scaled at the end, int4 once per group of 32, with 128 + q instead of q, which is free:
+fp8 and int4 are multiplied on the tensor cores as bf16 numbers of which they are the bits, which
+makes them a power of two of what they mean, part of them subnormal; x is multiplied by another one
+beforehand, and the sums by what is left. All of that is exact while |x| < 2³⁴. A nibble in the bits
+4 … 7 of a bf16 counts 16 times as much as one in the bits 0 … 3, so a word of four is shifted once.
+fp8 is scaled at the end, int4 once per group of 32:
 
-    Σ x·((q − 8)·s + z) = s·(Σ x·(128 + q) − Σ x·136) + z·Σ x
+    Σ x·((q − 8)·s + z) = s·(Σ x·q − Σ x·8) + z·Σ x
 
 At 4.2 TB/s an SM has four issue slots for an int4 weight, so instructions bound the narrow formats.
-The two conversions are written for pairs of bf16; Σ x·136 is a product with a constant matrix, the
-same for all channels, so computed once per warp; and their rows come eight at a time, with the
-weights first in the product, whose second matrix may have eight columns while its first needs
-sixteen rows. The plain format has the same instructions for sixteen.
-For fp16 (the interpreter) the conversions are plain casts.
+Σ x·8 is a product with a constant matrix, the same for all channels, so computed once per warp; and
+their rows come eight at a time, with the weights first in the product, whose second matrix may have
+eight columns while its first needs sixteen rows. The plain format has the same instructions for
+sixteen. For fp16 and fp32 (the interpreter) the conversions are plain casts.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -25,27 +27,37 @@ import triton.language as tl
 
 
 @triton.jit
-def widen(w, dtype: tl.constexpr):
-    """The bytes of e4m3 → dtype, exactly; all else as it is. Hopper's own cvt of e4m3 goes through
-    fp16 and is much slower, and cards before Ada know no such type.
-    """
-    if w.dtype != tl.uint8:
-        return w.to(dtype)
-    elif dtype == tl.bfloat16:
+def _times(x, POWER: tl.constexpr):
+    """bf16 x times the bf16 of which POWER has the bits."""
+    return tl.inline_asm_elementwise(
+        f"""{{
+        .reg .b32 power, none;
+        mov.b32 power, {POWER * 0x10001};
+        mov.b32 none, 0x80008000;
+        fma.rn.bf16x2 $0, $1, power, none;
+        }}""",
+        "=r,r",
+        [x],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def small(w, dtype: tl.constexpr):
+    """The bytes of e4m3 → in bf16 2⁻¹²⁰ of what they mean, in other types just that."""
+    if dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 low, high, scale, none;
-            mov.b32 scale, 0x7B807B80;
-            mov.b32 none, 0x80008000;
+            .reg .b32 low, high;
             prmt.b32 low, $2, 0, 0x9180;
             prmt.b32 high, $2, 0, 0xB3A2;
             shl.b32 low, low, 4;
             shl.b32 high, high, 4;
-            and.b32 low, low, 0x87F087F0;
-            and.b32 high, high, 0x87F087F0;
-            fma.rn.bf16x2 $0, low, scale, none;
-            fma.rn.bf16x2 $1, high, scale, none;
-            }""",  # a byte and its sign, eight times; ·16; then ·2¹²⁰ for the other bias, − 0
+            and.b32 $0, low, 0x87F087F0;
+            and.b32 $1, high, 0x87F087F0;
+            }""",  # a byte and its sign, eight times; ·16; the exponent ends with bit 7
             "=&r,=&r,r",
             [w],
             dtype=tl.bfloat16,
@@ -57,14 +69,38 @@ def widen(w, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen(w, dtype: tl.constexpr):
+    """The bytes of e4m3 → dtype, exactly; all else as it is. Hopper's own cvt of e4m3 goes through
+    fp16 and is much slower, and cards before Ada know no such type.
+    """
+    if w.dtype != tl.uint8:
+        return w.to(dtype)
+    elif dtype == tl.bfloat16:
+        return _times(small(w, dtype), 0x7B80)  # 2¹²⁰
+    else:
+        return small(w, dtype)
+
+
+@triton.jit
+def lifted(x, ODD: tl.constexpr = False):
+    """bf16 x times 2⁹³, for odd nibbles 2⁸⁹: with `small` 2⁻²⁷ of a product, with `_nibble` 2⁻⁴⁰.
+    Other types stay.
+    """
+    if x.dtype == tl.bfloat16:
+        return _times(x, 0x6C00 if ODD else 0x6E00)
+    else:
+        return x
+
+
+@triton.jit
 def _nibble(words, J: tl.constexpr, dtype: tl.constexpr):
-    """128 + nibble J of each word in `dtype`, exact. In bf16 two at a time: 128's mantissa bits."""
+    """Nibble J of each word: in bf16 2⁻¹³³ of it, or 2⁻¹²⁹ where J is odd, two words at a time."""
     if dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             f"""{{
             .reg .b32 q;
-            shr.u32 q, $1, {4 * J};
-            lop3.b32 $0, q, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 q, $1, {J // 2 * 8};
+            and.b32 $0, q, {0xF000F0 if J % 2 else 0xF000F};
             }}""",
             "=r,r",
             [words],
@@ -72,7 +108,18 @@ def _nibble(words, J: tl.constexpr, dtype: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    return (((words >> (4 * J)) & 15) + 128).to(dtype)
+    else:
+        return ((words >> (4 * J)) & 15).to(dtype)
+
+
+@triton.jit
+def _minus_eight(shape: tl.constexpr, ODD: tl.constexpr, dtype: tl.constexpr):
+    """−8 as `_nibble` would have it."""
+    if dtype == tl.bfloat16:
+        bits: tl.constexpr = -0x7F80 if ODD else -0x7FF8  # the sign, and 128 or 8
+        return tl.full(shape, bits, tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return tl.full(shape, -8, dtype)
 
 
 @triton.jit
@@ -100,19 +147,63 @@ def _outer(of_row, of_channel, W_FIRST: tl.constexpr):
 
 
 @triton.jit
-def prefetch(w_ptr, n, first, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr):
-    """Ask L2 for what tile_product reads first: 512 bytes of each channel, 128 of int4."""
-    i = tl.arange(0, 4)
+def prefetch(w_ptr, n, first, N, K, FORMAT: tl.constexpr, BLOCKS: tl.constexpr = 4):
+    """Ask L2 for what is read first of each channel: 512 bytes, or so many BLOCKS of int4."""
     if FORMAT == "int4":
+        i = tl.arange(0, BLOCKS)
         block = tl.minimum(first // 64 + i, K // 64 - 1)
         at = w_ptr + (block[None, :] * N + n[:, None]) * 16
     else:
+        i = tl.arange(0, 4)
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        at = w_ptr + n[:, None] * K + tl.minimum(first + i * LINE, K - 1)[None, :]
+        column = tl.minimum(first + i * LINE, K - 1)
+        at = w_ptr + n[:, None].to(tl.int64) * K + column[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.uint64, bitcast=True)],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def meant(acc, x_dtype: tl.constexpr, POWER: tl.constexpr):
+    """2 to the POWER of acc, where x was lifted."""
+    if x_dtype == tl.bfloat16:
+        return acc * 2.0**POWER
+    else:
+        return acc
+
+
+@triton.jit
+def int4_block(
+    acc, x_at, taken, w_ptr, scale_ptr, zero_ptr, channel, inside, HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    """acc + 64 columns of x · wᵀ, fp32 [CHANNELS, ROWS]; `meant(acc, …, 40)` is what it means.
+
+    x_at: where each row's 64 columns begin, [ROWS]; channel: where each channel's words of these
+    columns stand, [CHANNELS]. What is not `taken` or not `inside` counts 0.
+    """
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    i = tl.arange(0, 16)
+    words = tl.load(w_ptr + channel[:, None] * 16 + i[None, :], mask=inside, other=0)
+    scale = pair(tl.load(scale_ptr + channel, mask=inside, other=0))
+    if HAS_ZERO:
+        zero = pair(tl.load(zero_ptr + channel, mask=inside, other=0))
+    none = tl.zeros(acc.shape, tl.float32)
+    even_eight = _minus_eight(words.shape, False, dtype)
+    odd_eight = _minus_eight(words.shape, True, dtype)
+    for g in tl.static_range(2):
+        columns = x_at[:, None] + 32 * g + i[None, :]
+        x_even = tl.load(columns, mask=taken[:, None] & inside, other=0.0)
+        x_odd = tl.load(columns + 16, mask=taken[:, None] & inside, other=0.0)
+        if HAS_ZERO:
+            total = tl.sum(x_even.to(tl.float32) + x_odd.to(tl.float32), axis=1)
+            acc += zero[g][:, None] * meant(total, dtype, -40)[None, :]
+        even, odd = tl.trans(lifted(x_even)), tl.trans(lifted(x_odd, True))
+        part = tl.dot(odd_eight, odd, tl.dot(even_eight, even, none))
+        part = tl.dot(_nibble(words, 2 * g, dtype), even, part)
+        part = tl.dot(_nibble(words, 2 * g + 1, dtype), odd, part)
+        acc += part * scale[g][:, None]
+    return acc
 
 
 @triton.jit
@@ -133,30 +224,16 @@ def tile_product(
     one = tl.full([ROWS], 1.0, tl.float32)
     if FORMAT == "int4":
         BLOCKS: tl.constexpr = SPAN // 64
-        i = tl.arange(0, 16)
-        offset = tl.full([CHANNELS, 16], -136, dtype)
-        none = tl.zeros(acc.shape, tl.float32)
+        x_row = x_ptr + row * K
         for start in tl.range(0, BLOCKS, BK // 64, num_stages=STAGES):  # pipelines the scales too
             for step in tl.static_range(BK // 64):
                 block = first // 64 + start + step
                 inside = (start + step < BLOCKS) & (block < K // 64)
-                channel = block * N + n
-                w_at = w_ptr + channel[:, None] * 16 + i[None, :]
-                words = tl.load(w_at, mask=inside, other=0)  # [CHANNELS, 16]
-                scale = pair(tl.load(scale_ptr + channel, mask=inside, other=0))
-                if HAS_ZERO:
-                    zero = pair(tl.load(zero_ptr + channel, mask=inside, other=0))
-                x_at = x_ptr + row[:, None] * K + block * 64 + i[None, :]
-                for g in tl.static_range(2):
-                    x_a = tl.load(x_at + 32 * g, mask=taken[:, None] & inside, other=0.0)
-                    x_b = tl.load(x_at + 32 * g + 16, mask=taken[:, None] & inside, other=0.0)
-                    part = _product(x_b, offset, _product(x_a, offset, none, W_FIRST), W_FIRST)
-                    part = _product(x_a, _nibble(words, 2 * g, dtype), part, W_FIRST)
-                    part = _product(x_b, _nibble(words, 2 * g + 1, dtype), part, W_FIRST)
-                    acc += part * _outer(one, scale[g], W_FIRST)
-                    if HAS_ZERO:
-                        total = tl.sum(x_a.to(tl.float32) + x_b.to(tl.float32), axis=1)
-                        acc += _outer(total, zero[g], W_FIRST)
+                acc = int4_block(
+                    acc, x_row + block * 64, taken, w_ptr, scale_ptr, zero_ptr, block * N + n,
+                    inside, HAS_ZERO,
+                )  # fmt: skip
+        acc = meant(acc, dtype, 40)
     else:
         k = tl.arange(0, BK)
         if FORMAT == "fp8":
@@ -171,7 +248,10 @@ def tile_product(
                 inside = (start + k < SPAN) & (first + start + k < K)
                 x = tl.load(x_at, mask=taken[:, None] & inside[None, :], other=0.0)
                 w = tl.load(w_at, mask=inside[None, :], other=0.0)
-            acc = _product(x, widen(w, dtype), acc, W_FIRST)
+            if FORMAT == "fp8":
+                acc = _product(lifted(x), small(w, dtype), acc, W_FIRST)
+            else:
+                acc = _product(x, w.to(dtype), acc, W_FIRST)
         if FORMAT == "fp8":
-            acc *= _outer(one, scale, W_FIRST)
+            acc *= _outer(one, meant(scale, dtype, 27), W_FIRST)
     return tl.trans(acc) if W_FIRST else acc

@@ -25,8 +25,7 @@ from dflash_chat.runtime.quant.dense import DenseWeight
 class KernelWeight:
     """A quantised weight for bf16 activations.
 
-    `form` is `kernels.linear`'s for a projection, and a MoeWeight for stacked experts and for the
-    projection beside them, once `experts` has asked for it.
+    `form` is `kernels.linear`'s for a projection, and a MoeWeight for stacked experts.
     """
 
     form: forms.Fp8 | forms.Int4 | forms.Int8 | MoeWeight
@@ -64,7 +63,7 @@ class KernelWeight:
             form = forms.Int8(*(part[ids] for part in form))
         elif isinstance(form, forms.Int4):
             zero = None if form.zero is None else form.zero[:, ids]
-            form = forms.Int4(form.packed[ids], form.scale[:, ids], zero)
+            form = forms.Int4(form.words[:, ids], form.scale[:, ids], zero)
         else:
             return self.dequantize(torch.bfloat16)[ids]
         return KernelWeight(form).dequantize(torch.bfloat16)
@@ -72,7 +71,11 @@ class KernelWeight:
     def expert(self, e: int) -> KernelWeight:
         """The matrix of expert `e`, a view."""
         assert isinstance(self.form, MoeWeight), self.kernel
-        return KernelWeight(self.form.expert(e))
+        one = self.form.expert(e)
+        assert one.scale is not None, one.format
+        if one.format == "fp8":
+            return KernelWeight(forms.Fp8(one.data, one.scale))
+        return KernelWeight(forms.Int4(one.data, one.scale, one.zero))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
         """Already there."""
@@ -82,14 +85,11 @@ class KernelWeight:
     def matmul(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N]: our kernel for a block's rows, cuBLAS for a prompt's."""
         form = self.form
-        if isinstance(form, MoeWeight):
-            if form.scale is not None and form.format == "fp8":
-                return _linear_by_row(x, form.data, form.scale)
-            return F.linear(x, unpack.unpack(form, x.dtype))
+        assert not isinstance(form, MoeWeight), f"{form.shape} multiplies no rows"
         if len(x) <= linear_kernel.MAX_ROWS:
             return linear_kernel.matmul(x, form)
         if isinstance(form, forms.Fp8 | forms.Int8):
-            return _linear_by_row(x, form.weight, form.scale)
+            return F.linear(x, form.weight.to(x.dtype)).mul_(form.scale)
         return F.linear(x, unpack.unpack(form, x.dtype))
 
     def joined(self, others: Sequence[Packed]) -> Packed | None:
@@ -108,30 +108,20 @@ def int8(weight: DenseWeight) -> KernelWeight:
     return KernelWeight(forms.round_to_int8(weight.weight))
 
 
-def int4_fits(shape: tuple[int, ...], group: int) -> bool:
-    """Whether the kernels can read int4 [.., N, K] in such groups."""
-    groups = (32, 64, 128) if len(shape) == 2 else (32, 64)
-    return shape[-1] % forms.CHUNK == 0 and group in groups
-
-
 def int4(q: Tensor, scale: Tensor, zero: Tensor | None) -> KernelWeight:
     """q uint8 [N, K] in 0..15, scale and zero [N, G]: w = (q − zero)·scale, zero 8 if None."""
-    return KernelWeight(forms.pack_int4(q, scale, zero))
+    return KernelWeight(_int4(q, scale, zero))
 
 
 def int4_experts(experts: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> KernelWeight:
     """The same for each expert, one by one, since a nibble becomes 8 bytes on the way."""
-    return KernelWeight(expert_weights.stack([_expert(*expert) for expert in experts]))
+    stacked = expert_weights.stack([MoeWeight(*_int4(*expert)) for expert in experts])
+    return KernelWeight(stacked)
 
 
-def _expert(q: Tensor, scale: Tensor, zero: Tensor | None) -> MoeWeight:
+def _int4(q: Tensor, scale: Tensor, zero: Tensor | None) -> forms.Int4:
     offset = None if zero is None else (8 - zero.to(scale.dtype)) * scale
-    return expert_weights.pack_int4_experts(q, scale, offset)
-
-
-def _linear_by_row(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """One scale per row of the weight, applied to the product."""
-    return F.linear(x, weight.to(x.dtype)).mul_(scale)
+    return forms.pack_int4(q, scale, offset)
 
 
 def linear(weight: Packed) -> forms.Weight:
@@ -150,23 +140,12 @@ def has_experts(weight: Packed | Experts) -> bool:
 
 def experts(weight: Packed | Experts) -> MoeWeight:
     """For `kernels.moe` and `kernels.grouped`: stacked experts [E, N, K], or the projection [N, K]
-    beside them, which keeps this layout from then on.
+    beside them.
     """
     if isinstance(weight, DenseWeight):
         return MoeWeight(weight.weight)
     if isinstance(weight, KernelWeight):
-        weight.form = _of_experts(weight.form)
-        return weight.form
+        form = weight.form
+        assert not isinstance(form, forms.Int8), "of a head alone"
+        return form if isinstance(form, MoeWeight) else MoeWeight(*form)
     raise CheckpointError(f"experts of kind {type(weight).__name__} have no CUDA kernel")
-
-
-def _of_experts(form: forms.Fp8 | forms.Int4 | forms.Int8 | MoeWeight) -> MoeWeight:
-    assert not isinstance(form, forms.Int8), "of a head alone"
-    if isinstance(form, MoeWeight):
-        return form
-    if isinstance(form, forms.Fp8):
-        return MoeWeight(form.weight, form.scale)
-    q, scale, zero = forms.unpack_int4(form)
-    if not int4_fits((1, *q.shape), q.shape[1] // scale.shape[1]):
-        raise CheckpointError(f"experts beside int4 in {scale.shape[1]} groups have no CUDA kernel")
-    return _expert(q, scale, zero)

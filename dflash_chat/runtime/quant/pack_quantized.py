@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dflash_chat.runtime import kernels
+from dflash_chat.runtime.kernels import forms
 from dflash_chat.runtime.quant import Packed, Parts, cpu
 from dflash_chat.runtime.quant.dense import FLOATS, DenseWeight
 from dflash_chat.runtime.quant.scheme import Scheme, scheme
@@ -108,10 +109,10 @@ class Int4GroupWeight:
         return Int4GroupWeight(shape, packed, scale, torch.cat(zeros, -2) if zeros else None)
 
     def _for_kernels(self) -> Packed:
+        if not forms.int4_fits(self.shape[-1], self.group):
+            return self
         from dflash_chat.runtime.quant import kernel_weights
 
-        if not kernel_weights.int4_fits(self.shape, self.group):
-            return self
         if len(self.shape) == 2:
             return kernel_weights.int4(self._q(), self.scale, self.zero)
         return kernel_weights.int4_experts(

@@ -68,7 +68,7 @@ def weight(form: str, n: int, k: int) -> Weight:
         return Fp8(torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(n))
     if form == "int8":
         return Int8(torch.empty(n, k, dtype=torch.int8), torch.empty(n), torch.empty(n))
-    return Int4(torch.empty(n, k // 2, dtype=torch.uint8), bf16(k // 32, n), None)
+    return Int4(torch.empty(k // 64, n, 16, dtype=torch.int16), bf16(k // 64, n, 2), None)
 
 
 def stack(form: str, *shape: int) -> MoeWeight:

@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dflash_chat.runtime.kernels import heads, linear, tuned
-from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, pack_int4
+from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, pack_int4, unpack_int4
 from dflash_chat.runtime.kernels.tuned import Config
 from tests.runtime.kernels.conftest import DEVICE, LOW
 from tests.runtime.kernels.truth import assert_as_good
@@ -32,11 +32,10 @@ def weight(form: str, n: int, k: int, halves: int = 1) -> Weight:
     group = int(form.split("-")[1])
     q = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.uint8)
     scale = (torch.rand(n, k // group, generator=draw) + 0.5) / (4 * k**0.5)
-    zero = torch.randint(0, 16, (n, k // group), generator=draw)
-    packed = pack_int4(
-        q.to(DEVICE), scale.to(DEVICE, LOW), zero.to(DEVICE) if form.startswith("zero") else None
+    zero = torch.randint(-7, 9, (n, k // group), generator=draw) * scale
+    return pack_int4(
+        q.to(DEVICE), scale.to(DEVICE), zero.to(DEVICE) if form.startswith("zero") else None
     )
-    return packed
 
 
 def small(w: Weight, splits: int) -> Config:
@@ -109,20 +108,27 @@ def test_every_quantised_weight_is_exact(form: str) -> None:
         w = Fp8(numbers.to(DEVICE), torch.ones(32, device=DEVICE))
     else:
         assert isinstance(w, Int4)
-        w = w._replace(scale=torch.ones_like(w.scale))
+        zero = None if w.zero is None else w.zero.sign()
+        w = w._replace(scale=torch.ones_like(w.scale), zero=zero)
     for start in range(0, 128, 32):
         x = torch.eye(128, device=DEVICE, dtype=LOW)[start : start + 32]
         out = linear.matmul(x, w, config=Config(32, 64, 2, 3, 1))
         assert torch.equal(out.float(), dequantize(w)[:, start : start + 32].T)
 
 
-def test_pack_int4_keeps_what_dequantize_returns() -> None:
-    q = torch.arange(16, dtype=torch.uint8).repeat(3, 8)
-    scale = torch.rand(3, 4) + 0.5
-    zero = torch.arange(12).view(3, 4)
-    got = dequantize(pack_int4(q, scale, zero))
-    spread = [part.repeat_interleave(32, 1) for part in (zero, scale)]
-    assert torch.equal(got, (q.float() - spread[0]) * spread[1])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_pack_int4_keeps_what_dequantize_returns(group: int) -> None:
+    q = torch.randint(0, 16, (3, 5, 384), dtype=torch.uint8)
+    scale, zero = torch.rand(2, 3, 5, 384 // group).bfloat16()
+    got = unpack_int4(pack_int4(q, scale, zero), torch.float64)
+    wide_scale, wide_zero = (t.double().repeat_interleave(group, -1) for t in (scale, zero))
+    assert torch.equal(got, (q.double() - 8) * wide_scale + wide_zero)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(128, 16), (256, 256), (96, 32)])
+def test_pack_int4_refuses_other_groups(columns: int, group: int) -> None:
+    with pytest.raises(AssertionError, match=f"groups of {group}"):
+        pack_int4(torch.zeros(1, columns, dtype=torch.uint8), torch.ones(1, columns // group))
 
 
 @pytest.mark.parametrize(

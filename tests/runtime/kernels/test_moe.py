@@ -9,7 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dflash_chat.runtime.kernels import moe, router
-from dflash_chat.runtime.kernels.expert_weights import MoeWeight, pack_int4_experts
+from dflash_chat.runtime.kernels.expert_weights import MoeWeight
+from dflash_chat.runtime.kernels.forms import pack_int4
 from dflash_chat.runtime.kernels.moe import MoeConfig
 from dflash_chat.runtime.kernels.router import Routing
 from dflash_chat.runtime.quant import float_quantized, kernel_weights
@@ -41,7 +42,7 @@ def weight(format_name: str, *shape: int) -> MoeWeight:
     q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8).to(DEVICE)
     scale = (torch.rand(groups, generator=generator) / (4 * shape[-1] ** 0.5)).to(DEVICE)
     zeros = "zeros" in format_name
-    return pack_int4_experts(q, scale, 3 * scale.flip(-1) if zeros else None)
+    return MoeWeight(*pack_int4(q, scale, 3 * scale.flip(-1) if zeros else None))
 
 
 def routing_of(slots: Tensor, experts_w: MoeWeight) -> Routing:
@@ -182,7 +183,7 @@ def test_every_fp8_code_is_widened_exactly(rows: int) -> None:
 @pytest.mark.parametrize("rows", [8, 16])
 def test_every_int4_code_is_widened_exactly_at_every_place(rows: int) -> None:
     q = ((torch.arange(16)[:, None] + torch.arange(64)) % 16).to(torch.uint8)
-    dense_w = pack_int4_experts(q.to(DEVICE), torch.ones(16, 2, device=DEVICE))
+    dense_w = MoeWeight(*pack_int4(q.to(DEVICE), torch.ones(16, 2, device=DEVICE)))
     for x in torch.eye(64, dtype=LOW, device=DEVICE).split(rows):
         out = dense_down(x, dense_w)
         assert torch.equal(out, x.float() @ (q.float() - 8).T.to(DEVICE))
@@ -260,26 +261,11 @@ def test_a_single_row_finds_its_experts_at_the_real_shape(format_name: str) -> N
         check_choice(logits, format_name, 2816, 704)
 
 
-@pytest.mark.parametrize("group", [32, 64])
-def test_int4_unpacks_to_what_was_packed(group: int) -> None:
-    q = torch.randint(0, 16, (3, 5, 192), dtype=torch.uint8)
-    scale, zero = torch.rand(2, 3, 5, 192 // group).bfloat16()
-    packed = pack_int4_experts(q, scale, zero)
-    wide_scale, wide_zero = (t.double().repeat_interleave(group, -1) for t in (scale, zero))
-    assert packed.shape == (3, 5, 192)
-    assert torch.equal(packed.dequantize(torch.float64), (q.double() - 8) * wide_scale + wide_zero)
-
-
 def test_fp8_keeps_three_mantissa_bits() -> None:
     w = torch.randn(3, 5, 192)
     packed = rounded(w)
     assert packed.format == "fp8"
     assert relative_error(packed.dequantize(), w) < 2**-4
-
-
-def test_a_group_of_128_is_refused() -> None:
-    with pytest.raises(AssertionError, match="groups of 128"):
-        pack_int4_experts(torch.zeros(1, 128, dtype=torch.uint8), torch.ones(1, 1))
 
 
 @pytest.mark.gpu

@@ -19,7 +19,8 @@ from dflash_chat.runtime.quant import Experts
 from dflash_chat.runtime.width import MAX_ROWS
 
 GRAIN = 64  # slots that a CPU's attention is shown at a time
-QUERIES = 4  # that it is given at a time
+QUERIES = 4  # that it is given at a time, …
+WIDE_QUERIES = 16  # … in fp32 and heads of more than 64, where Intel's MKL has two orders of sums
 
 
 class RMSNorm:
@@ -116,8 +117,8 @@ def attention(
     The query heads of a group are stacked as rows of that group's kv head, so that keys and values
     are read once and never repeated. `mask` is `KVCache.mask`'s; `scale` None is 1/√D.
 
-    On a CPU a small stack is filled up to whole `QUERIES`: torch has another order of sums for the
-    one to three that may be left over.
+    On a CPU a small stack is filled up to whole `QUERIES` or `WIDE_QUERIES`: torch has another
+    order of sums for what may be left over.
     """
     rows, heads, dim = q.shape
     groups = k.shape[0]
@@ -127,7 +128,8 @@ def attention(
     else:
         queries = q.view(rows, groups, share, dim).permute(1, 2, 0, 3)  # [G, H/G, T, D]
         queries = queries.reshape(groups, share * rows, dim)
-    missing = -share * rows % QUERIES if q.device.type == "cpu" and rows <= MAX_ROWS else 0
+    whole = WIDE_QUERIES if q.dtype == torch.float32 and dim > 64 else QUERIES
+    missing = -share * rows % whole if q.device.type == "cpu" and rows <= MAX_ROWS else 0
     if missing:
         queries = F.pad(queries, (0, 0, 0, missing))
         if mask is not None and len(mask) > 1:

@@ -4,7 +4,7 @@ Three formats, told apart by dtype and scale:
 
     plain   data bf16 [E, N, K]
     fp8     data e4m3 [E, N, K], scale fp32 [E, N]:  w = data·scale
-    int4    data int16 [E, K/64, N, 16], scale bf16 [E, K/64, N, 2], zero likewise or None:
+    int4    data int16 [E, K/4R, N, R], scale bf16 [E, K/64, N, 2], zero likewise or None:
             `forms.Int4`
 
 Plain torch, so that a loader needs no Triton.
@@ -37,12 +37,17 @@ class MoeWeight:
         return "fp8" if self.data.dtype == torch.float8_e4m3fn else "plain"
 
     @property
+    def run(self) -> int:
+        """R of int4, 0 of other formats."""
+        return self.data.shape[-1] if self.format == "int4" else 0
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """([E,] N, K)."""
         if self.format != "int4":
             return tuple(self.data.shape)
-        *experts, blocks, rows, _ = self.data.shape
-        return (*experts, rows, blocks * forms.CHUNK)
+        *experts, blocks, rows, run = self.data.shape
+        return (*experts, rows, blocks * 4 * run)
 
     @property
     def nbytes(self) -> int:

@@ -2,11 +2,12 @@
 
 Tensor  bf16, as it is.
 Fp8     e4m3 with one scale per row [N], or per 128×128 block [⌈N/128⌉, ⌈K/128⌉].
-Int4    w = (q − 8)·scale + zero, one scale for 32 columns of a row. Word i of a row's 64 columns b
-        holds K = 64·b + 16·j + i in its bits 4j … 4j+3, so that each j of all words is a plain
-        [16, N] operand, and the first two share a scale, as do the last two. What a tile of rows
-        has of 64 columns stands together: one request for memory is 128 neighbouring bytes.
-        Groups of 64 and 128 are stored as so many of 32.
+Int4    w = (q − 8)·scale + zero, one scale for 32 columns of a row. Word i of a row's 4R columns b
+        holds K = 4R·b + R·j + i in its bits 4j … 4j+3, so that each j of all words is a plain
+        [R, N] operand, whose columns share a scale. R is 32, or 16 where K is no multiple of 128:
+        there j = 0 and 1 share a scale, as do 2 and 3. What a tile of rows has of 4R columns stands
+        together: requests for memory are of whole lines. Groups of 64 and 128 are stored as so many
+        of 32.
 Int8    w = q·scale + δ with one scale per row [N], of a head alone: who knows how far ‖δ‖ reaches
         knows which rows can have the largest logit without reading the others (`screen.py`).
 """
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 64  # columns of int4 that stand together
+CHUNK = 64  # columns of int4 that must stand together
 GROUP = 32  # columns with one scale
 INT8_MAX = 127
 ROUNDED_AT_ONCE = 4096  # rows, which bounds what `round_to_int8` needs for a while
@@ -35,7 +36,7 @@ class Fp8(NamedTuple):
 
 
 class Int4(NamedTuple):
-    """words: int16 [.., K/64, N, 16]; scale, zero: bf16 [.., K/64, N, 2], no zero if all are 0."""
+    """words: int16 [.., K/4R, N, R]; scale, zero: bf16 [.., K/64, N, 2], no zero if all are 0."""
 
     words: Tensor
     scale: Tensor
@@ -67,8 +68,9 @@ def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
     *rows, k = q.shape
     group = k // scale.shape[-1]
     assert int4_fits(k, group), f"{k} columns in groups of {group}"
+    run = 16 if k % 128 else 32
     shifts = torch.arange(0, 16, 4, device=q.device)[:, None]
-    words = (q.int().view(*rows, k // CHUNK, 4, 16) << shifts).sum(-2)  # [.., N, K/64, 16]
+    words = (q.int().view(*rows, k // (4 * run), 4, run) << shifts).sum(-2)  # [.., N, K/4R, R]
     words = torch.where(words < 2**15, words, words - 2**16).to(torch.int16)
 
     def pairs(per_group: Tensor) -> Tensor:  # [.., N, K/g] → [.., K/64, N, 2]
@@ -82,11 +84,14 @@ def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
 def unpack_int4(w: Int4, dtype: torch.dtype = torch.float32) -> Tensor:
     """[.., N, K]."""
     shifts = torch.arange(0, 16, 4, device=w.words.device)[:, None]
-    q = (w.words.int()[..., None, :] >> shifts) & 15  # [.., K/64, N, 4, 16]
-    wide = (q.view(*w.scale.shape, GROUP) - 8) * w.scale.to(dtype)[..., None]
-    if w.zero is not None:
-        wide = wide + w.zero.to(dtype)[..., None]
-    return wide.flatten(-2).transpose(-3, -2).flatten(-2)  # [.., K/64, N, 64] → [.., N, K]
+    q = (w.words.int()[..., None, :] >> shifts) & 15  # [.., K/4R, N, 4, R]
+    q = q.flatten(-2).transpose(-3, -2).flatten(-2)  # [.., N, K]
+
+    def spread(pairs: Tensor) -> Tensor:  # [.., K/64, N, 2] → [.., N, K]
+        return pairs.to(dtype).transpose(-3, -2).flatten(-2).repeat_interleave(GROUP, -1)
+
+    wide = (q - 8) * spread(w.scale)
+    return wide if w.zero is None else wide + spread(w.zero)
 
 
 def round_to_int8(weight: Tensor) -> Int8:
@@ -116,8 +121,8 @@ def round_to_int8(weight: Tensor) -> Int8:
 def shape(w: Weight) -> tuple[int, int]:
     """(N, K)."""
     if isinstance(w, Int4):
-        chunks, n, _ = w.words.shape
-        return n, chunks * CHUNK
+        blocks, n, run = w.words.shape
+        return n, blocks * 4 * run
     weight = w if isinstance(w, Tensor) else w.weight
     return weight.shape[0], weight.shape[1]
 

@@ -13,7 +13,8 @@ in fp32. Nothing depends on the other rows but the time.
 
 Bound by tensor cores, and by reading every expert once: ~128 rows an expert (2048 rows, 8 of 128)
 take as long as their weights. fp8 and int4 are widened to bf16 on the way into shared memory, int4
-with its scale. Its words hold columns 16j + i of 64 as (i, j), so x comes in that order instead.
+with its scale. Half of a word's nibbles, or all, are 64 columns in an order of their own, so x
+comes in that order instead.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -88,22 +89,28 @@ def _nibble(words, J: tl.constexpr, scale, shift):
 def _columns(
     w_ptr, scale_ptr, zero_ptr, n, first,
     N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr,
-    HAS_ZERO: tl.constexpr, dtype: tl.constexpr,
+    HAS_ZERO: tl.constexpr, RUN: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Columns first … first + BK of rows n of one expert, [BN, BK]; fp8 without its scale."""
     if FORMAT == "int4":
+        at = (first // (4 * RUN) * N + n)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+        words = tl.load(w_ptr + at).to(tl.int32)  # [BN, RUN]
         channel = first // 64 * N + n
-        at = w_ptr + channel[:, None] * 16 + tl.arange(0, 16)[None, :]
-        words = tl.load(at).to(tl.int32)  # [BN, 16]
         low, high = pair(tl.load(scale_ptr + channel))  # of columns 0 … 31 and 32 … 63
         low_shift, high_shift = -136 * low, -136 * high
         if HAS_ZERO:
             low_zero, high_zero = pair(tl.load(zero_ptr + channel))
             low_shift += low_zero
             high_shift += high_zero
-        a = tl.join(_nibble(words, 0, low, low_shift), _nibble(words, 2, high, high_shift))
-        b = tl.join(_nibble(words, 1, low, low_shift), _nibble(words, 3, high, high_shift))
-        return tl.reshape(tl.join(a.to(dtype), b.to(dtype)), (n.shape[0], 64))
+        if RUN == 32:
+            words >>= first % 128 // 64 * 8
+            a = _nibble(words, 0, low, low_shift).to(dtype)
+            b = _nibble(words, 1, high, high_shift).to(dtype)
+        else:
+            a = tl.join(_nibble(words, 0, low, low_shift), _nibble(words, 2, high, high_shift))
+            b = tl.join(_nibble(words, 1, low, low_shift), _nibble(words, 3, high, high_shift))
+            a, b = a.to(dtype), b.to(dtype)
+        return tl.reshape(tl.join(a, b), (n.shape[0], 64))
     else:
         k = first + tl.arange(0, BK)
         at = w_ptr + n[:, None] * K + k[None, :]
@@ -117,7 +124,7 @@ def _grouped_kernel(
     out_ptr,
     W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, E: tl.constexpr, TOP: tl.constexpr,
     OUT: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
-    FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, RUN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM places by BN of OUT columns; neighbours in the grid share their places.
@@ -151,12 +158,13 @@ def _grouped_kernel(
             else:
                 x = tl.load(x_row + k[None, :], mask=taken[:, None] & (k < K)[None, :], other=0.0)
             w = _columns(
-                w_ptr, scale_ptr, zero_ptr, n, first, N, K, BK, FORMAT, HAS_ZERO, dtype
+                w_ptr, scale_ptr, zero_ptr, n, first, N, K, BK, FORMAT, HAS_ZERO, RUN, dtype
             )  # fmt: skip
             acc = tl.dot(x, tl.trans(w), acc)
             if GATED:
                 w = _columns(
-                    w_ptr, scale_ptr, zero_ptr, n + OUT, first, N, K, BK, FORMAT, HAS_ZERO, dtype
+                    w_ptr, scale_ptr, zero_ptr, n + OUT, first, N, K, BK, FORMAT, HAS_ZERO, RUN,
+                    dtype,
                 )  # fmt: skip
                 up = tl.dot(x, tl.trans(w), up)
         if FORMAT == "fp8":
@@ -231,7 +239,7 @@ def _launch(
     width = x.shape[1]
     if w.format == "int4":
         assert config.bk == CHUNK, f"{config} with int4"
-        x = x.view(-1, width // CHUNK, 4, 16).transpose(2, 3)
+        x = x.view(-1, width // CHUNK, CHUNK // w.run, w.run).transpose(2, 3)
     x = x.reshape(-1, width).contiguous()
     data, scale, zero = w.operands()
     tiles = groups.expert.numel() * triton.cdiv(out.shape[1], config.bn)
@@ -239,6 +247,6 @@ def _launch(
         x, data, scale, zero, *groups, x if shares is None else shares, out,
         W_STRIDE=data.stride(0), SCALE_STRIDE=scale.stride(0), E=w.shape[0], TOP=top_k,
         OUT=out.shape[1], K=width, GATED=shares is None,
-        FORMAT=w.format, HAS_ZERO=w.zero is not None,
+        FORMAT=w.format, HAS_ZERO=w.zero is not None, RUN=w.run,
         BM=config.bm, BN=config.bn, BK=config.bk, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip

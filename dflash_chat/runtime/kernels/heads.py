@@ -35,7 +35,7 @@ def _head_kernel(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, logits_ptr, best_ptr, best_row_ptr, sum_ptr,
     T, N, K, softcap,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN rows of the head: its best logit and row per t; if wanted, the logits, and the
     sum of exp(logit − best).
@@ -43,12 +43,12 @@ def _head_kernel(
     tile = tl.program_id(0)
     n = tile * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1)
-    depend(w_ptr, row, N, K, 0, FORMAT, PDL)
+    depend(w_ptr, row, N, K, 0, RUN, PDL)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     acc = accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, row // 128, T, N, K,
-        0, tl.cdiv(K, BK), ROWS, BN, BK, EVEN_K, FORMAT, STAGES,
+        0, tl.cdiv(K, BK), ROWS, BN, BK, EVEN_K, FORMAT, RUN, STAGES,
     )  # fmt: skip
     t = tl.arange(0, ROWS)
     if logits_ptr is not None:

@@ -27,14 +27,20 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
-from dflash_chat.runtime.kernels.tile_product import int4_block, lifted, meant, prefetch, small
+from dflash_chat.runtime.kernels.tile_product import (
+    by_eight_bytes,
+    int4_block,
+    lifted,
+    meant,
+    prefetch,
+    small,
+)
 from dflash_chat.runtime.kernels.tuned import Config
 
 MAX_ROWS = 32
 MAX_TILES = 4096  # of `matmul` and `gated`
 
 DENSE, CHANNEL, BLOCK, INT4 = (tl.constexpr(i) for i in range(4))  # forms of w
-INT4_AHEAD = tl.constexpr(4)  # blocks of 64 columns that are asked for before the wait
 PARTIALS, PLAIN, SILU, GELU = (tl.constexpr(i) for i in range(4))  # what becomes of a tile
 
 
@@ -92,7 +98,7 @@ def _lifted(x, w):
 def accumulate(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, N, K, first, last,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """w[row] · xᵀ over the chunks first … last of BK columns: [BN, ROWS] fp32.
 
@@ -106,15 +112,17 @@ def accumulate(
         x_block = x_ptr + tl.arange(0, ROWS) * stride_x
         taken = tl.arange(0, ROWS) < T
         for i in tl.range(first, last, num_stages=STAGES):  # pipelines the scales too
-            for step in tl.static_range(BK // 64):
-                block = i * (BK // 64) + step
+            for step in tl.static_range(BK // (4 * RUN)):
+                block = i * (BK // (4 * RUN)) + step
                 acc = int4_block(
-                    acc, x_block + block * 64, taken, w_ptr, scale_ptr, zero_ptr, block * N + row,
-                    EVEN_K or block < K // 64, zero_ptr is not None,
+                    acc, x_block + block * (4 * RUN), taken, T, w_ptr, scale_ptr, zero_ptr,
+                    block, N, row, EVEN_K or block < K // (4 * RUN), RUN, zero_ptr is not None,
                 )  # fmt: skip
         acc = meant(acc, x_ptr.dtype.element_ty, 40)
     else:
         col = tl.arange(0, BK)
+        if FORMAT != DENSE:
+            live = live & by_eight_bytes(col, T, ROWS)[:, None]
         w_row = w_ptr + row[:, None].to(tl.int64) * K
         if FORMAT == CHANNEL:  # asked for before the weights, not behind them
             scale = tl.load(scale_ptr + row)[:, None].to(tl.float32)
@@ -163,10 +171,10 @@ def _finish(acc, out_ptr, tile, T, N, ROWS: tl.constexpr, BN: tl.constexpr, EPIL
 
 
 @triton.jit
-def depend(w_ptr, row, N, K, first_column, FORMAT: tl.constexpr, PDL: tl.constexpr):
+def depend(w_ptr, row, N, K, first_column, RUN: tl.constexpr, PDL: tl.constexpr):
     """Ask L2 for weights while the previous kernel still runs, then wait for what it wrote."""
     if PDL:
-        prefetch(w_ptr, row, first_column, N, K, "int4" if FORMAT == INT4 else "rows", INT4_AHEAD)
+        prefetch(w_ptr, row, first_column, N, K, RUN)
         tl.extra.cuda.gdc_wait()
 
 
@@ -175,8 +183,8 @@ def _linear_kernel(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, out_ptr, scratch_ptr, arrivals_ptr,
     T, N, K, splits,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr, REDUCE: tl.constexpr,
-    PDL: tl.constexpr,
+    FORMAT: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
+    REDUCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN rows of w and one share of K. N: columns of the output.
 
@@ -196,12 +204,12 @@ def _linear_kernel(
         block_row = row // 128
     chunks = tl.cdiv(K, BK)
     first = chunks * split // splits
-    depend(w_ptr, row, rows_of_w, K, first * BK, FORMAT, PDL)
+    depend(w_ptr, row, rows_of_w, K, first * BK, RUN, PDL)
     if PDL and EPILOGUE < SILU:
         tl.extra.cuda.gdc_launch_dependents()
     acc = accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, rows_of_w, K,
-        first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, STAGES,
+        first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, RUN, STAGES,
     )  # fmt: skip
     if PDL and EPILOGUE >= SILU:  # a GEMM follows, whose programs are to find free room
         tl.extra.cuda.gdc_launch_dependents()
@@ -315,19 +323,20 @@ def _padded(rows: int, w: Weight) -> int:
 def shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str, Any]:
     """What a kernel is compiled for, and how it is launched."""
     k = shape(w)[1]
-    form = DENSE
+    form, run = DENSE, 0
     if isinstance(w, Fp8):
         form = CHANNEL if w.scale.dim() == 1 else BLOCK
         assert form == CHANNEL or config.bk == 128, f"{config} with blocks of 128 columns"
     elif isinstance(w, Int8):
         form = CHANNEL
     elif isinstance(w, Int4):
-        form = INT4
+        form, run = INT4, w.words.shape[-1]
+        assert config.bk % (4 * run) == 0, f"{config} with runs of {run}"
         # Four warps would get wgmma, whose lanes hold half of the word that `_UNPACK` wants.
         assert config.warps < 4, f"{config} with int4"
     return {
         "ROWS": _padded(rows, w), "BN": config.bn, "BK": config.bk, "EVEN_K": k % config.bk == 0,
-        "FORMAT": form, "STAGES": config.stages, "PDL": pdl,
+        "FORMAT": form, "RUN": run, "STAGES": config.stages, "PDL": pdl,
         "num_warps": config.warps, "num_stages": config.stages, **overlapping(pdl),
     }  # fmt: skip
 

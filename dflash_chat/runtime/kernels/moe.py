@@ -11,11 +11,12 @@
 Bound by the bytes of the weights of the experts that any row chose. A CTA multiplies one tile of
 output channels of one expert with the rows of one place of the router's list: eight, or sixteen of
 a plain weight, padded for the tensor cores. CTAs behind the list's end exit at once. The dense MLP
-is treated as D/I more experts, of all rows; its down projection is split along K to the experts' I,
-so that all CTAs of a launch are equal. A tile has gate's rows, then up's: alternating, a request
-for int4 would ask for half as many neighbours, and memory gave a fifth less. With `pdl` the dense
-tiles, which come first, ask for weights before they wait for the previous kernel; the experts'
-tiles need its list.
+is treated as D/I more experts, of all rows; its down projection is split along K to about the
+experts' I, so that all CTAs of a launch are equal. A tile has gate's rows, then up's: if they took
+turns, a request for int4 would ask for half as many neighbours, and memory gave a fifth less. With
+`pdl` the dense tiles, which come first, ask for weights before they wait for the previous kernel;
+the experts' tiles need its list. gate_up's dense tiles do not wait for the router at all: what they
+read was written by the launch before it, which had ended when the router let gate_up begin.
 A single row has as many places as ranks: given its logits instead of a list, the gate_up CTAs of
 place i look for the expert of rank i themselves, and the first of them writes it down.
 
@@ -68,8 +69,7 @@ CONFIGS = {
         1: MoeConfig(16, 128, 2, 6), 4: MoeConfig(16, 128, 2, 4), ANY: MoeConfig(32, 256, 4, 3),
     },
     ("gate_up", "int4"): {
-        1: MoeConfig(16, 128, 1, 4), 4: MoeConfig(32, 128, 2, 3), 8: MoeConfig(32, 64, 1, 3),
-        ANY: MoeConfig(32, 128, 1, 3),
+        1: MoeConfig(16, 128, 1, 4), 8: MoeConfig(32, 128, 2, 3), ANY: MoeConfig(32, 128, 2, 4),
     },
     ("down", "plain"): {ANY: MoeConfig(64, 64, 2, 5)},
     ("down", "fp8"): {2: MoeConfig(64, 128, 4, 3), ANY: MoeConfig(64, 128, 4, 4)},
@@ -144,8 +144,8 @@ def _gate_up_kernel(
     dense_act_ptr, expert_act_ptr, T,
     W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
-    DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
-    FORMAT: tl.constexpr, ZERO: tl.constexpr,
+    DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr, DENSE_RUN: tl.constexpr,
+    FORMAT: tl.constexpr, ZERO: tl.constexpr, RUN: tl.constexpr,
     ROWS: tl.constexpr, DENSE_ROWS: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, E: tl.constexpr, TOP: tl.constexpr,
     PDL: tl.constexpr,
@@ -160,11 +160,12 @@ def _gate_up_kernel(
         first = tile // GROUPS * BN
         n = tl.minimum(first + pair % BN, D - 1) + pair // BN * D
         if PDL:
-            prefetch(dense_w_ptr, n, 0, 2 * D, C, DENSE_FORMAT)
-            tl.extra.cuda.gdc_wait()
+            prefetch(dense_w_ptr, n, 0, 2 * D, C, DENSE_RUN)
+            if logits_ptr is not None:
+                tl.extra.cuda.gdc_wait()
         acc = tile_product(
             h_dense_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n,
-            0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, BK, STAGES,
+            0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES,
         )  # fmt: skip
         _store_activation(acc, dense_act_ptr, dense_row, dense_row < T, first + column, D, BN)
     else:
@@ -191,7 +192,7 @@ def _gate_up_kernel(
             acc = tile_product(
                 h_moe_ptr, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
-                2 * I, C, C, FORMAT, ZERO, BK, STAGES,
+                2 * I, C, C, FORMAT, ZERO, RUN, BK, STAGES,
             )  # fmt: skip
             _store_activation(acc, expert_act_ptr + i * T * I, row, taken, first + column, I, BN)
     if PDL:  # a GEMM follows, whose programs are to find free room
@@ -204,13 +205,13 @@ def _down_kernel(
     expert_act_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
     experts_ptr, active_ptr, members_ptr, dense_ptr, routed_ptr, T,
     W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
-    DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr,
-    FORMAT: tl.constexpr, ZERO: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, I: tl.constexpr, SPAN: tl.constexpr,
+    DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr, DENSE_RUN: tl.constexpr,
+    FORMAT: tl.constexpr, ZERO: tl.constexpr, RUN: tl.constexpr,
     ROWS: tl.constexpr, DENSE_ROWS: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    SPLITS: tl.constexpr = (D + I - 1) // I
+    SPLITS: tl.constexpr = (D + SPAN - 1) // SPAN
     TILES: tl.constexpr = (C + BN - 1) // BN
     item = tl.program_id(0) // TILES
     column = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
@@ -219,12 +220,12 @@ def _down_kernel(
         split = item // GROUPS
         dense_row = item % GROUPS * DENSE_ROWS + tl.arange(0, DENSE_ROWS)
         if PDL:
-            prefetch(dense_w_ptr, n, split * I, C, D, DENSE_FORMAT)
+            prefetch(dense_w_ptr, n, split * SPAN, C, D, DENSE_RUN)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         acc = tile_product(
             dense_act_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
-            n, split * I, C, D, I, DENSE_FORMAT, DENSE_ZERO, BK, STAGES,
+            n, split * SPAN, C, D, SPAN, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES,
         )  # fmt: skip
         _store_rows(acc, dense_ptr, split * T + dense_row, dense_row < T, column, C)
     else:
@@ -239,7 +240,7 @@ def _down_kernel(
             acc = tile_product(
                 expert_act_ptr + i * T * I, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, n, 0,
-                C, I, I, FORMAT, ZERO, BK, STAGES,
+                C, I, I, FORMAT, ZERO, RUN, BK, STAGES,
             )  # fmt: skip
             _store_rows(acc, routed_ptr, rank * T + row, taken, column, C)
 
@@ -258,6 +259,7 @@ def gate_up(
     """dense_act [T, D] and expert_act [P, T, I], in h's dtype.
 
     With a `choice`, which is for one row, `routing` is written, its places in the order of ranks.
+    With `pdl` and no choice the previous launch must be the router's, and not have written h_dense.
     """
     rows, width = h_moe.shape
     dense, inner = dense_w.shape[0] // 2, experts_w.shape[1] // 2
@@ -292,7 +294,7 @@ def down(
     config: MoeConfig | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 [⌈D/I⌉, T, C], whose sum is the dense MLP's output, and bf16 [k, T, C] by rank."""
+    """fp32 [S, T, C], whose sum is the dense MLP's output, and bf16 [k, T, C] by rank."""
     places, rows, inner = expert_act.shape
     dense, width = dense_act.shape[1], dense_w.shape[0]
     assert dense_act.is_contiguous(), f"dense_act {dense_act.stride()}"
@@ -301,7 +303,8 @@ def down(
     assert experts_w.shape[1:] == (width, inner), f"{experts_w.shape}, {expert_act.shape}"
     assert places == routing.experts.numel(), f"{places} of {routing.experts.numel()} experts"
     config = config or _config("down", experts_w, rows)
-    splits, top_k = triton.cdiv(dense, inner), routing.weights.shape[1]
+    span = inner if not dense_w.run else triton.cdiv(inner, 4 * dense_w.run) * 4 * dense_w.run
+    splits, top_k = triton.cdiv(dense, span), routing.weights.shape[1]
     device = dense_act.device
     dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
     routed = torch.empty(top_k, rows, width, dtype=expert_act.dtype, device=device)
@@ -309,7 +312,7 @@ def down(
     items = splits * constants["GROUPS"] + places
     _down_kernel[(items * triton.cdiv(width, config.bn),)](
         dense_act, *dense_w.operands(), expert_act, *experts_w.operands(), *routing[:3], dense_out,
-        routed, rows, C=width, D=dense, I=inner, **constants,
+        routed, rows, C=width, D=dense, I=inner, SPAN=span, **constants,
         PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_out, routed
@@ -334,15 +337,16 @@ def _constants(
     assert len(routing.weights) == rows <= MAX_ROWS, f"{routing.weights.shape}, {rows} rows"
     at_a_place = at_once(experts_w, rows)
     assert routing.members.shape[1] == at_a_place, f"places of {routing.members.shape[1]} rows"
-    assert config.bk % 64 == 0 or dense_w.format == experts_w.format == "plain", f"{config}"
     dense_rows = at_once(dense_w, rows)
     return {
         "W_STRIDE": experts_w.data.stride(0),
         "SCALE_STRIDE": experts_w.operands()[1].stride(0),
         "DENSE_FORMAT": dense_w.format,
         "DENSE_ZERO": dense_w.zero is not None,
+        "DENSE_RUN": dense_w.run,
         "FORMAT": experts_w.format,
         "ZERO": experts_w.zero is not None,
+        "RUN": experts_w.run,
         "ROWS": at_a_place,
         "DENSE_ROWS": dense_rows,
         "GROUPS": triton.cdiv(rows, dense_rows),

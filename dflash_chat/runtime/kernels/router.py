@@ -112,7 +112,7 @@ def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS:
         share = tl.where(r == i, p, share)
         key = tl.where(e == first[:, None], -(2**31), key)
     chosen = tl.max(expert, axis=0)
-    return chosen, tl.max(share / total, axis=0) * tl.load(scale_ptr + chosen).to(tl.float32)
+    return chosen, tl.max(share * (1 / total), axis=0) * tl.load(scale_ptr + chosen).to(tl.float32)
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def _select_kernel(
     rank, top, total = _order(logits, e, TOP)
     chosen = used & (rank < TOP)
     p = tl.exp(logits - top[:, None])
-    weights = p / total[:, None] * scale[None, :]
+    weights = p * (1 / total)[:, None] * scale[None, :]
     tl.store(weights_ptr + row[:, None] * TOP + rank, weights, mask=chosen)
 
     bit = tl.full([ROWS], 1, tl.int32) << row

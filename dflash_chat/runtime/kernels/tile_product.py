@@ -147,12 +147,12 @@ def _outer(of_row, of_channel, W_FIRST: tl.constexpr):
 
 
 @triton.jit
-def prefetch(w_ptr, n, first, N, K, FORMAT: tl.constexpr, BLOCKS: tl.constexpr = 4):
-    """Ask L2 for what is read first of each channel: 512 bytes, or so many BLOCKS of int4."""
-    if FORMAT == "int4":
-        i = tl.arange(0, BLOCKS)
-        block = tl.minimum(first // 64 + i, K // 64 - 1)
-        at = w_ptr + (block[None, :] * N + n[:, None]) * 16
+def prefetch(w_ptr, n, first, N, K, RUN: tl.constexpr):
+    """Ask L2 for what is read first of each channel: 512 bytes, of int4 128. RUN: 0 for others."""
+    if RUN:
+        BLOCK: tl.constexpr = 4 * RUN
+        block = tl.minimum(first // BLOCK + tl.arange(0, 64 // RUN), K // BLOCK - 1)
+        at = w_ptr + (block[None, :] * N + n[:, None]) * RUN
     else:
         i = tl.arange(0, 4)
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
@@ -174,35 +174,73 @@ def meant(acc, x_dtype: tl.constexpr, POWER: tl.constexpr):
 
 
 @triton.jit
-def int4_block(
-    acc, x_at, taken, w_ptr, scale_ptr, zero_ptr, channel, inside, HAS_ZERO: tl.constexpr,
-):  # fmt: skip
-    """acc + 64 columns of x · wᵀ, fp32 [CHANNELS, ROWS]; `meant(acc, …, 40)` is what it means.
-
-    x_at: where each row's 64 columns begin, [ROWS]; channel: where each channel's words of these
-    columns stand, [CHANNELS]. What is not `taken` or not `inside` counts 0.
+def by_eight_bytes(columns, T, ROWS: tl.constexpr):
+    """A mask of up to 256 columns of x that says yes, four at a time, if the compiler cannot know:
+    it copies eight bytes at once then. Asynchronous copies of sixteen pass L1 by, where a program
+    finds what its neighbours have read, which pays where rows are many.
     """
-    dtype: tl.constexpr = x_at.dtype.element_ty
-    i = tl.arange(0, 16)
-    words = tl.load(w_ptr + channel[:, None] * 16 + i[None, :], mask=inside, other=0)
-    scale = pair(tl.load(scale_ptr + channel, mask=inside, other=0))
-    if HAS_ZERO:
-        zero = pair(tl.load(zero_ptr + channel, mask=inside, other=0))
-    none = tl.zeros(acc.shape, tl.float32)
-    even_eight = _minus_eight(words.shape, False, dtype)
-    odd_eight = _minus_eight(words.shape, True, dtype)
-    for g in tl.static_range(2):
-        columns = x_at[:, None] + 32 * g + i[None, :]
-        x_even = tl.load(columns, mask=taken[:, None] & inside, other=0.0)
-        x_odd = tl.load(columns + 16, mask=taken[:, None] & inside, other=0.0)
+    if ROWS > 8:
+        return columns // 4 < T * 64
+    else:
+        return columns >= 0
+
+
+@triton.jit
+def _run(x_at, taken, T, J: tl.constexpr, RUN: tl.constexpr):
+    """x of run J, lifted and transposed [RUN, ROWS], and 2⁻⁴⁰ of each row's sum."""
+    i = tl.arange(0, RUN)
+    mask = taken[:, None] & by_eight_bytes(i, T, x_at.shape[0])[None, :]
+    x = tl.load(x_at[:, None] + J * RUN + i[None, :], mask=mask, other=0.0)
+    total = meant(tl.sum(x.to(tl.float32), axis=1), x.dtype, -40)
+    return tl.trans(lifted(x, J % 2 == 1)), total
+
+
+@triton.jit
+def _group(words, x_at, taken, T, G: tl.constexpr, dtype: tl.constexpr):
+    """Group G's columns of x · (q − 8)ᵀ, and the rows' sums. What the eights are is the same for
+    all channels, so computed once per warp, and first.
+    """
+    RUN: tl.constexpr = words.shape[1]
+    none = tl.zeros([words.shape[0], x_at.shape[0]], tl.float32)
+    if RUN == 32:
+        x, total = _run(x_at, taken, T, G, RUN)
+        part = tl.dot(_minus_eight(words.shape, G % 2 == 1, dtype), x, none)
+        part = tl.dot(_nibble(words, G, dtype), x, part)
+    else:
+        x, total = _run(x_at, taken, T, 2 * G, RUN)
+        more, rest = _run(x_at, taken, T, 2 * G + 1, RUN)
+        part = tl.dot(_minus_eight(words.shape, False, dtype), x, none)
+        part = tl.dot(_minus_eight(words.shape, True, dtype), more, part)
+        part = tl.dot(_nibble(words, 2 * G, dtype), x, part)
+        part = tl.dot(_nibble(words, 2 * G + 1, dtype), more, part)
+        total += rest
+    return part, total
+
+
+@triton.jit
+def int4_block(
+    acc, x_at, taken, T, w_ptr, scale_ptr, zero_ptr, block, N, n, inside,
+    RUN: tl.constexpr, HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    """acc + 4·RUN columns of x · w[n]ᵀ, fp32 [CHANNELS, ROWS], 2⁻⁴⁰ of it where x is lifted.
+
+    x_at: where each row's columns begin, [ROWS]; T: at least 1. What is not `taken` or not `inside`
+    counts 0.
+    """
+    i = tl.arange(0, RUN)
+    words = tl.load(w_ptr + (block * N + n)[:, None] * RUN + i[None, :], mask=inside, other=0)
+    for pairs in tl.static_range(RUN // 16):
+        at = (block * (RUN // 16) + pairs) * N + n
+        scale = pair(tl.load(scale_ptr + at, mask=inside, other=0))
         if HAS_ZERO:
-            total = tl.sum(x_even.to(tl.float32) + x_odd.to(tl.float32), axis=1)
-            acc += zero[g][:, None] * meant(total, dtype, -40)[None, :]
-        even, odd = tl.trans(lifted(x_even)), tl.trans(lifted(x_odd, True))
-        part = tl.dot(odd_eight, odd, tl.dot(even_eight, even, none))
-        part = tl.dot(_nibble(words, 2 * g, dtype), even, part)
-        part = tl.dot(_nibble(words, 2 * g + 1, dtype), odd, part)
-        acc += part * scale[g][:, None]
+            zero = pair(tl.load(zero_ptr + at, mask=inside, other=0))
+        for g in tl.static_range(2):
+            part, total = _group(
+                words, x_at, taken & inside, T, 2 * pairs + g, x_at.dtype.element_ty
+            )  # fmt: skip
+            acc += part * scale[g][:, None]
+            if HAS_ZERO:
+                acc += zero[g][:, None] * total[None, :]
     return acc
 
 
@@ -210,7 +248,8 @@ def int4_block(
 def tile_product(
     x_ptr, row, taken, w_ptr, scale_ptr, zero_ptr, n, first,
     N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
-    FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS].
 
@@ -223,15 +262,17 @@ def tile_product(
     acc = tl.zeros([CHANNELS, ROWS] if W_FIRST else [ROWS, CHANNELS], tl.float32)
     one = tl.full([ROWS], 1.0, tl.float32)
     if FORMAT == "int4":
-        BLOCKS: tl.constexpr = SPAN // 64
+        BLOCK: tl.constexpr = 4 * RUN
+        BLOCKS: tl.constexpr = SPAN // BLOCK
+        STEPS: tl.constexpr = BK // BLOCK if BK > BLOCK else 1
         x_row = x_ptr + row * K
-        for start in tl.range(0, BLOCKS, BK // 64, num_stages=STAGES):  # pipelines the scales too
-            for step in tl.static_range(BK // 64):
-                block = first // 64 + start + step
-                inside = (start + step < BLOCKS) & (block < K // 64)
+        for start in tl.range(0, BLOCKS, STEPS, num_stages=STAGES):  # pipelines the scales too
+            for step in tl.static_range(STEPS):
+                block = first // BLOCK + start + step
+                inside = (start + step < BLOCKS) & (block < K // BLOCK)
                 acc = int4_block(
-                    acc, x_row + block * 64, taken, w_ptr, scale_ptr, zero_ptr, block * N + n,
-                    inside, HAS_ZERO,
+                    acc, x_row + block * BLOCK, taken, 1, w_ptr, scale_ptr, zero_ptr, block, N, n,
+                    inside, RUN, HAS_ZERO,
                 )  # fmt: skip
         acc = meant(acc, dtype, 40)
     else:

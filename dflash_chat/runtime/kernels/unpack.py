@@ -28,16 +28,17 @@ def reference(w: Int4) -> Tensor:
 
 @triton.jit
 def _unpack_kernel(
-    w_ptr, scale_ptr, zero_ptr, out_ptr, N, K, BN: tl.constexpr, BK: tl.constexpr
+    w_ptr, scale_ptr, zero_ptr, out_ptr, N, K,
+    RUN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile."""
     n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
     k = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
     inside = (n < N) & (k < K)
-    channel = k // 64 * N + n
-    held = tl.load(w_ptr + channel.to(tl.int64) * 16 + k % 16, mask=inside, other=0)
-    q = (held.to(tl.int32) >> (k // 16 % 4 * 4)) & 15
-    at = channel * 2 + k // 32 % 2
+    channel = (k // (4 * RUN) * N + n).to(tl.int64)
+    held = tl.load(w_ptr + channel * RUN + k % RUN, mask=inside, other=0)
+    q = (held.to(tl.int32) >> (k // RUN % 4 * 4)) & 15
+    at = (k // 64 * N + n) * 2 + k // 32 % 2
     scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
     w = (q.to(tl.float32) - 8.0) * scale
     if zero_ptr is not None:
@@ -52,5 +53,7 @@ def unpack(w: Int4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     for part in w:
         assert part is None or part.is_contiguous(), f"{tuple(part.shape)} {part.stride()}"
     out = torch.empty(n, k, dtype=dtype, device=w.words.device)
-    _unpack_kernel[(triton.cdiv(n, BN), triton.cdiv(k, BK))](*w, out, n, k, BN=BN, BK=BK)
+    _unpack_kernel[(triton.cdiv(n, BN), triton.cdiv(k, BK))](
+        *w, out, n, k, RUN=w.words.shape[-1], BN=BN, BK=BK
+    )
     return out

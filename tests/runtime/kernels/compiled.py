@@ -68,7 +68,8 @@ def weight(form: str, n: int, k: int) -> Weight:
         return Fp8(torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(n))
     if form == "int8":
         return Int8(torch.empty(n, k, dtype=torch.int8), torch.empty(n), torch.empty(n))
-    return Int4(torch.empty(k // 64, n, 16, dtype=torch.int16), bf16(k // 64, n, 2), None)
+    run = 16 if k % 128 else 32
+    return Int4(torch.empty(k // (4 * run), n, run, dtype=torch.int16), bf16(k // 64, n, 2), None)
 
 
 def stack(form: str, *shape: int) -> MoeWeight:
@@ -78,7 +79,8 @@ def stack(form: str, *shape: int) -> MoeWeight:
     if form == "fp8":
         return MoeWeight(torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(shape[:-1]))
     *experts, n, k = shape
-    words = torch.empty(*experts, k // 64, n, 16, dtype=torch.int16)
+    run = 16 if k % 128 else 32
+    words = torch.empty(*experts, k // (4 * run), n, run, dtype=torch.int16)
     return MoeWeight(words, bf16(*experts, k // 64, n, 2))
 
 

@@ -40,7 +40,9 @@ def weight(form: str, n: int, k: int, halves: int = 1) -> Weight:
 
 def small(w: Weight, splits: int) -> Config:
     """Tiles smaller than a test's weight."""
-    return Config(32, 128 if isinstance(w, Fp8) and w.scale.dim() == 2 else 64, 2, 3, splits)
+    blocks = isinstance(w, Fp8) and w.scale.dim() == 2
+    runs = isinstance(w, Int4) and w.words.shape[-1] == 32
+    return Config(32, 128 if blocks or runs else 64, 2, 3, splits)
 
 
 def activations(rows: int, k: int) -> Tensor:
@@ -52,12 +54,22 @@ def activations(rows: int, k: int) -> Tensor:
     [(form, 7) for form in FORMS] + [(form, rows) for form in ("bf16", "int4-32") for rows in ROWS],
 )
 def test_partials_add_up_to_the_product(form: str, rows: int) -> None:
-    w, x = weight(form, 72, 128), activations(rows, 128)
+    w, x = weight(form, 72, 256), activations(rows, 256)
     config = small(w, 1 if form == "block" else 2)
     out = linear.partials(x, w, config=config)
     assert out.shape == (config.splits, rows, 72)
     truth = x.double() @ dequantize(w).double().T
     assert_as_good(out.sum(0), linear.reference(x, w), truth)
+
+
+@pytest.mark.parametrize("form", ["int4-128", "zero-64"])
+def test_a_tail_of_long_runs(form: str) -> None:
+    w, x = weight(form, 72, 384), activations(7, 384)
+    assert isinstance(w, Int4)
+    assert w.words.shape == (3, 72, 32)
+    truth = x.double() @ dequantize(w).double().T
+    out = linear.matmul(x, w, config=Config(32, 256, 2, 3, 2))
+    assert_as_good(out, linear.reference(x, w), truth)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
@@ -82,7 +94,7 @@ def test_block_scales_change_along_both_axes() -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("form", FORMS)
 def test_gated_activates_the_gate(form: str, activation: str) -> None:
-    w, x = weight(form, 2 * 40, 128, halves=2), activations(7, 128)
+    w, x = weight(form, 2 * 40, 256, halves=2), activations(7, 256)
     config = small(w, 1 if form == "block" else 2)
     gate, up = (x.double() @ dequantize(w, 2).double().T).chunk(2, -1)
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
@@ -112,7 +124,7 @@ def test_every_quantised_weight_is_exact(form: str) -> None:
         w = w._replace(scale=torch.ones_like(w.scale), zero=zero)
     for start in range(0, 128, 32):
         x = torch.eye(128, device=DEVICE, dtype=LOW)[start : start + 32]
-        out = linear.matmul(x, w, config=Config(32, 64, 2, 3, 1))
+        out = linear.matmul(x, w, config=small(w, 1))
         assert torch.equal(out.float(), dequantize(w)[:, start : start + 32].T)
 
 
@@ -136,12 +148,12 @@ def test_pack_int4_refuses_other_groups(columns: int, group: int) -> None:
 )
 def test_head_finds_the_largest_logit(form: str, rows: int) -> None:
     w, x = weight(form, 100, 128), activations(rows, 128)
-    logits, best = heads.logits_and_argmax(x, w, softcap=30.0, config=Config(32, 64, 2, 3, 1))
+    logits, best = heads.logits_and_argmax(x, w, softcap=30.0, config=small(w, 1))
     raw = x.double() @ dequantize(w).double().T
     plain = 30 * torch.tanh(linear.reference(x, w) / 30)
     assert_as_good(logits, plain, 30 * torch.tanh(raw / 30))
     assert torch.equal(best, raw.argmax(-1))
-    config = Config(32, 64, 2, 3, 1)
+    config = small(w, 1)
     assert torch.equal(best, heads.argmax(x, w, config=config))
     for softcap, capped in ((30.0, plain), (0.0, linear.reference(x, w))):
         sure, probability = heads.confident(x, w, softcap=softcap, config=config)

@@ -28,7 +28,6 @@ from torch import Tensor
 from dflash_chat.runtime.kernels import tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
 from dflash_chat.runtime.kernels.tile_product import (
-    by_eight_bytes,
     int4_block,
     lifted,
     meant,
@@ -115,14 +114,12 @@ def accumulate(
             for step in tl.static_range(BK // (4 * RUN)):
                 block = i * (BK // (4 * RUN)) + step
                 acc = int4_block(
-                    acc, x_block + block * (4 * RUN), taken, T, w_ptr, scale_ptr, zero_ptr,
+                    acc, x_block + block * (4 * RUN), taken, w_ptr, scale_ptr, zero_ptr,
                     block, N, row, EVEN_K or block < K // (4 * RUN), RUN, zero_ptr is not None,
                 )  # fmt: skip
         acc = meant(acc, x_ptr.dtype.element_ty, 40)
     else:
         col = tl.arange(0, BK)
-        if FORMAT != DENSE:
-            live = live & by_eight_bytes(col, T, ROWS)[:, None]
         w_row = w_ptr + row[:, None].to(tl.int64) * K
         if FORMAT == CHANNEL:  # asked for before the weights, not behind them
             scale = tl.load(scale_ptr + row)[:, None].to(tl.float32)

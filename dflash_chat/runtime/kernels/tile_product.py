@@ -174,41 +174,28 @@ def meant(acc, x_dtype: tl.constexpr, POWER: tl.constexpr):
 
 
 @triton.jit
-def by_eight_bytes(columns, T, ROWS: tl.constexpr):
-    """A mask of up to 256 columns of x that says yes, four at a time, if the compiler cannot know:
-    it copies eight bytes at once then. Asynchronous copies of sixteen pass L1 by, where a program
-    finds what its neighbours have read, which pays where rows are many.
-    """
-    if ROWS > 8:
-        return columns // 4 < T * 64
-    else:
-        return columns >= 0
-
-
-@triton.jit
-def _run(x_at, taken, T, J: tl.constexpr, RUN: tl.constexpr):
+def _run(x_at, taken, J: tl.constexpr, RUN: tl.constexpr):
     """x of run J, lifted and transposed [RUN, ROWS], and 2⁻⁴⁰ of each row's sum."""
-    i = tl.arange(0, RUN)
-    mask = taken[:, None] & by_eight_bytes(i, T, x_at.shape[0])[None, :]
-    x = tl.load(x_at[:, None] + J * RUN + i[None, :], mask=mask, other=0.0)
+    columns = J * RUN + tl.arange(0, RUN)
+    x = tl.load(x_at[:, None] + columns[None, :], mask=taken[:, None], other=0.0)
     total = meant(tl.sum(x.to(tl.float32), axis=1), x.dtype, -40)
     return tl.trans(lifted(x, J % 2 == 1)), total
 
 
 @triton.jit
-def _group(words, x_at, taken, T, G: tl.constexpr, dtype: tl.constexpr):
+def _group(words, x_at, taken, G: tl.constexpr, dtype: tl.constexpr):
     """Group G's columns of x · (q − 8)ᵀ, and the rows' sums. What the eights are is the same for
     all channels, so computed once per warp, and first.
     """
     RUN: tl.constexpr = words.shape[1]
     none = tl.zeros([words.shape[0], x_at.shape[0]], tl.float32)
     if RUN == 32:
-        x, total = _run(x_at, taken, T, G, RUN)
+        x, total = _run(x_at, taken, G, RUN)
         part = tl.dot(_minus_eight(words.shape, G % 2 == 1, dtype), x, none)
         part = tl.dot(_nibble(words, G, dtype), x, part)
     else:
-        x, total = _run(x_at, taken, T, 2 * G, RUN)
-        more, rest = _run(x_at, taken, T, 2 * G + 1, RUN)
+        x, total = _run(x_at, taken, 2 * G, RUN)
+        more, rest = _run(x_at, taken, 2 * G + 1, RUN)
         part = tl.dot(_minus_eight(words.shape, False, dtype), x, none)
         part = tl.dot(_minus_eight(words.shape, True, dtype), more, part)
         part = tl.dot(_nibble(words, 2 * G, dtype), x, part)
@@ -219,13 +206,12 @@ def _group(words, x_at, taken, T, G: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def int4_block(
-    acc, x_at, taken, T, w_ptr, scale_ptr, zero_ptr, block, N, n, inside,
+    acc, x_at, taken, w_ptr, scale_ptr, zero_ptr, block, N, n, inside,
     RUN: tl.constexpr, HAS_ZERO: tl.constexpr,
 ):  # fmt: skip
     """acc + 4·RUN columns of x · w[n]ᵀ, fp32 [CHANNELS, ROWS], 2⁻⁴⁰ of it where x is lifted.
 
-    x_at: where each row's columns begin, [ROWS]; T: at least 1. What is not `taken` or not `inside`
-    counts 0.
+    x_at: where each row's columns begin, [ROWS]. What is not `taken` or not `inside` counts 0.
     """
     i = tl.arange(0, RUN)
     words = tl.load(w_ptr + (block * N + n)[:, None] * RUN + i[None, :], mask=inside, other=0)
@@ -235,9 +221,7 @@ def int4_block(
         if HAS_ZERO:
             zero = pair(tl.load(zero_ptr + at, mask=inside, other=0))
         for g in tl.static_range(2):
-            part, total = _group(
-                words, x_at, taken & inside, T, 2 * pairs + g, x_at.dtype.element_ty
-            )  # fmt: skip
+            part, total = _group(words, x_at, taken & inside, 2 * pairs + g, x_at.dtype.element_ty)
             acc += part * scale[g][:, None]
             if HAS_ZERO:
                 acc += zero[g][:, None] * total[None, :]
@@ -271,7 +255,7 @@ def tile_product(
                 block = first // BLOCK + start + step
                 inside = (start + step < BLOCKS) & (block < K // BLOCK)
                 acc = int4_block(
-                    acc, x_row + block * BLOCK, taken, 1, w_ptr, scale_ptr, zero_ptr, block, N, n,
+                    acc, x_row + block * BLOCK, taken, w_ptr, scale_ptr, zero_ptr, block, N, n,
                     inside, RUN, HAS_ZERO,
                 )  # fmt: skip
         acc = meant(acc, dtype, 40)

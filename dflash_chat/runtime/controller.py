@@ -15,6 +15,7 @@ seems to win more: instead of a draft, which then need not run, or of one that h
 Knows rows, tokens and milliseconds; knows neither models nor devices nor the clock.
 
     decision = controller.decide(context, most)          before the draft
+    controller.goes_on(decision, confidence)             amid it, if it comes in two parts
     controller.cut(decision, confidence)                 behind it, if that is known in time
     controller.weigh(decision, most, found)              the same, if the text is known only then
     controller.observe(decision, accepted, …)            a step later, if the host runs ahead
@@ -145,18 +146,26 @@ class Controller:
         self.last = decision
         return decision
 
+    def goes_on(self, decision: Decision, confidence: Sequence[float]) -> bool:
+        """Whether more drafts than those of which the drafter's `confidence` is known would be
+        worth verifying, if it were of all others what it is of the least sure of these.
+        """
+        bins = self.acceptance.bins(confidence)
+        bins += [min(bins)] * (decision.width - 1 - len(bins))
+        i = self._worth(decision, self.acceptance.expected(bins))
+        return self.widths[i] > len(confidence) + 1
+
     def cut(self, decision: Decision, confidence: Sequence[float]) -> int:
         """How many rows of a drafted step are worth verifying, now that the drafter's probability
-        of each drafted token is known; they become the decision's width.
+        of its drafted tokens is known, or of the first of them, beyond which none is; they become
+        the decision's width.
         """
         bins = decision.bins = self.acceptance.bins(confidence)
         if decision.why is PINNED:
             return decision.width
-        costs = decision.costs
-        self._staked -= decision.stake
         expected = self.acceptance.expected(bins)
-        one_row_ms = costs.drafted_ms[0]
-        i = self._best(expected, costs, decision.width, self._bet(), one_row_ms)
+        i = self._worth(decision, expected)
+        self._staked -= decision.stake
         if decision.why is LOOK:
             i = max(i, 1)
         self._set(decision, i, expected)
@@ -342,9 +351,16 @@ class Controller:
         hopes = [sum(survival[: n - 1]) - stake for n, stake in drafted]
         return min(_MOST_HOPE, max(hopes, default=0.0))
 
-    def _bet(self) -> float:
-        """Plain steps that the next one may stake."""
-        return _BET * (self._purse - self._staked)
+    def _bet(self, back: float = 0.0) -> float:
+        """Plain steps that the next one may stake, or one that has `back` at stake already."""
+        return _BET * (self._purse - (self._staked - back))
+
+    def _worth(self, decision: Decision, expected: Sequence[float]) -> int:
+        """Index of the width to verify behind a draft that is paid for; `expected` as
+        `Acceptance.expected`, for as many rows as there are.
+        """
+        costs, most = decision.costs, min(decision.width, len(expected))
+        return self._best(expected, costs, most, self._bet(decision.stake), costs.drafted_ms[0])
 
     def _best(
         self, expected: Sequence[float], costs: StepCosts, most: int, bet: float, one_row_ms: float

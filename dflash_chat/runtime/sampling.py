@@ -67,18 +67,18 @@ class Sampler:
             return self._draw(logits, keys)
         return self._one_by_one(logits, drafted.tolist(), keys)
 
-    def guess(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def guess(self, logits: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
         """What the target will choose, as far as the drafter's logits [n, V] tell.
 
-        Row 0 stands where `choose`'s does. Returns the tokens, int64 [n], and for each a rough
-        chance that it is right, fp32 [n].
+        Row 0 stands `before` rows behind where `choose`'s does. Returns the tokens, int64 [n], and
+        for each a rough chance that it is right, fp32 [n].
         """
         logits = logits.float()
         if self.params.temperature <= 0:
             best = logits.max(-1)
             return best.indices, (best.values - logits.logsumexp(-1)).exp()
         top, ids = logits.topk(min(HEAD, logits.shape[-1]), -1)
-        noise = gumbel(self.keys(len(ids), ids.device)[:, None], ids)
+        noise = gumbel(self.keys(len(ids), ids.device, before)[:, None], ids)
         scores = filtered(top, self.params).log() + noise
         best = scores.max(-1)
         chance = (best.values * SHARPNESS - (scores * SHARPNESS).logsumexp(-1)).exp()
@@ -100,9 +100,10 @@ class Sampler:
         """One token per row."""
         return draw(filtered(logits.float(), self.params), keys)
 
-    def keys(self, n: int, device: torch.device) -> Tensor:
-        """One key per position from the answer's end on, int64 [n]."""
-        positions = torch.arange(n, dtype=torch.int64, device=device) + len(self._output)
+    def keys(self, n: int, device: torch.device, before: int = 0) -> Tensor:
+        """One key per position, from `before` behind the answer's end on, int64 [n]."""
+        first = len(self._output) + before
+        positions = torch.arange(n, dtype=torch.int64, device=device) + first
         return mix(positions * 0x9E3779B1 + self.seed_key)
 
     @property

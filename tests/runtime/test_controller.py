@@ -291,6 +291,24 @@ def test_looks_that_fail_are_ever_rarer_until_another_answer_begins() -> None:
     assert _plain_until_a_look(again) < _plain_until_a_look(auto) / 2
 
 
+@pytest.mark.parametrize(
+    ("first", "more"), [([0.98] * 3, True), ([0.98, 0.98, 0.3], False), ([0.3] * 3, False)]
+)
+def test_the_last_drafts_are_asked_for_where_the_first_promise_that_they_pay(
+    first: list[float], more: bool
+) -> None:
+    auto = sim.controller(MOE[0], late=False)
+    sim.controlled(auto, MOE[0], _trace("mixed", "honest", 3000))
+    step = auto.decide(2048, 16)
+    unasked, same = deepcopy((auto, step))
+    assert auto.goes_on(step, first) == more
+    assert step == same, "to ask changes nothing"
+    assert auto.cut(step, first) <= len(first) + 1
+    both = [*first, *[first[-1]] * 12]
+    assert (unasked.cut(same, both) > len(first) + 1) == more
+    assert auto.decide(2048, 16).draft
+
+
 def test_what_a_pinned_width_loses_is_not_charged_to_the_controllers_own_choice() -> None:
     auto = _controller()
     auto.new_answer(pinned=15)

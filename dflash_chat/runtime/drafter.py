@@ -327,10 +327,17 @@ class Drafter:
         self.cache.truncate(min(n, self.cache.length))
 
     def draft(self, anchor: int | Tensor, n: int) -> Tensor:
-        """Logits [n, V] of the n ≤ block − 1 tokens that follow `anchor`.
+        """Logits [n, V] of the n ≤ block − 1 tokens that follow `anchor`."""
+        return self.logits(self.forward(anchor, n))
 
-        The whole trained block is always run, since a shorter one shifts the distribution; only the
-        first n rows go through the head.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of rows [T, C] that `forward` gave."""
+        return self.head.logits(hidden)
+
+    def forward(self, anchor: int | Tensor, n: int) -> Tensor:
+        """Final normed hidden states [n, C] of the n ≤ block − 1 tokens that follow `anchor`.
+
+        The whole trained block is always run, since a shorter one shifts the distribution.
         """
         c = self.config
         self.flush()
@@ -343,7 +350,7 @@ class Drafter:
         }
         for i, layer in enumerate(self.layers):
             x = layer(x, turn, self.cache, i, masks[layer.window, layer.causal])
-        return self.head.logits(self.norm(x[1 : n + 1]))
+        return self.norm(x[1 : n + 1])
 
     def _project(self, features: Tensor) -> None:
         """Context keys and values of all layers from features [T, K·C], committed at once."""

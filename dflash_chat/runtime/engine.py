@@ -28,7 +28,7 @@ from dflash_chat.errors import UsageError
 from dflash_chat.runtime.api import SamplingParams, StepStats
 from dflash_chat.runtime.baseline import Plain
 from dflash_chat.runtime.cache import KVCache
-from dflash_chat.runtime.controller import BASELINE, FOUND, Controller, Decision
+from dflash_chat.runtime.controller import BASELINE, FOUND, PINNED, Controller, Decision
 from dflash_chat.runtime.costs import Costs, CostTable
 from dflash_chat.runtime.lookup import Chances, Found, Lookup
 from dflash_chat.runtime.sampling import Sampler, accepted
@@ -79,8 +79,11 @@ class BlockDrafter(Protocol):
     def truncate(self, n: int) -> None:
         """Forget every token from n on."""
 
-    def draft(self, anchor: int, n: int) -> Tensor:
-        """Logits [n, V] of the n tokens behind `anchor`."""
+    def forward(self, anchor: int, n: int) -> Tensor:
+        """Hidden states [n, C] of the n tokens behind `anchor`."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of hidden states [T, C]."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Step:
 
 
 CONTEXTS_OF_MEASURE = (64, 2048)  # tokens that stand in the cache while the widths are timed
+FIRST_DRAFTS = 3  # that a CPU looks at before the others: it rarely pays to verify more of a draft
 
 _Steps = Generator[tuple[list[int], StepStats], None, None]  # chosen tokens of each step
 
@@ -131,6 +135,8 @@ class Engine:
         self.target, self.cache, self.drafter = target, cache, drafter
         self.taps = tuple(taps) if drafter is not None else ()
         self.draft_tokens = draft_tokens
+        on_cpu = target.device.type == "cpu"
+        self._first = min(FIRST_DRAFTS, draft_tokens) if on_cpu else draft_tokens
         self.stop_ids = stop_ids
         self._widths = range(1, draft_tokens + 2 if drafter is not None else 2)  # of eager passes
         self._pinned: int | None = draft_tokens  # where a request does not say
@@ -205,7 +211,10 @@ class Engine:
                     self.drafter.observe(features[:rows])
                     self.drafter.flush()
                     self.drafter.truncate(0)
-            self._dry_draft(self.drafter, features)
+            hidden = self._dry_draft(self.drafter, features)
+            for part in (hidden, hidden[: self._first], hidden[self._first :]):
+                if len(part):
+                    self.drafter.logits(part)
 
     @torch.inference_mode()
     def measure(
@@ -258,7 +267,7 @@ class Engine:
             sampler.choose(self._dry_pass(n, context)[0], self._tensor([0] * (n - 1)))
 
         def draft(drafter: BlockDrafter, left: Tensor) -> None:
-            sampler.guess(self._dry_draft(drafter, left))
+            sampler.guess(drafter.logits(self._dry_draft(drafter, left)[: self._first]))
 
         most = self.cache.capacity - widths[-1]
         contexts = sorted({min(n, most) for n in CONTEXTS_OF_MEASURE})
@@ -274,11 +283,13 @@ class Engine:
         return CostTable.measured(widths, contexts, drafts, list(zip(*verifies, strict=True)))
 
     def _dry_draft(self, drafter: BlockDrafter, left: Tensor) -> Tensor:
-        """The logits of a draft behind a pass that left features [T, K·C]; all is forgotten."""
+        """Hidden states [k, C] of a draft behind a pass that left features [T, K·C]; all is
+        forgotten.
+        """
         drafter.observe(left)
-        logits = drafter.draft(0, self.draft_tokens)
+        hidden = drafter.forward(0, self.draft_tokens)
         drafter.truncate(0)
-        return logits
+        return hidden
 
     def _dry_pass(self, n: int, context: int = 0) -> tuple[Tensor, Tensor]:
         """A pass of n rows that commits nothing; its logits [≤ n, V] and features [n, K·C]. With
@@ -388,13 +399,23 @@ class Engine:
             anchor = choices[n]
 
     def _propose(self, anchor: int, sampler: Sampler, decision: Decision, found: Found) -> Tensor:
-        """The drafted tokens worth verifying, int64 [≤ draft_tokens]."""
+        """The drafted tokens worth verifying, int64 [≤ draft_tokens].
+
+        To multiply by the head is much of a draft on a CPU. There the last slots are left out,
+        unless the first are so sure that more rows might pay.
+        """
         if decision.why == FOUND:
             return self._tensor(found.tokens[: decision.width - 1])
         if self.drafter is None or not decision.draft:
             return self._tensor([])
-        tokens, chances = sampler.guess(self.drafter.draft(anchor, decision.width - 1))
-        return tokens[: self.controller.cut(decision, chances.tolist()) - 1]
+        hidden = self.drafter.forward(anchor, decision.width - 1)  # [k, C]
+        first = len(hidden) if decision.why == PINNED else self._first
+        tokens, chances = sampler.guess(self.drafter.logits(hidden[:first]))
+        confidence = chances.tolist()
+        if len(hidden) > first and self.controller.goes_on(decision, confidence):
+            more, chances = sampler.guess(self.drafter.logits(hidden[first:]), first)
+            tokens, confidence = torch.cat([tokens, more]), confidence + chances.tolist()
+        return tokens[: self.controller.cut(decision, confidence) - 1]
 
     def _commit(self, ids: list[int], features: Tensor) -> None:
         """The first len(ids) rows of the block become context of target, drafter and log."""

@@ -12,14 +12,16 @@ WHY = "at random"
 
 
 class AnyWidth(Controller):
-    """Runs of plain steps, drafted ones of every width, drafts of which nothing is verified, and
-    every second time that something was found in the text, a part of that, with or without a draft.
+    """Runs of plain steps, drafted ones of every width, drafts of which nothing is verified or
+    only the first were looked at, and every second time that something was found in the text, a
+    part of that, with or without a draft.
     """
 
     def __init__(self, widths: Sequence[int], late: bool, seed: int = 3) -> None:
         super().__init__(Costs(CostTable.even(widths)), max(widths) - 1, late)
         self._draws = random.Random(seed)
         self._plain_left = 0
+        self._parts = 0  # drafts that came in two parts
         self.found_widths: list[int] = []
         self.copied: list[bool] = []  # of the steps observed that were found: behind a draft?
         self.kinds: list[tuple[bool, int]] = []  # of the steps observed: drafted, rows
@@ -34,6 +36,14 @@ class AnyWidth(Controller):
             self._plain_left -= self._plain_left > 0
             return Decision(1, False, BASELINE, self.costs.at(context), 1.0)
         return Decision(self._draws.choice(fitting[1:]), True, WHY, self.costs.at(context), 1.0)
+
+    def goes_on(self, decision: Decision, confidence: Sequence[float]) -> bool:
+        assert 0 < len(confidence) < decision.width - 1
+        self._parts += 1
+        if self._parts % 4 > 0:
+            return True
+        decision.width = len(confidence) + 1
+        return False
 
     def cut(self, decision: Decision, confidence: Sequence[float]) -> int:
         assert len(confidence) >= decision.width - 1

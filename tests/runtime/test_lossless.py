@@ -11,7 +11,8 @@ from torch import Tensor
 from dflash_chat.runtime import engine as engine_module
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.controller import PINNED
-from dflash_chat.runtime.engine import BlockDrafter, Engine, Step
+from dflash_chat.runtime.costs import Costs, CostTable
+from dflash_chat.runtime.engine import FIRST_DRAFTS, BlockDrafter, Engine, Step
 from dflash_chat.runtime.sampling import Sampler
 from tests.runtime import tiny
 from tests.runtime.any_width import AnyWidth
@@ -21,10 +22,13 @@ BLOCK = 7
 
 
 def _engine(
-    drafter: BlockDrafter | None = None, k: int = BLOCK, stop: frozenset[int] = frozenset()
+    drafter: BlockDrafter | None = None,
+    k: int = BLOCK,
+    stop: frozenset[int] = frozenset(),
+    lookup: bool = True,
 ) -> Engine:
     target = tiny.target()
-    return Engine(target, target.new_cache(256), drafter, tiny.TAPS, k, stop)
+    return Engine(target, target.new_cache(256), drafter, tiny.TAPS, k, stop, lookup)
 
 
 def _plain(n: int, params: SamplingParams = SamplingParams()) -> list[int]:
@@ -65,16 +69,54 @@ def test_seeded_sampling_with_penalties_equals_plain(accept: int) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_widths_that_change_at_random_do_not_change_the_answer(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, seed=5)
-    plain = _plain(150, params)
+    plain = _plain(220, params)
 
     drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [0, 7, 3, 1, 6, 2, 5, 4])
     engine = _engine(drafter)
-    engine.controller = controller = AnyWidth(range(1, BLOCK + 2), late=False)
-    steps = tiny.run(engine, PROMPT, replace(params, max_tokens=150))
+    engine.controller = controller = AnyWidth(range(1, BLOCK + 2), late=False, seed=1)
+    steps = tiny.run(engine, PROMPT, replace(params, max_tokens=220))
     assert tiny.tokens(steps) == plain
     drafted = {width for drafts, width in controller.kinds if drafts}
     assert drafted == set(range(1, BLOCK + 2))
     assert (False, 1) in controller.kinds
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafts_in_two_parts_are_those_of_the_whole_block(temperature: float) -> None:
+    """Guesses that foresee the target are all right only with the noise of their own places."""
+    params = SamplingParams(temperature=temperature, seed=5)
+    plain = _plain(150 + BLOCK, params)
+    assert len(set(plain)) > 10, "a degenerate answer would prove nothing"
+    for controller in (None, AnyWidth(range(1, BLOCK + 2), late=False)):
+        drafter = tiny.Foreseeing(tiny.target(), plain, PROMPT)
+        engine = _engine(drafter, lookup=False)
+        if controller is not None:
+            engine.controller = controller
+        steps = tiny.run(engine, PROMPT, replace(params, max_tokens=150))
+        assert tiny.tokens(steps) == plain[:150]
+        stats = [s.stats for s in steps[:-1] if s.stats is not None]
+        assert all(s.accepted == s.drafted for s in stats)
+        assert BLOCK in {s.drafted for s in stats}
+        assert set(drafter.read) == ({BLOCK} if controller is None else {1, 2, 3, 4})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("certainty", "parts"), [(1.0, {3, 4}), (0.0, {3})])
+def test_the_last_drafts_are_looked_at_where_the_first_are_sure(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, certainty: float, parts: set[int]
+) -> None:
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=120)
+    plain = _plain(120, params)
+    drafter = tiny.ScriptedDrafter(plain + [0] * BLOCK, len(PROMPT), [BLOCK], certainty)
+    engine = _engine(drafter, lookup=False)
+    table = CostTable(tuple(range(1, 9)), (1,), (0.5,), ((9.0,),) * 4 + ((13.0,),) * 4)
+    engine.measure(known=table)
+    monkeypatch.setattr(Costs, "observe", lambda *step: None)  # steps cost what the table says
+    steps = tiny.run(engine, PROMPT, params)
+    assert tiny.tokens(steps) == plain
+    most = max(s.stats.drafted for s in steps if s.stats is not None)
+    assert most == sum(parts)
+    assert set(drafter.read) == parts
 
 
 @pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.0), (0.9, 1.0), (0.9, 1.3)])
@@ -134,7 +176,7 @@ def test_measuring_leaves_the_engine_as_it_was() -> None:
 
 def test_what_passes_cost_includes_the_choice_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny.target()
-    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 3, frozenset())
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset())
     chosen, guessed = [], []
     choose, guess = Sampler.choose, Sampler.guess
 
@@ -153,7 +195,7 @@ def test_what_passes_cost_includes_the_choice_of_tokens(monkeypatch: pytest.Monk
     engine.measure()
     table = engine.controller.costs.table
     assert set(chosen) == {(n, n - 1) for n in table.widths}
-    assert set(guessed) == {3}
+    assert set(guessed) == {FIRST_DRAFTS}
     assert min(table.draft_ms) >= 10
     for width, row in zip(table.widths, table.verify_ms, strict=True):
         assert min(row) >= 4 * width

@@ -70,7 +70,10 @@ def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -
         def truncate(self, n: int) -> None:
             self.length = n
 
-        def draft(self, anchor: int, n: int) -> Tensor:
+        def logits(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+        def forward(self, anchor: int, n: int) -> Tensor:
             best = favourite[anchor] if right else joint[anchor].argmin()
             return tiny.certain([int(best)] * n, vocab)
 

@@ -166,16 +166,22 @@ def test_a_plain_answer_measures_plain_decoding_and_an_unmeasured_one_claims_not
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["first answer", "second answer"])
-@pytest.mark.parametrize("part", ["forward", "logits", "observe", "draft"])
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        *(("target", part) for part in ("forward", "logits")),
+        *(("drafter", part) for part in ("forward", "logits", "observe")),
+    ],
+)
 @pytest.mark.parametrize("at", [1, 3])
 def test_after_memory_ran_out_the_next_answer_is_a_fresh_engines(
-    part: str, at: int, again: bool
+    model: str, part: str, at: int, again: bool
 ) -> None:
     fresh, _ = answer(session_of(engine()))
     session = session_of(engine())
     if again:
         answer(session)
-    owner = session.engine.target if part in ("forward", "logits") else session.engine.drafter
+    owner = getattr(session.engine, model)
     setattr(owner, part, Short(getattr(owner, part), at, torch.OutOfMemoryError("CUDA")))
 
     refused(session)

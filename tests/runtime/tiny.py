@@ -96,12 +96,18 @@ def drafter(
 
 
 class ScriptedDrafter:
-    """Drafts `script[i]` right tokens of the known continuation in step i, and wrong ones after."""
+    """Drafts `script[i]` right tokens of the known continuation in step i, and wrong ones after.
+    With a `certainty` of 0 it knows nothing.
+    """
 
-    def __init__(self, continuation: Sequence[int], prompt: int, script: Sequence[int]) -> None:
+    def __init__(
+        self, continuation: Sequence[int], prompt: int, script: Sequence[int], certainty: float = 1
+    ) -> None:
         self.continuation, self.prompt, self.script = list(continuation), prompt, list(script)
+        self.certainty = certainty
         self.length = 0
         self.calls = 0
+        self.read: list[int] = []  # rows that went through the head at a time
 
     def observe(self, features: Tensor) -> None:
         self.length += len(features)
@@ -115,13 +121,39 @@ class ScriptedDrafter:
     def truncate(self, n: int) -> None:
         self.length = min(self.length, n)
 
-    def draft(self, anchor: int, n: int) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.read.append(len(hidden))
+        return hidden
+
+    def forward(self, anchor: int, n: int) -> Tensor:
         done = self.length - self.prompt + 1  # answer tokens chosen so far, the anchor included
         assert anchor == self.continuation[done - 1]
         right = self.script[self.calls % len(self.script)]
         self.calls += 1
         future = [*self.continuation[done : done + n], *[0] * n][:n]
-        return certain([t if i < right else (t + 1) % VOCAB for i, t in enumerate(future)], VOCAB)
+        tokens = [t if i < right else (t + 1) % VOCAB for i, t in enumerate(future)]
+        return certain(tokens, VOCAB) * self.certainty
+
+
+class Foreseeing(ScriptedDrafter):
+    """Gives the hidden states that the target itself will have: its guesses are always right,
+    if they are made with the target's own random numbers.
+    """
+
+    def __init__(
+        self, of: llama.Target, continuation: Sequence[int], prompt: Sequence[int]
+    ) -> None:
+        super().__init__(continuation, len(prompt), [0])
+        text = torch.tensor([*prompt, *continuation])
+        with torch.inference_mode():
+            self.hidden, _ = of.forward(text, of.new_cache(len(text)))  # [T, C]
+        self.head = of.logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(super().logits(hidden))
+
+    def forward(self, anchor: int, n: int) -> Tensor:
+        return self.hidden[self.length : self.length + n]
 
 
 class ScriptedLookup:

@@ -15,8 +15,7 @@ is treated as D/I more experts, of all rows; its down projection is split along 
 experts' I, so that all CTAs of a launch are equal. A tile has gate's rows, then up's: if they took
 turns, a request for int4 would ask for half as many neighbours, and memory gave a fifth less. With
 `pdl` the dense tiles, which come first, ask for weights before they wait for the previous kernel;
-the experts' tiles need its list. gate_up's dense tiles do not wait for the router at all: what they
-read was written by the launch before it, which had ended when the router let gate_up begin.
+the experts' tiles need its list.
 A single row has as many places as ranks: given its logits instead of a list, the gate_up CTAs of
 place i look for the expert of rank i themselves, and the first of them writes it down.
 
@@ -161,8 +160,7 @@ def _gate_up_kernel(
         n = tl.minimum(first + pair % BN, D - 1) + pair // BN * D
         if PDL:
             prefetch(dense_w_ptr, n, 0, 2 * D, C, DENSE_RUN)
-            if logits_ptr is not None:
-                tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_wait()
         acc = tile_product(
             h_dense_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n,
             0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES,
@@ -259,7 +257,6 @@ def gate_up(
     """dense_act [T, D] and expert_act [P, T, I], in h's dtype.
 
     With a `choice`, which is for one row, `routing` is written, its places in the order of ranks.
-    With `pdl` and no choice the previous launch must be the router's, and not have written h_dense.
     """
     rows, width = h_moe.shape
     dense, inner = dense_w.shape[0] // 2, experts_w.shape[1] // 2

@@ -143,6 +143,19 @@ def test_down_in_every_format(format_name: str, bk: int) -> None:
         check_down(dense_w, experts_w, slots, SMALL._replace(bk=bk))
 
 
+@pytest.mark.parametrize("format_name", ["int4", "int4 with zeros"])
+def test_runs_of_32_columns_and_of_16(format_name: str) -> None:
+    """The dense projection down is cut where its runs end, also where experts' are shorter."""
+    slots = random_slots(3, 4)
+    config = SMALL._replace(bk=256)
+    dense_w, experts_w = weight(format_name, 48, 384), weight(format_name, EXPERTS, 32, 384)
+    assert dense_w.run == experts_w.run == 32
+    check_gate_up(dense_w, experts_w, slots, config)
+    dense_w, experts_w = weight(format_name, 24, 384), weight(format_name, EXPERTS, 24, 192)
+    assert (dense_w.run, experts_w.run) == (32, 16)
+    check_down(dense_w, experts_w, slots, config)
+
+
 def test_the_dense_mlp_may_have_another_format() -> None:
     slots = random_slots(2, 4)
     check_gate_up(weight("plain", 96, 64), weight("int4", EXPERTS, 96, 64), slots, SMALL)

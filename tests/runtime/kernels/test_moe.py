@@ -128,7 +128,7 @@ def test_down_at_every_block_width(rows: int, top_k: int) -> None:
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("bk", [64, 128])
 def test_gate_up_in_every_format(format_name: str, bk: int) -> None:
-    dense_w, experts_w = weight(format_name, 144, 192), weight(format_name, EXPERTS, 96, 192)
+    dense_w, experts_w = weight(format_name, 80, 192), weight(format_name, EXPERTS, 48, 192)
     for rows in (3, 16):
         slots = random_slots(rows, 4)
         check_gate_up(dense_w, experts_w, slots, SMALL._replace(bk=bk))

@@ -1,8 +1,7 @@
 """Linear layers of a verify block: y = x wᵀ for T ≤ 32 rows, bound by reading w once.
 
 x: [T, K] bf16, rows contiguous. w: [N, K] bf16, e4m3, int8 or int4 as in `forms`. Sums are fp32.
-Quantised weights are unpacked to bf16 in registers; a row's or a block's scale is applied to the
-sums, an int4 group's scale to the weights.
+Quantised weights become bf16 in registers, as `tile_product.py` tells; scales are applied to sums.
 
 A program owns a tile of BN rows of w and a share of K. The shares of a tile meet in one of two
 ways: `partials` writes them side by side, [S, T, N] fp32, and whoever reads them adds them up;
@@ -329,7 +328,7 @@ def shape_options(rows: int, w: Weight, config: Config, pdl: bool) -> dict[str, 
     elif isinstance(w, Int4):
         form, run = INT4, w.words.shape[-1]
         assert config.bk % (4 * run) == 0, f"{config} with runs of {run}"
-        # Four warps would get wgmma, whose lanes hold half of the word that `_UNPACK` wants.
+        # Four warps would get wgmma, with which `int4_block` has not been tried.
         assert config.warps < 4, f"{config} with int4"
     return {
         "ROWS": _padded(rows, w), "BN": config.bn, "BK": config.bk, "EVEN_K": k % config.bk == 0,

@@ -212,9 +212,9 @@ class Engine:
                     self.drafter.flush()
                     self.drafter.truncate(0)
             hidden = self._dry_draft(self.drafter, features)
-            for part in (hidden, hidden[: self._first], hidden[self._first :]):
-                if len(part):
-                    self.drafter.logits(part)
+            most, first = len(hidden), self._first
+            for rows in {most, first, most - first} - {0}:
+                self.drafter.logits(hidden[:rows])
 
     @torch.inference_mode()
     def measure(

@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from dflash_chat.runtime.kernels import heads, linear, norms, tuned
-from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, pack_int4
+from dflash_chat.runtime.kernels.forms import Fp8, Int4, Weight, dequantize, int4_run, pack_int4
 from dflash_chat.runtime.kernels.norms import Branch
 from dflash_chat.runtime.kernels.tuned import Config
 from tests.bench import gpu
@@ -114,7 +114,8 @@ def weights(case: Case, pool: Tensor) -> Iterator[Weight]:
         elif case.form == "fp8":
             yield Fp8(piece.view(torch.float8_e4m3fn).view(case.n, case.k), scales[: case.n])
         else:
-            words = piece.view(torch.int16).view(case.k // 64, case.n, 16)
+            run = int4_run(case.k)
+            words = piece.view(torch.int16).view(case.k // (4 * run), case.n, run)
             yield Int4(words, scales.view(case.k // 64, case.n, 2), None)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels import moe, router
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
+from dflash_chat.runtime.kernels.forms import int4_run
 from dflash_chat.runtime.kernels.moe import MoeConfig
 from dflash_chat.runtime.kernels.router import Routing
 from tests.bench.gpu import copy_bandwidth, graph_seconds, machine
@@ -69,9 +70,10 @@ def random_weight(format_name: str, *shape: int) -> MoeWeight:
     """[E, N, K] or [N, K] of the order of 1/√K."""
     if format_name == "int4":
         *experts, rows, columns = shape
-        words = (*experts, columns // 64, rows, 16)
+        run = int4_run(columns)
+        words = (*experts, columns // (4 * run), rows, run)
         data = torch.randint(-(2**15), 2**15, words, dtype=torch.int16, device="cuda")
-        scale = torch.rand(*words[:-1], 2, dtype=torch.bfloat16, device="cuda")
+        scale = torch.rand(*experts, columns // 64, rows, 2, dtype=torch.bfloat16, device="cuda")
         return MoeWeight(data, scale / (4 * columns**0.5))
     data = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     if format_name == "fp8":

@@ -27,7 +27,7 @@ from dflash_chat.geometry import Geometry
 from dflash_chat.runtime import flash
 from dflash_chat.runtime.kernels import grouped, unpack
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
-from dflash_chat.runtime.kernels.forms import Int4
+from dflash_chat.runtime.kernels.forms import Int4, dequantize
 from dflash_chat.runtime.kernels.grouped import GroupedConfig
 from tests.bench.gpu import graph_seconds, machine
 from tests.bench.kernels_moe import EXPERTS, INNER, TOP_K, WIDTH, act, random_weight, say
@@ -61,9 +61,7 @@ def random_slots(rows: int, skewed: bool) -> Tensor:
 def dequantized(w: MoeWeight, e: int) -> Tensor:
     """Expert e in bf16."""
     one = w.expert(e)
-    if one.scale is not None and one.format == "int4":
-        return unpack.unpack(Int4(one.data, one.scale, one.zero))
-    return one.dequantize(torch.bfloat16)
+    return unpack.unpack(one) if isinstance(one, Int4) else dequantize(one).bfloat16()
 
 
 def truth(x: Tensor, slots: Tensor, shares: Tensor, gate_up: MoeWeight, down: MoeWeight) -> Tensor:

@@ -22,14 +22,14 @@ BF16 = pytest.param(
     ),
 )
 CAPACITY, LARGEST = 230, 20
-SHAPES = [
+SHAPES = [  # kv heads, queries of each, dim
     (3, 3, 64),
     (8, 1, 64),
     (2, 7, 128),
     (8, 4, 128),
     (1, 8, 256),
     (1, 16, 256),
-]  # kv heads, queries of each, dim
+]
 
 
 def attended(

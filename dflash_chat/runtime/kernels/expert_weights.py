@@ -74,13 +74,13 @@ class MoeWeight:
             return self.data.to(dtype) * self.scale.to(dtype)[..., None]
         return forms.unpack_int4(forms.Int4(self.data, self.scale, self.zero), dtype)
 
-    def expert(self, e: int) -> MoeWeight:
+    def expert(self, e: int) -> forms.Weight:
         """Expert e's [N, K], a view."""
-        return MoeWeight(
-            self.data[e],
-            None if self.scale is None else self.scale[e],
-            None if self.zero is None else self.zero[e],
-        )
+        if self.scale is None:
+            return self.data[e]
+        if self.format == "fp8":
+            return forms.Fp8(self.data[e], self.scale[e])
+        return forms.Int4(self.data[e], self.scale[e], None if self.zero is None else self.zero[e])
 
 
 def stack(experts: Sequence[MoeWeight]) -> MoeWeight:

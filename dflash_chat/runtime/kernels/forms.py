@@ -63,12 +63,17 @@ def int4_fits(columns: int, group: int) -> bool:
     return columns % CHUNK == 0 and group in (32, 64, 128)
 
 
+def int4_run(columns: int) -> int:
+    """R of rows of so many columns."""
+    return 16 if columns % 128 else 32
+
+
 def pack_int4(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Int4:
     """q: uint8 [.., N, K] of 0 … 15; scale, zero: [.., N, K/g], rounded to bf16."""
     *rows, k = q.shape
     group = k // scale.shape[-1]
     assert int4_fits(k, group), f"{k} columns in groups of {group}"
-    run = 16 if k % 128 else 32
+    run = int4_run(k)
     shifts = torch.arange(0, 16, 4, device=q.device)[:, None]
     words = (q.int().view(*rows, k // (4 * run), 4, run) << shifts).sum(-2)  # [.., N, K/4R, R]
     words = torch.where(words < 2**15, words, words - 2**16).to(torch.int16)

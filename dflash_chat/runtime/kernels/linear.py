@@ -26,13 +26,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
-from dflash_chat.runtime.kernels.tile_product import (
-    int4_block,
-    lifted,
-    meant,
-    prefetch,
-    small,
-)
+from dflash_chat.runtime.kernels.tile_product import int4_block, lifted, meant, prefetch, small
 from dflash_chat.runtime.kernels.tuned import Config
 
 MAX_ROWS = 32
@@ -102,18 +96,16 @@ def accumulate(
 
     row: [BN] rows of w, block_row: [BN] their rows of block scales, N: all rows of w.
     """
-    t = tl.arange(0, ROWS)[None, :]
+    t = tl.arange(0, ROWS)
     x_row = x_ptr + t * stride_x
     live = t < T
     acc = tl.zeros([BN, ROWS], tl.float32)
     if FORMAT == INT4:
-        x_block = x_ptr + tl.arange(0, ROWS) * stride_x
-        taken = tl.arange(0, ROWS) < T
         for i in tl.range(first, last, num_stages=STAGES):  # pipelines the scales too
             for step in tl.static_range(BK // (4 * RUN)):
                 block = i * (BK // (4 * RUN)) + step
                 acc = int4_block(
-                    acc, x_block + block * (4 * RUN), taken, w_ptr, scale_ptr, zero_ptr,
+                    acc, x_row + block * (4 * RUN), live, w_ptr, scale_ptr, zero_ptr,
                     block, N, row, EVEN_K or block < K // (4 * RUN), RUN, zero_ptr is not None,
                 )  # fmt: skip
         acc = meant(acc, x_ptr.dtype.element_ty, 40)
@@ -128,11 +120,13 @@ def accumulate(
         for i in tl.range(first, last):
             k = i * BK + col
             if EVEN_K:
-                x = tl.load(x_row + k[:, None], mask=live, other=0.0)
+                x = tl.load(x_row[None, :] + k[:, None], mask=live[None, :], other=0.0)
                 w = tl.load(w_row + k[None, :])
             else:
                 inside = k < K
-                x = tl.load(x_row + k[:, None], mask=live & inside[:, None], other=0.0)
+                x = tl.load(
+                    x_row[None, :] + k[:, None], mask=live[None, :] & inside[:, None], other=0.0
+                )
                 w = tl.load(w_row + k[None, :], mask=inside[None, :], other=0.0)
             if FORMAT == BLOCK:
                 s_next = tl.load(s_row + tl.minimum(i + 1, last - 1))

@@ -10,7 +10,7 @@ fp8 is scaled at the end, int4 once per group of 32:
 
     Σ x·((q − 8)·s + z) = s·(Σ x·q − Σ x·8) + z·Σ x
 
-At 4.2 TB/s an SM has four issue slots for an int4 weight, so instructions bound the narrow formats.
+At 4.2 TB/s an SM has four issue slots for an int4 weight, so instructions count as requests do.
 Σ x·8 is a product with a constant matrix, the same for all channels, so computed once per warp; and
 their rows come eight at a time, with the weights first in the product, whose second matrix may have
 eight columns while its first needs sixteen rows. The plain format has the same instructions for

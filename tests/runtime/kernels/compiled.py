@@ -29,7 +29,7 @@ from dflash_chat.runtime.kernels import (
     tuned,
 )
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
-from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight
+from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, int4_run
 from dflash_chat.runtime.kernels.norms import Branch, Router
 
 ROWS = 16
@@ -68,7 +68,7 @@ def weight(form: str, n: int, k: int) -> Weight:
         return Fp8(torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(n))
     if form == "int8":
         return Int8(torch.empty(n, k, dtype=torch.int8), torch.empty(n), torch.empty(n))
-    run = 16 if k % 128 else 32
+    run = int4_run(k)
     return Int4(torch.empty(k // (4 * run), n, run, dtype=torch.int16), bf16(k // 64, n, 2), None)
 
 
@@ -79,7 +79,7 @@ def stack(form: str, *shape: int) -> MoeWeight:
     if form == "fp8":
         return MoeWeight(torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(shape[:-1]))
     *experts, n, k = shape
-    run = 16 if k % 128 else 32
+    run = int4_run(k)
     words = torch.empty(*experts, k // (4 * run), n, run, dtype=torch.int16)
     return MoeWeight(words, bf16(*experts, k // 64, n, 2))
 

@@ -54,9 +54,12 @@ def test_projections(rows: int, group: int, zeros: bool) -> None:
         assert relative_error(ready.dequantize(), weight.dequantize()) < 2**-8
     else:
         assert torch.equal(ready.dequantize(), weight.dequantize())
+        assert torch.equal(ready.dequantize(LOW), weight.dequantize(LOW))
     assert torch.equal(unpack.unpack(ready.form, LOW), ready.dequantize(LOW))
     ids = torch.tensor([0, rows - 1], device=DEVICE)
     assert torch.equal(ready.rows(ids), ready.dequantize(torch.bfloat16)[ids])
+    if not zeros:
+        assert torch.equal(ready.rows(ids), weight.rows(ids))
 
 
 @pytest.mark.parametrize("zeros", [False, True])

@@ -147,8 +147,19 @@ class RandomWeights(Mapping[str, Packed]):
         limits = torch.iinfo(torch.int32)
         packed = torch.empty(*rows, columns // 8, dtype=torch.int32, device=self.device)
         packed.random_(limits.min, limits.max, generator=generator)
-        deviation = (columns * 21.5) ** -0.5  # nibbles − 8 have variance 21.5
+        for part in packed if len(rows) > 1 else [packed]:
+            _balance(part)
+        deviation = (columns * 17.5) ** -0.5  # what −7 … 7 and another 0 have as variance
         scale: Tensor = torch.full(
             (*rows, columns // GROUP), deviation, dtype=self.dtype, device=self.device
         )
         return Int4GroupWeight(shape, packed, scale, None, self.dtype)
+
+
+def _balance(packed: Tensor) -> None:
+    """Nibbles of 0, which mean −8, become 8, which mean 0: numbers with a mean would make all rows
+    alike but for its sign, which rounding turns.
+    """
+    some = packed | packed >> 1
+    some |= some >> 2
+    packed |= (~some & 0x11111111) << 3

@@ -15,9 +15,12 @@ is treated as D/I more experts, of all rows; its down projection is split along 
 experts' I, so that all CTAs of a launch are equal. A tile has gate's rows, then up's: if they took
 turns, a request for int4 would ask for half as many neighbours, and memory gave a fifth less. With
 `pdl` the dense tiles, which come first, ask for weights before they wait for the previous kernel;
-the experts' tiles need its list.
+the experts' tiles need its list. gate_up's dense tiles do not wait for the router at all: what they
+read was written by the launch before it, which had ended when the router let gate_up begin. It is
+in L2 then, where they read it, past L1 or with an L1 that has let go of what it held.
 A single row has as many places as ranks: given its logits instead of a list, the gate_up CTAs of
-place i look for the expert of rank i themselves, and the first of them writes it down.
+place i look for the expert of rank i themselves; a dense tile, done sooner, writes down who it is,
+or of int4, whose dense tiles are done no sooner, the first of them.
 
 Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`, which
 `tile_product.py` reads.
@@ -38,8 +41,8 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.linear import MAX_ROWS
-from dflash_chat.runtime.kernels.router import HIGH, Routing, at_rank
-from dflash_chat.runtime.kernels.tile_product import prefetch, tile_product
+from dflash_chat.runtime.kernels.router import HIGH, Routing, at_rank, expert_at_rank
+from dflash_chat.runtime.kernels.tile_product import forget, prefetch, tile_product
 
 
 class Choice(NamedTuple):
@@ -68,7 +71,7 @@ CONFIGS = {
         1: MoeConfig(16, 128, 2, 6), 4: MoeConfig(16, 128, 2, 4), ANY: MoeConfig(32, 256, 4, 3),
     },
     ("gate_up", "int4"): {
-        1: MoeConfig(16, 128, 1, 4), 8: MoeConfig(32, 128, 2, 3), ANY: MoeConfig(32, 128, 2, 4),
+        2: MoeConfig(16, 256, 1, 3), 8: MoeConfig(32, 128, 2, 3), ANY: MoeConfig(32, 128, 2, 4),
     },
     ("down", "plain"): {ANY: MoeConfig(64, 64, 2, 5)},
     ("down", "fp8"): {2: MoeConfig(64, 128, 4, 3), ANY: MoeConfig(64, 128, 4, 4)},
@@ -117,6 +120,18 @@ def _place(experts_ptr, members_ptr, i, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _list(
+    experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight,
+    TOP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write down the only row's expert of rank i."""
+    tl.store(experts_ptr + i, expert + HIGH)
+    tl.store(members_ptr + i * ROWS, i * HIGH)
+    tl.store(weights_ptr + i, weight)
+    tl.store(active_ptr, TOP)  # for each rank the same
+
+
+@triton.jit
 def _store_activation(acc, out_ptr, row, taken, column, WIDTH: tl.constexpr, BN: tl.constexpr):
     """acc [ROWS, 2·BN] holds gate's channels, then up's."""
     gate, up = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, BN)), (0, 2, 1)))
@@ -160,24 +175,36 @@ def _gate_up_kernel(
         n = tl.minimum(first + pair % BN, D - 1) + pair // BN * D
         if PDL:
             prefetch(dense_w_ptr, n, 0, 2 * D, C, DENSE_RUN)
-            tl.extra.cuda.gdc_wait()
+            if logits_ptr is not None:
+                tl.extra.cuda.gdc_wait()
+            elif DENSE_FORMAT == "int4":
+                forget(tile)
         acc = tile_product(
             h_dense_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr, n,
             0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES,
         )  # fmt: skip
         _store_activation(acc, dense_act_ptr, dense_row, dense_row < T, first + column, D, BN)
+        if logits_ptr is not None and FORMAT != "int4":
+            for i in range(tile, TOP, DENSE_TILES):
+                expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
+                _list(
+                    experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight, TOP, ROWS
+                )
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
         i = (tile - DENSE_TILES) // TILES
         first = (tile - DENSE_TILES) % TILES * BN
         if logits_ptr is not None:
-            expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
-            if first == 0:
-                tl.store(experts_ptr + i, expert + HIGH)
-                tl.store(members_ptr + i * ROWS, i * HIGH)
-                tl.store(weights_ptr + i, weight)
-                tl.store(active_ptr, TOP)  # by each of them the same
+            if FORMAT == "int4":
+                expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
+                if first == 0:
+                    _list(
+                        experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight, TOP,
+                        ROWS,
+                    )  # fmt: skip
+            else:
+                expert = expert_at_rank(logits_ptr, i, E, WARPS)
             active = TOP
             row = tl.arange(0, ROWS)
             taken = row < T
@@ -257,6 +284,7 @@ def gate_up(
     """dense_act [T, D] and expert_act [P, T, I], in h's dtype.
 
     With a `choice`, which is for one row, `routing` is written, its places in the order of ranks.
+    With `pdl` and no choice the previous launch must be the router's, and not have written h_dense.
     """
     rows, width = h_moe.shape
     dense, inner = dense_w.shape[0] // 2, experts_w.shape[1] // 2

@@ -304,7 +304,7 @@ def _launch(
         *(router or (None, None, None)), logits, experts, rows, eps,
         A=parts[0] if parts else 0, B=parts[1] if len(parts) > 1 else 0, C=width,
         BLOCK=block, BN=ROUTED, GROUPS=groups, PDL=pdl,
-        num_warps=min(16 if router is None else 8, max(4, block // 256)),
+        num_warps=min(32 if router is None else 8, max(4, block // 128)),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return outs, logits

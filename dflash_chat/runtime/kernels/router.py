@@ -14,8 +14,9 @@ Bound by latency. The logits come out of the norms' launch (`norms.py`). One pro
 for all rows: a row of 128 experts belongs to one warp, and a logit is compared by its bits, as
 integers of the same order, so that a maximum over the warp is one instruction, and nothing waits
 for a barrier or for memory until the list of experts is made. A single row needs no list and no
-launch: `at_rank` finds its expert inside the experts' own kernel. Sums go by rank in both, so a
-row's weights do not depend on how many rows there are.
+launch: inside the experts' own kernel `expert_at_rank` finds who is to multiply, `at_rank` what the
+output will weigh. Sums go by rank in both kernels, so a row's weights do not depend on how many
+rows there are.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -87,17 +88,39 @@ def _order(logits, e, TOP: tl.constexpr):
         if r == 0:
             top = logit
         total += tl.exp(logit - top)
-        here = e[None, :] == first[:, None]
-        order = tl.where(here, r, order)
-        key = tl.where(here, -(2**31), key)
+        order = tl.where(e[None, :] == first[:, None], r, order)
+        key = _without(key, e[None, :], first)
     return order, top, total
 
 
 @triton.jit
-def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS: tl.constexpr):
-    """Of the only row: the expert of rank r and its weight. Every warp finds them on its own."""
+def _without(key, e, first):
+    """The keys of each row but the one at `first`."""
+    return tl.where(e == first[:, None], -(2**31), key)
+
+
+@triton.jit
+def _only_row(logits_ptr, E: tl.constexpr, WARPS: tl.constexpr):
+    """Its keys [WARPS, E], all of them in every warp, and the experts' numbers."""
     e = tl.arange(0, E)[None, :]
-    key = _key(tl.load(logits_ptr + tl.arange(0, WARPS)[:, None] * 0 + e))  # [WARPS, E]
+    return _key(tl.load(logits_ptr + tl.arange(0, WARPS)[:, None] * 0 + e)), e
+
+
+@triton.jit
+def expert_at_rank(logits_ptr, r, E: tl.constexpr, WARPS: tl.constexpr):
+    """Of the only row: the expert of rank r."""
+    key, e = _only_row(logits_ptr, E, WARPS)
+    for _ in range(r):
+        _, first = _largest(key, e)
+        key = _without(key, e, first)
+    _, first = _largest(key, e)
+    return tl.max(first, axis=0)
+
+
+@triton.jit
+def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS: tl.constexpr):
+    """Of the only row: the expert of rank r and its weight."""
+    key, e = _only_row(logits_ptr, E, WARPS)
     expert = tl.zeros([WARPS], tl.int32)
     share = tl.zeros([WARPS], tl.float32)
     total = tl.zeros([WARPS], tl.float32)
@@ -110,7 +133,7 @@ def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS:
         total += p
         expert = tl.where(r == i, first, expert)
         share = tl.where(r == i, p, share)
-        key = tl.where(e == first[:, None], -(2**31), key)
+        key = _without(key, e, first)
     chosen = tl.max(expert, axis=0)
     return chosen, tl.max(share * (1 / total), axis=0) * tl.load(scale_ptr + chosen).to(tl.float32)
 

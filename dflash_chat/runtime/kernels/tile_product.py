@@ -165,6 +165,15 @@ def prefetch(w_ptr, n, first, N, K, RUN: tl.constexpr):
 
 
 @triton.jit
+def forget(scalar):
+    """Let this multiprocessor's L1 go of all it holds, whatever the number."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,r", [scalar],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def meant(acc, x_dtype: tl.constexpr, POWER: tl.constexpr):
     """2 to the POWER of acc, where x was lifted."""
     if x_dtype == tl.bfloat16:
@@ -267,12 +276,13 @@ def tile_product(
             x_at = x_ptr + row[:, None] * K + first + start + k[None, :]
             w_at = w_ptr + n[:, None] * K + first + start + k[None, :]
             if SPAN % BK == 0 and K % SPAN == 0:
-                x = tl.load(x_at, mask=taken[:, None], other=0.0)  # [ROWS, BK]
+                live = taken[:, None]
                 w = tl.load(w_at)  # [CHANNELS, BK]
             else:
                 inside = (start + k < SPAN) & (first + start + k < K)
-                x = tl.load(x_at, mask=taken[:, None] & inside[None, :], other=0.0)
+                live = taken[:, None] & inside[None, :]
                 w = tl.load(w_at, mask=inside[None, :], other=0.0)
+            x = tl.load(x_at, mask=live, other=0.0, cache_modifier=".cg")  # [ROWS, BK], not from L1
             if FORMAT == "fp8":
                 acc = _product(lifted(x), small(w, dtype), acc, W_FIRST)
             else:

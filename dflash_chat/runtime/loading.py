@@ -287,9 +287,11 @@ def _rounded_words(options: EngineOptions, head: DraftHead, screened: bool) -> l
     if options.head == "screened":  # which takes graphs, and a dense head
         words.append("screened head" if screened else "head not screened")
     words += ["fp8 drafter"] if options.drafter == "fp8" else []
-    if head.copied:
+    if options.copies_head:
         kind = "fp8 draft head" if options.draft_head == "fp8" else "draft head"
         words.append(f"{kind} of {head.weight.shape[0]} rows")
+    elif head.copied:
+        words.append(f"{head.weight.kernel} draft head")
     return words
 
 

@@ -24,7 +24,9 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.controller import Controller
 from dflash_chat.runtime.costs import Costs, CostTable
+from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.models import llama
+from dflash_chat.runtime.quant import cpu
 from dflash_chat.runtime.session import Session
 from dflash_chat.ui.origins import Trace
 
@@ -94,6 +96,15 @@ def test_logits_and_tapped_features_equal_transformers(smollm2_gguf: Path) -> No
     theirs = [truth.logits[0], *(truth.hidden_states[tap + 1][0] for tap in TAPS)]
     for a, b in zip(ours, theirs, strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-3
+
+
+def test_a_cpu_drafts_from_a_copy_in_int4(quick: Session) -> None:
+    head = quick.engine.target.lm_head
+    copied = cpu.int4_serves(head.shape, quick.engine.target.dtype)
+    assert ("int4 draft head" in quick.info.kernels) == copied
+    drafter = quick.engine.drafter
+    assert isinstance(drafter, Drafter)
+    assert drafter.head.nbytes == copied * (head.shape[0] * head.shape[1] * 5 // 8)
 
 
 def test_paris(quick: Session) -> None:

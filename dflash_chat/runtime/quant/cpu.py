@@ -22,6 +22,9 @@ from torch import Tensor
 from dflash_chat.runtime.quant import Packed
 
 INT4_GROUPS = (256, 128, 64, 32)
+ROUNDED_AT_ONCE = (
+    4096  # rows, which bounds what `Int4Copy.rounded` needs; whole tiles of the kernel
+)
 INT4_MAX_ROWS = 96  # beyond, dequantising once per call and one bf16 matmul are faster
 
 
@@ -106,6 +109,34 @@ class Int4Weight:
     def joined(self, others: Sequence[Packed]) -> Packed | None:
         """The kernel's layout does not join; join before `to`."""
         return None
+
+
+@dataclass
+class Int4Copy(Int4Weight):
+    """A copy that only drafts: what it was rounded from, its `source`, is somebody else's."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return self.nibbles.nbytes + self.scales_and_zeros.nbytes
+
+    @classmethod
+    def rounded(cls, source: Packed) -> Int4Copy:
+        """source: [N, K], for which `int4_serves`. A group of 32 is spread over its 16 numbers."""
+        rows = torch.split(torch.arange(source.shape[0]), ROUNDED_AT_ONCE)
+        parts = [cls._rounded(source, source.rows(chunk).float()) for chunk in rows]
+        nibbles = torch.cat([part.nibbles for part in parts])
+        return cls(source, nibbles, torch.cat([part.scales_and_zeros for part in parts], 1))
+
+    @classmethod
+    def _rounded(cls, source: Packed, wide: Tensor) -> Int4Copy:
+        groups = wide.view(len(wide), -1, INT4_GROUPS[-1])  # [N, G, 32]
+        low, high = groups.aminmax(dim=-1)
+        scale = ((high - low) / 15).clamp(min=1e-30).bfloat16().float()
+        zero = (low + 8 * scale).bfloat16().float()
+        q = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15)
+        made = Int4Weight.of(source, q.flatten(-2), scale, zero)
+        return cls(source, made.nibbles, made.scales_and_zeros)
 
 
 @dataclass

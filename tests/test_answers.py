@@ -77,7 +77,7 @@ def test_without_drafting_every_pass_commits_one_token(smollm2_gguf: Path) -> No
 def test_bench_compares_both_ways(smollm2_gguf: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "What is rain?"}\n{"turns": ["Name a colour.", "Another."]}\n')
-    options = ("--max-tokens", "24", "--json", "-o", "dtype=fp32")
+    options = ("--max-tokens", "16", "--json", "-o", "dtype=fp32")
     done = _run("bench", "-m", "smollm2-135m", "--prompts", str(prompts), *options)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

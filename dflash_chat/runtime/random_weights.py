@@ -147,8 +147,9 @@ class RandomWeights(Mapping[str, Packed]):
         limits = torch.iinfo(torch.int32)
         packed = torch.empty(*rows, columns // 8, dtype=torch.int32, device=self.device)
         packed.random_(limits.min, limits.max, generator=generator)
-        for part in packed if len(rows) > 1 else [packed]:
-            _balance(part)
+        if generator is not None:  # else there are no numbers, and many experts
+            for part in packed if len(rows) > 1 else [packed]:
+                _balance(part)
         deviation = (columns * 17.5) ** -0.5  # what −7 … 7 and another 0 have as variance
         scale: Tensor = torch.full(
             (*rows, columns // GROUP), deviation, dtype=self.dtype, device=self.device

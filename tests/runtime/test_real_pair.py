@@ -125,7 +125,7 @@ def test_answers_are_identical_with_and_without_drafting(
     if dtype == "quick" and torch.cpu._is_amx_tile_supported():
         pytest.skip("what AMX adds up in which order is not known")
     session: Session = request.getfixturevalue(dtype)
-    params = SamplingParams(max_tokens=48, temperature=temperature, seed=3)
+    params = SamplingParams(max_tokens=32, temperature=temperature, seed=3)
     drafted, with_draft, _ = _answer(session, _ask(prompt), params=params)
     plain, without, again = _answer(session, _ask(prompt), draft=False, params=params)
     assert again.cached == with_draft.usage.prompt - 1
@@ -138,7 +138,7 @@ def test_coarse_drafting_changes_no_answer_and_its_costs_are_told(
     exact: Session, smollm2_gguf: Path
 ) -> None:
     coarse = _load(smollm2_gguf, "fp32", drafter="fp8", draft_head="fp8", draft_rows=24000)
-    prompt, params = _ask(read_prompts(None)[2]), SamplingParams(max_tokens=48)
+    prompt, params = _ask(read_prompts(None)[2]), SamplingParams(max_tokens=32)
     drafted, with_draft, _ = _answer(coarse, prompt, params=params)
     assert drafted == _answer(exact, prompt, draft=False, params=params)[0]
     assert with_draft.spec.tau > 1.5
@@ -154,7 +154,7 @@ def test_what_computes_is_told_and_a_rounded_target_head_still_drafts_losslessly
     monkeypatch.setattr(flash, "words", lambda cache, heads: f"long prompts with {heads} heads")
     session = _load(smollm2_gguf, "fp32", head="fp8", draft_head="fp8")
     assert session.info.kernels.endswith(", long prompts with 9 heads, fp8 target head")
-    prompt, params = _ask(read_prompts(None)[3]), SamplingParams(max_tokens=32)
+    prompt, params = _ask(read_prompts(None)[3]), SamplingParams(max_tokens=24)
     drafted, _, _ = _answer(session, prompt, params=params)
     assert drafted == _answer(session, prompt, draft=False, params=params)[0]
 
@@ -189,7 +189,7 @@ def test_an_answer_that_copies_the_prompt_is_the_same_without_a_draft(
     widths = tuple(range(1, 9))
     table = CostTable(widths, (64,), (10.0,), tuple((20.0 + n,) for n in widths))
     for temperature in (0.0, 0.3):
-        params = SamplingParams(max_tokens=48, temperature=temperature, seed=3)
+        params = SamplingParams(max_tokens=32, temperature=temperature, seed=3)
         same, drafted, _ = _answer(exact, ask, params=params)
         with monkeypatch.context() as chosen:  # widths, at times that are not a busy moment's
             chosen.setattr(exact.engine, "_pinned", None)
@@ -203,7 +203,7 @@ def test_an_answer_that_copies_the_prompt_is_the_same_without_a_draft(
 def test_the_drafter_earns_its_keep(quick: Session) -> None:
     spec = Spec()
     for prompt in read_prompts(None)[1:7]:
-        _, finished, _ = _answer(quick, _ask(prompt), params=SamplingParams(max_tokens=64))
+        _, finished, _ = _answer(quick, _ask(prompt), params=SamplingParams(max_tokens=48))
         spec = spec.merge(finished.spec)
     assert spec.tau > 2.0
 

@@ -22,9 +22,7 @@ from torch import Tensor
 from dflash_chat.runtime.quant import Packed
 
 INT4_GROUPS = (256, 128, 64, 32)
-ROUNDED_AT_ONCE = (
-    4096  # rows, which bounds what `Int4Copy.rounded` needs; whole tiles of the kernel
-)
+ROUNDED_AT_ONCE = 4096  # rows, whole tiles of the int4 kernel: bounds what `Int4Copy` needs
 INT4_MAX_ROWS = 96  # beyond, dequantising once per call and one bf16 matmul are faster
 
 

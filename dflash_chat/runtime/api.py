@@ -108,7 +108,7 @@ class EngineOptions:
 
     @property
     def copies_head(self) -> bool:
-        """Whether drafts are read off a copy of the target's head."""
+        """Whether they ask for a copy of the target's head to read drafts off."""
         return bool(self.draft_rows) or (self.draft_head == "fp8" and self.head != "fp8")
 
 

@@ -189,7 +189,7 @@ def test_an_answer_that_copies_the_prompt_is_the_same_without_a_draft(
     widths = tuple(range(1, 9))
     table = CostTable(widths, (64,), (10.0,), tuple((20.0 + n,) for n in widths))
     for temperature in (0.0, 0.3):
-        params = SamplingParams(max_tokens=32, temperature=temperature, seed=3)
+        params = SamplingParams(max_tokens=48, temperature=temperature, seed=3)
         same, drafted, _ = _answer(exact, ask, params=params)
         with monkeypatch.context() as chosen:  # widths, at times that are not a busy moment's
             chosen.setattr(exact.engine, "_pinned", None)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Int4Weight:
     scales_and_zeros: Tensor  # bf16 [G, N, 2]
 
     @classmethod
-    def of(cls, source: Packed, q: Tensor, scale: Tensor, zero: Tensor) -> Int4Weight:
+    def of(cls, source: Packed, q: Tensor, scale: Tensor, zero: Tensor) -> Self:
         """q: uint8 [N, K] in 0..15; scale, zero: fp32 [N, G]."""
         nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         pairs = torch.stack((scale, zero), dim=-1).transpose(0, 1)  # [G, N, 2]
@@ -119,7 +120,7 @@ class Int4Copy(Int4Weight):
         return self.nibbles.nbytes + self.scales_and_zeros.nbytes
 
     @classmethod
-    def rounded(cls, source: Packed) -> Int4Copy:
+    def rounded(cls, source: Packed) -> Self:
         """source: [N, K], for which `int4_serves`. A group of 32 is spread over its 16 numbers."""
         rows = torch.split(torch.arange(source.shape[0]), ROUNDED_AT_ONCE)
         parts = [cls._rounded(source, source.rows(chunk).float()) for chunk in rows]
@@ -127,14 +128,13 @@ class Int4Copy(Int4Weight):
         return cls(source, nibbles, torch.cat([part.scales_and_zeros for part in parts], 1))
 
     @classmethod
-    def _rounded(cls, source: Packed, wide: Tensor) -> Int4Copy:
+    def _rounded(cls, source: Packed, wide: Tensor) -> Self:
         groups = wide.view(len(wide), -1, INT4_GROUPS[-1])  # [N, G, 32]
         low, high = groups.aminmax(dim=-1)
         scale = ((high - low) / 15).clamp(min=1e-30).bfloat16().float()
         zero = (low + 8 * scale).bfloat16().float()
         q = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15)
-        made = Int4Weight.of(source, q.flatten(-2), scale, zero)
-        return cls(source, made.nibbles, made.scales_and_zeros)
+        return cls.of(source, q.flatten(-2), scale, zero)
 
 
 @dataclass

@@ -190,8 +190,8 @@ def test_splits_are_even_and_never_empty(form: str, n: int, k: int) -> None:
     config = tuned.linear(form, n, k)
     chunks = -(-k // config.bk)
     assert 1 <= config.splits <= chunks
-    even = -(-chunks // config.splits) * config.splits <= tuned.WASTE * chunks
-    assert even or ("linear", form, n, k) in tuned._MEASURED  # where time has decided
+    if (form, n, k) != ("int4", 2816, 4096):  # six shares of 32 chunks, by time
+        assert -(-chunks // config.splits) * config.splits <= tuned.WASTE * chunks
 
 
 REAL = [

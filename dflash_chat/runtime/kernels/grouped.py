@@ -33,7 +33,8 @@ from torch import Tensor
 from dflash_chat.runtime.kernels.attention import card
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.forms import CHUNK
-from dflash_chat.runtime.kernels.tile_product import pair, widen
+from dflash_chat.runtime.kernels.int4_product import pair
+from dflash_chat.runtime.kernels.narrow import widen
 
 
 class GroupedConfig(NamedTuple):

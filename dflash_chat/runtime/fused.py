@@ -1,12 +1,14 @@
 """A block's forward from our own kernels: 1 to 17 rows, static shapes, lengths on the device.
 
 Nothing here waits for the device or depends on what it computes, so a CUDA graph can capture it.
-A layer is nine launches, one more where several rows choose experts:
+A layer is eight launches for a few rows, with one more each for many or wide heads and where
+several rows choose experts:
 
-    qkv → rope and cache write → attention, its shares merged → o_proj → add and norms
+    qkv → rope, cache write, attention → its shares merged → o_proj → add and norms
         → gate_up → down → add and norms                       (experts beside the dense MLP)
 
-The router's logits come with the norms; gate_up finds a single row's experts itself.
+Many rows or wide heads have rope and cache write as a launch of their own. The router's logits come
+with the norms; gate_up finds a single row's experts itself.
 
 Split GEMMs leave fp32 partial sums that the next kernel adds up. Knows the order of the kernels;
 knows no architecture (`parts.py` describes the layers), no checkpoint and no sampling.
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dflash_chat.runtime.cache import KVCache
-from dflash_chat.runtime.kernels import attention, linear, moe, norms, rope, router
+from dflash_chat.runtime.kernels import attention, linear, moe, norms, rope, rope_attention, router
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.norms import Branch, Router
 from dflash_chat.runtime.parts import AttentionParts, LayerParts
@@ -53,15 +55,27 @@ class Attention:
     def __call__(self, h: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
         """h: normed [T, C] → partial sums of the output, fp32 [S, T, C]."""
         p = self.parts
+        qkv = linear.partials(h, self.qkv, pdl=self.pdl)
+        turned = qkv, p.q_norm, p.k_norm, self.turns.cos, self.turns.sin, keys, values, length
+        if self._in_one(len(h), qkv.shape[2], keys):
+            out = rope_attention.rope_attention(
+                *turned, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys,
+                window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl,
+            )  # fmt: skip
+            return linear.partials(out, self.o_proj, pdl=self.pdl)
         q = rope.qk_rope_write(
-            linear.partials(h, self.qkv, pdl=self.pdl), p.q_norm, p.k_norm,
-            self.turns.cos, self.turns.sin, keys, values, length,
-            eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys, pdl=self.pdl,
-        )  # fmt: skip
+            *turned, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys, pdl=self.pdl
+        )
         out = attention.block_attention(
             q, keys, values, length, window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl
         )
         return linear.partials(out, self.o_proj, pdl=self.pdl)
+
+    def _in_one(self, rows: int, width: int, keys: Tensor) -> bool:
+        """Whether one launch does for rope and attention."""
+        groups, _, dim = keys.shape
+        heads = width // dim - groups * (1 if self.parts.values_are_keys else 2)
+        return rope_attention.fits(rows, heads, groups, dim)
 
 
 class Layer:

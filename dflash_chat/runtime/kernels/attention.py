@@ -67,7 +67,7 @@ def reference(
 
 
 @triton.jit
-def _slots(start, slots, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+def slots_of(start, slots, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where positions [start, start + BLOCK_N) stand; only a windowed cache may be a ring."""
     if WINDOW:
         slot = start % slots + tl.arange(0, BLOCK_N)
@@ -88,7 +88,7 @@ def attend_tile(
     hence `scale` holds log₂ e.
     """
     n = start + tl.arange(0, BLOCK_N)
-    at = _slots(start, slots, WINDOW, BLOCK_N)[:, None] * D + tl.arange(0, D)[None, :]
+    at = slots_of(start, slots, WINDOW, BLOCK_N)[:, None] * D + tl.arange(0, D)[None, :]
     inside = n < hi
     k = tl.load(k_base + at, mask=inside[:, None], other=0.0)
     v = tl.load(v_base + at, mask=inside[:, None], other=0.0)
@@ -127,10 +127,10 @@ def _share(split, length, T, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(base, start, hi, slots, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+def ask_for(base, start, hi, slots, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Ask L2 for rows [start, min(hi, +BLOCK_N)) of a [S, D] cache, one request per line."""
     LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # elements
-    slot = _slots(start, slots, WINDOW, BLOCK_N)
+    slot = slots_of(start, slots, WINDOW, BLOCK_N)
     slot = tl.where(start + tl.arange(0, BLOCK_N) < hi, slot, start % slots)
     column = tl.arange(0, (D + LINE - 1) // LINE) * LINE
     line = base + slot[:, None] * D + column[None, :]
@@ -188,8 +188,8 @@ def _attention_kernel(
     lo, hi = _share(split, length, T, WINDOW, SPLITS)
     if PDL:
         for start in range(lo, tl.minimum(hi, lo + 2 * BLOCK_N), BLOCK_N):
-            _prefetch(k_base, start, hi, slots, D, WINDOW, BLOCK_N)
-            _prefetch(v_base, start, hi, slots, D, WINDOW, BLOCK_N)
+            ask_for(k_base, start, hi, slots, D, WINDOW, BLOCK_N)
+            ask_for(v_base, start, hi, slots, D, WINDOW, BLOCK_N)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     q = tl.load(q_ptr + at, mask=used[:, None], other=0.0)
@@ -277,19 +277,25 @@ def block_attention(
         assert x.is_contiguous(), f"{tuple(x.shape)} {x.stride()}"
     c = config or default_config(q, keys, window)
     tiles_m = triton.cdiv(rows * heads // groups, c.block_m)
-    pow2 = triton.next_power_of_2(c.splits)
     partial = torch.empty(c.splits, rows * heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(c.splits, rows * heads, dtype=torch.float32, device=q.device)
-    out = torch.empty(rows, heads * dim, dtype=q.dtype, device=q.device)
     _attention_kernel[(c.splits, tiles_m, groups)](
         q, keys, values, length, partial, lse, slots, scale * LOG2E, rows,
         H=heads, G=groups, D=dim, WINDOW=window, CAUSAL=causal, SPLITS=c.splits,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, STAGES=c.stages, PDL=pdl,
         num_warps=c.warps, num_stages=c.stages, launch_pdl=pdl,
     )  # fmt: skip
+    return merge(partial, lse, rows, pdl)
+
+
+def merge(partial: Tensor, lse: Tensor, rows: int, pdl: bool) -> Tensor:
+    """Shares [S, T·H, D] by their log₂-sum-exp, fp32 [S, T·H] → [T, H·D]. −inf: one not to read."""
+    splits, heads, dim = partial.shape
+    out = torch.empty(rows, heads // rows * dim, dtype=partial.dtype, device=partial.device)
+    pow2 = triton.next_power_of_2(splits)
     block_d = min(dim, 64 if pow2 <= 32 else 32)  # so that one warp does without a barrier
-    _merge_kernel[(rows * heads, dim // block_d)](
-        partial, lse, out, SPLITS=c.splits, POW2=pow2, D=dim, BLOCK_D=block_d, PDL=pdl,
+    _merge_kernel[(heads, dim // block_d)](
+        partial, lse, out, SPLITS=splits, POW2=pow2, D=dim, BLOCK_D=block_d, PDL=pdl,
         num_warps=max(1, pow2 * block_d // 4096), launch_pdl=pdl,
     )  # fmt: skip
     return out

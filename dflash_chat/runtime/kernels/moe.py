@@ -20,7 +20,8 @@ read was written by the launch before it, which had ended when the router let ga
 in L2 then, where they read it, past L1 or with an L1 that has let go of what it held.
 A single row has as many places as ranks: given its logits instead of a list, the gate_up CTAs of
 place i look for the expert of rank i themselves; a dense tile, done sooner, writes down who it is,
-or of int4, whose dense tiles are done no sooner, the first of them.
+or of int4, whose dense tiles are done no sooner, the first of them. int4 without zeros multiplies a
+single row as `int4_product.only_row` does.
 
 Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`, which
 `tile_product.py` reads.
@@ -72,7 +73,8 @@ CONFIGS = {
         1: MoeConfig(16, 128, 2, 6), 4: MoeConfig(16, 128, 2, 4), ANY: MoeConfig(32, 256, 4, 3),
     },
     ("gate_up", "int4"): {
-        2: MoeConfig(16, 256, 1, 3), 8: MoeConfig(32, 128, 2, 3), ANY: MoeConfig(32, 128, 2, 4),
+        1: MoeConfig(8, 256, 1, 4), 2: MoeConfig(16, 256, 1, 3), 8: MoeConfig(32, 128, 2, 3),
+        ANY: MoeConfig(32, 128, 2, 4),
     },
     ("down", "plain"): {ANY: MoeConfig(64, 64, 2, 5)},
     ("down", "fp8"): {2: MoeConfig(64, 128, 4, 3), ANY: MoeConfig(64, 128, 4, 4)},
@@ -200,13 +202,11 @@ def _gate_up_kernel(
         i = (tile - DENSE_TILES) // TILES
         first = (tile - DENSE_TILES) % TILES * BN
         if logits_ptr is not None:
-            if FORMAT == "int4":
+            if FORMAT == "int4" and first == 0:
                 expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
-                if first == 0:
-                    _list(
-                        experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight, TOP,
-                        ROWS,
-                    )  # fmt: skip
+                _list(
+                    experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight, TOP, ROWS
+                )
             else:
                 expert = expert_at_rank(logits_ptr, i, E, WARPS)
             active = TOP

@@ -191,13 +191,9 @@ def qk_rope_write(
     length: int32 [1] on the device. `v_norm` gives values an RMSNorm without weight.
     """
     parts = qkv if qkv.dim() == 3 else qkv[None]  # [P, T, N]
+    heads = check(parts, q_norm, k_norm, cos, sin, keys, values, length, k_eq_v)
     splits, rows, width = parts.shape
     groups, slots, dim = keys.shape
-    heads = width // dim - groups * (1 if k_eq_v else 2)
-    assert (heads + groups * (1 if k_eq_v else 2)) * dim == width, f"{width} is no row of {dim}s"
-    assert heads % groups == 0, f"{heads} heads on {groups}"
-    assert (q_norm is None) == (k_norm is None), "norms for both of q and k, or for neither"
-    _check(parts, cos, sin, keys, values, length)
     q = torch.empty(rows, heads, dim, dtype=keys.dtype, device=keys.device)
     _qk_rope_write_kernel[(width // dim, rows)](
         parts, q_norm, k_norm, cos, sin, keys, values, length, q, slots, eps,
@@ -205,6 +201,20 @@ def qk_rope_write(
         num_warps=_warps(dim), launch_pdl=pdl,
     )  # fmt: skip
     return q
+
+
+def check(
+    parts: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    keys: Tensor, values: Tensor, length: Tensor, k_eq_v: bool,
+) -> int:  # fmt: skip
+    """How many query heads a projection's partials [P, T, N] hold."""
+    width, (groups, _, dim) = parts.shape[2], keys.shape
+    heads = width // dim - groups * (1 if k_eq_v else 2)
+    assert (heads + groups * (1 if k_eq_v else 2)) * dim == width, f"{width} is no row of {dim}s"
+    assert heads % groups == 0, f"{heads} heads on {groups}"
+    assert (q_norm is None) == (k_norm is None), "norms for both of q and k, or for neither"
+    _check(parts, cos, sin, keys, values, length)
+    return heads
 
 
 def context_write(

@@ -24,6 +24,7 @@ from dflash_chat.runtime.kernels import (
     norms,
     prefill,
     rope,
+    rope_attention,
     router,
     screen,
     tuned,
@@ -95,10 +96,13 @@ def linears() -> Iterator[tuple[str, Callable[[], object]]]:
         run: Callable[..., object] = {"linear": linear.partials, "head": heads.argmax}.get(
             kernel, lambda x, w, **options: linear.gated(x, w, "silu", **options)
         )
-        yield (
-            f"{kernel} {form} {tuple(config)}",
-            lambda run=run, w=w, config=config: run(bf16(ROWS, 4096), w, config=config),
-        )
+        for rows in (1, ROWS) if (kernel, form) == ("linear", "int4") else (ROWS,):
+            yield (
+                f"{kernel} {form} {tuple(config)} {rows}",
+                lambda run=run, w=w, config=config, rows=rows: run(
+                    bf16(rows, 4096), w, config=config
+                ),
+            )
 
 
 def experts() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -163,6 +167,26 @@ def layers() -> Iterator[tuple[str, Callable[[], object]]]:
                 p, bf16(d), bf16(d), *t, keys, keys, length, eps=1e-6
             ),
         )
+        for rows in (1, 4):
+            if rope_attention.fits(rows, heads_, groups, dim):
+                yield (
+                    f"rope and attention {dim} {rows}",
+                    lambda p=parts[:, :rows], t=tables, keys=keys, d=dim, w=window: (
+                        rope_attention.rope_attention(
+                            p.contiguous(),
+                            bf16(d),
+                            bf16(d),
+                            *t,
+                            keys,
+                            keys,
+                            length,
+                            eps=1e-6,
+                            window=w,
+                            causal=True,
+                            scale=1.0,
+                        )
+                    ),
+                )
     branch, norm = Branch(torch.empty(8, ROWS, 2816), norm=bf16(2816)), bf16(2816)
     routing = Router(norm, bf16(128, 2816))
     yield "norms", lambda: norms.residual_norms(bf16(ROWS, 2816), [branch] * 2, [norm], 1e-6)

@@ -26,7 +26,7 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 GEMMA: dict[str, Any] = LLAMA | {
-    "model_type": "gemma4_text", "num_hidden_layers": 4, "global_head_dim": 32,
+    "model_type": "gemma4_text", "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 32,
     "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 5.0,
     "rope_parameters": {

@@ -15,7 +15,8 @@ AMPERE, SHARED = 86, 99 * 1024  # an RTX 3090: no type for e4m3, no asynchronous
 KERNELS = {
     "_linear_kernel", "_head_kernel", "_argmax_kernel", "_floor_kernel", "_refine_kernel",
     "_gate_up_kernel", "_down_kernel", "_grouped_kernel", "_attention_kernel", "_merge_kernel",
-    "_chunk_attention_kernel", "_qk_rope_write_kernel", "_residual_kernel", "_select_kernel",
+    "_chunk_attention_kernel", "_qk_rope_write_kernel", "_rope_attention_kernel",
+    "_residual_kernel", "_select_kernel",
 }  # fmt: skip
 
 

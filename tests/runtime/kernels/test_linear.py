@@ -72,6 +72,20 @@ def test_a_tail_of_long_runs(form: str) -> None:
     assert_as_good(out, linear.reference(x, w), truth)
 
 
+@pytest.mark.parametrize(("k", "splits"), [(256, 1), (704, 2), (896, 3)])  # runs of 32, 16, 32
+def test_one_row_of_int4_has_its_groups_side_by_side(k: int, splits: int) -> None:
+    w, x = weight("int4-32", 72, k), activations(2, k)
+    config = Config(32, 256, 1, 3, splits)
+    truth = x.double() @ dequantize(w).double().T
+    both = linear.partials(x, w, config=config)
+    for row in range(2):
+        alone = linear.partials(x[row : row + 1], w, config=config)
+        plain = linear.reference(x[row : row + 1], w)
+        assert_as_good(alone.sum(0), plain, truth[row : row + 1])
+        # The same sums in the same order; the interpreter's products may round by their shape.
+        assert torch.allclose(alone[:, 0], both[:, row], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("form", ["bf16", "channel", "int4-64", "zero-32"])
 def test_matmul_with_a_tail_along_k_and_n(form: str, splits: int) -> None:

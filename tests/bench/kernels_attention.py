@@ -74,7 +74,9 @@ class Case:
         self.q = randn(rows, shape.heads, shape.dim)
         self.caches = randn(copies, 2, shape.groups, slots, shape.dim)
         self.length = torch.tensor([context], dtype=torch.int32, device="cuda")
-        self.default = attention.default_config(self.q, self.caches[0, 0], shape.window)
+        self.default = attention.default_config(
+            len(self.q), self.q.shape[1], self.caches[0, 0], shape.window
+        )
 
     def call(self, cache: Tensor, config: Config | None = None, q: Tensor | None = None) -> Tensor:
         return attention.block_attention(

@@ -226,14 +226,14 @@ def card(device: torch.device) -> Card:
     return Card(found.multi_processor_count, roomy=found.major in (9, 10))
 
 
-def default_config(q: Tensor, keys: Tensor, window: int) -> Config:
+def default_config(rows: int, heads: int, keys: Tensor, window: int) -> Config:
     """Tiles of 64 KB of keys and values, and as many shares as run at once, none without a tile.
 
     Tiles 64 rows high go through wgmma, whose buffers are one more than the others'. A share of one
     tile has nothing to run ahead for.
     """
-    (rows, heads, dim), (groups, slots, _) = q.shape, keys.shape
-    sms, roomy = card(q.device)
+    groups, slots, dim = keys.shape
+    sms, roomy = card(keys.device)
     m = rows * heads // groups
     block_m = min(max(16, triton.next_power_of_2(m)), 64 if roomy or dim <= 128 else 32)
     block_n = max(16, min(64 if block_m == 64 else 128, 16384 // dim))
@@ -275,7 +275,7 @@ def block_attention(
     assert length.dtype == torch.int32, f"length {length.dtype}"
     for x in (q, keys, values):
         assert x.is_contiguous(), f"{tuple(x.shape)} {x.stride()}"
-    c = config or default_config(q, keys, window)
+    c = config or default_config(rows, heads, keys, window)
     tiles_m = triton.cdiv(rows * heads // groups, c.block_m)
     partial = torch.empty(c.splits, rows * heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(c.splits, rows * heads, dtype=torch.float32, device=q.device)

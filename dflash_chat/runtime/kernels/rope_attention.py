@@ -319,7 +319,6 @@ def rope_attention(
 
 
 def _config(rows: int, heads: int, keys: Tensor, window: int) -> attention.Config:
-    """As for the attention alone, but with more hands where a single row waits for each of them."""
-    q = keys.new_empty((rows, heads, keys.shape[2]), device="meta")
-    config = attention.default_config(q, keys, window)
+    """As for the attention alone, but more hands for a single row, which waits for each of them."""
+    config = attention.default_config(rows, heads, keys, window)
     return config._replace(warps=8) if rows == 1 and window else config

@@ -88,6 +88,18 @@ def test_what_does_not_fit() -> None:
     assert not rope_attention.fits(1, 16, 2, 512)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_tiles_are_those_of_the_card_at_hand(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def card(device: torch.device) -> attention.Card:
+        assert device.type == torch.device(DEVICE).type
+        return attention.Card(84, roomy=False)  # an RTX 3090
+
+    monkeypatch.setattr(attention, "card", card)
+    config = rope_attention._config(rows, 16, torch.empty(8, 2048, 256, device=DEVICE), 1024)
+    assert config.splits == 10  # eight kv heads on 84 multiprocessors
+    assert config.stages == 2
+
+
 REAL = {  # style, heads, groups, dim, slots, window
     "gemma sliding": ("gemma sliding", 16, 8, 256, 1152, 1024),
     "values are keys": ("gemma full", 8, 2, 256, 4096, 0),

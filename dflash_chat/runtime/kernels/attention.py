@@ -77,6 +77,17 @@ def slots_of(start, slots, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(s, v, top, total, acc):
+    """The running maximum, sum [M] and weighted values [M, D] after scores [M, N] and v [N, D]."""
+    new_top = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+    w = tl.exp2(s - safe[:, None])
+    keep = tl.exp2(top - safe)
+    acc = tl.dot(w.to(v.dtype), v, acc * keep[:, None])
+    return new_top, total * keep + tl.sum(w, 1), acc
+
+
+@triton.jit
 def attend_tile(
     q, p, first_p, last_p, k_base, v_base, start, hi, slots, scale, top, total, acc,
     D: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -106,12 +117,7 @@ def attend_tile(
         if WINDOW:
             seen = seen & (n[None, :] > p[:, None] - WINDOW)
         s = tl.where(seen, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-    w = tl.exp2(s - safe[:, None])
-    keep = tl.exp2(top - safe)
-    acc = tl.dot(w.to(v.dtype), v, acc * keep[:, None])
-    return new_top, total * keep + tl.sum(w, 1), acc
+    return softmax_step(s, v, top, total, acc)
 
 
 @triton.jit

@@ -23,7 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels import attention, rope
-from dflash_chat.runtime.kernels.attention import GRAIN, LOG2E, ask_for, merge, slots_of
+from dflash_chat.runtime.kernels.attention import (
+    GRAIN,
+    LOG2E,
+    ask_for,
+    merge,
+    slots_of,
+    softmax_step,
+)
 
 MOST = 16  # rows of queries a kv head
 WIDEST = 256  # head, beyond which registers overflow
@@ -72,13 +79,7 @@ def _stacked(x, ROWS: tl.constexpr):
 def _attend(q_lo, q_hi, k_lo, k_hi, v, seen, scale, top, total, acc):
     """One step of the online softmax over keys [N, D/2] twice and values [N, D], [M, N] `seen`."""
     s = tl.dot(q_hi, tl.trans(k_hi), tl.dot(q_lo, tl.trans(k_lo))) * scale
-    s = tl.where(seen, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-    w = tl.exp2(s - safe[:, None])
-    keep = tl.exp2(top - safe)
-    acc = tl.dot(w.to(v.dtype), v, acc * keep[:, None])
-    return new_top, total * keep + tl.sum(w, 1), acc
+    return softmax_step(tl.where(seen, s, float("-inf")), v, top, total, acc)
 
 
 @triton.jit

@@ -6,8 +6,11 @@ The interpreter computes bf16 arithmetic silently wrong, so it gets fp16 and fp3
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,40 @@ if not torch.cuda.is_available():
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOW = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+
+def patched_once() -> None:
+    """The interpreter puts its own operations into triton.language at every call of a function of
+    ours, also where the caller already has, and spends two fifths of its time on that.
+    """
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:  # another version, which may not need this
+        return
+    modules = (interpreter.tl, interpreter.tl.core)
+    there: set[int] = set()
+
+    def unless_there(function: Callable[..., object]) -> Any:  # noqa: ANN401
+        seen = {id(value) for value in function.__globals__.values() if value in modules}
+        new = seen - there
+        if seen and not new:
+            return interpreter._LangPatchScope()  # with nothing to restore
+        scope = patch(function)
+        there.update(new)
+        restore = scope.restore
+
+        def leave() -> None:
+            restore()
+            there.difference_update(new)
+
+        scope.restore = leave
+        return scope
+
+    interpreter._patch_lang = unless_there
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patched_once()
 
 
 @pytest.fixture(autouse=True)

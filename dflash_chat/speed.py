@@ -1,6 +1,6 @@
 """What a pass should take, from the bytes it must read, and how many drafted tokens pay.
 
-    pass       Σ bytes of a format ÷ (what a copy reaches · that format's share) + launches · 2.8 µs
+    pass       Σ bytes of a format ÷ (what a copy reaches · that format's share) + launches · 2.2 µs
     verify(n)  weights once, keys and values once, recurrent states twice; of every layer's experts
                the distinct ones that n rows are routed to, E·(1 − (1 − k/E)^n) if rows choose
                independently. Neighbouring tokens share experts, so that real passes read less.
@@ -25,9 +25,9 @@ from dflash_chat.runtime.width import WIDTHS
 
 # All four were measured on one H200 (driver 580, torch 2.11, the figures of tests/bench/NOTES.md).
 COPY_SHARE = 0.89  # of the data sheet's bandwidth, by a large copy
-FORMAT_SHARES = {16: 1.0, 8: 0.83, 4: 0.56}  # of a copy's bandwidth, by bits of the weights read
-LAUNCH_MS = 0.0028  # a kernel inside a graph costs this besides its bytes
-_LAUNCHES = {"dense": 7, "experts": 10, "draft": 10}  # a layer
+FORMAT_SHARES = {16: 1.0, 8: 0.88, 4: 0.72}  # of a copy's bandwidth, by bits of the weights read
+LAUNCH_MS = 0.0022  # a kernel inside a graph costs this besides its bytes
+_LAUNCHES = {"dense": 7, "experts": 9, "draft": 10}  # a layer
 
 KINDS = ("prose", "mixed", "code")
 HERE = "here"  # the kind of text that was measured

@@ -6,7 +6,7 @@ A nibble in the bits 4 … 7 of a bf16 counts 16 times as much as one in the bit
 four is shifted once. Σ x·8 is a product with a constant matrix, the same for all channels, so
 computed once per warp. The weights come first in the product, whose second matrix may have eight
 columns while its first needs sixteen rows: eight rows of x, or of a single one eight groups, each
-beside zeros, whose sums then stand side by side. That takes a third fewer instructions, and
+beside zeros, whose sums then stand side by side. That takes three tenths fewer instructions, and
 the sums are the same to the bit, since they are added up in the same order.
 """
 
@@ -223,7 +223,7 @@ def only_row(
     """x · w[n]ᵀ of one row over the blocks first … end of 4·RUN columns of int4: fp32 [CHANNELS].
 
     Eight groups of x stand where eight rows do in `int4_block`, each beside zeros, so that their
-    sums come out side by side, with a third fewer instructions and the same bits.
+    sums come out side by side, with three tenths fewer instructions and the same bits.
     """
     acc = tl.zeros([n.shape[0]], tl.float32)
     factors = _factors(apart_ptr, 256 // RUN)

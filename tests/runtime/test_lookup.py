@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_chat.runtime.lookup import LONGEST, SHORTEST, Chances, Lookup
+from dflash_chat.runtime.lookup import LONGEST, SHORTEST, Chances, Lookup, kind_of
 
 
 def found(text: Sequence[int], most: int = 7) -> tuple[int, ...]:
@@ -59,27 +59,77 @@ def test_a_loop_is_proposed_to_go_on() -> None:
     assert found([9, 1, 2, 3, 1, 2, 3], 7) == (1, 2, 3, 1, 2, 3, 1)
 
 
+def alone(*lengths: int) -> list[int]:
+    """Matches that no other place agrees or disagrees with."""
+    return [kind_of(length, False, 0) for length in lengths]
+
+
 def test_what_a_step_commits_teaches_whoever_drafted_it() -> None:
     chances = Chances()
-    known = chances.of(2), chances.of(3), chances.of(4)
+    known = chances.of(alone(2, 3, 4))
     lookup = Lookup([1, 2, 3, 4, 5, 9, 1, 2], chances)
     told = lookup.find(3)
     assert tuple(told.tokens) == (3, 4, 5)
-    assert tuple(told.chances) == known
+    assert told.chances == known
 
     lookup.extend([3, 7])  # the first was right, the second was not, the third is not known
-    assert chances.of(2) > known[0]
-    assert chances.of(3) < known[1]
-    assert chances.of(4) == known[2]
+    learnt = chances.of(alone(2, 3, 4))
+    assert learnt[0] > known[0]
+    assert learnt[1] < known[1]
+    assert learnt[2] == known[2]
 
     lookup.extend([8])  # nothing was asked
-    assert chances.of(3) < known[1]
+    assert chances.of(alone(2, 3, 4)) == learnt
 
 
 def test_trust_follows_a_text_that_changes() -> None:
-    chances = Chances()
+    chances, untold = Chances(), Chances().of(alone(2))
+    (kind,) = alone(5)
     for right, least, most in ((True, 0.98, 1.0), (False, 0.0, 0.2), (True, 0.8, 1.0)):
         for _ in range(600):
-            chances.observe(5, right)
-        assert least < chances.of(5) < most
-    assert chances.of(2) == 0.5, "another length"
+            chances.observe(kind, right)
+        assert least < chances.of([kind])[0] < most
+    assert chances.of(alone(2)) == untold, "another length"
+
+
+def test_other_places_speak_for_a_token_or_against_it() -> None:
+    def first(text: Sequence[int]) -> float:
+        """The chance of the first token that is found."""
+        return Lookup(text, Chances()).find(1).chances[0]
+
+    alone = first([1, 2, 3, 7, 1, 2])
+    seconded = first([1, 2, 3, 8, 1, 2, 3, 7, 1, 2])
+    contested = first([1, 2, 4, 8, 1, 2, 3, 7, 1, 2])
+    both = first([1, 2, 4, 8, 1, 2, 3, 9, 1, 2, 3, 7, 1, 2])
+    assert contested < both < alone < seconded
+
+    longer = first([5, 1, 2, 3, 7, 5, 1, 2])
+    by_shorter = first([6, 1, 2, 4, 5, 1, 2, 3, 7, 5, 1, 2])
+    by_as_long = first([5, 1, 2, 4, 5, 1, 2, 3, 7, 5, 1, 2])
+    assert by_as_long < by_shorter < longer
+
+
+def kinds(text: Sequence[int], most: int) -> list[int]:
+    """The definition: of the places where the text's end and all found before this one stand."""
+    tokens = search(text, most)
+    whole, lengths = [*text, *tokens], {}
+    for end in range(1, len(text)):
+        n = 0
+        while n < min(end, LONGEST) and text[end - 1 - n] == text[-1 - n]:
+            n += 1
+        if n >= SHORTEST:
+            lengths[end] = n
+    answer = []
+    for i, token in enumerate(tokens):
+        here = {e: n + i for e, n in lengths.items() if tuple(whole[e : e + i]) == tokens[:i]}
+        same = [n for e, n in here.items() if whole[e + i] == token]
+        other = [n for e, n in here.items() if whole[e + i] != token]
+        answer.append(kind_of(max(same), len(same) > 1, max(other, default=0)))
+    return answer
+
+
+@given(st.lists(st.integers(0, 2), min_size=12, max_size=30), st.integers(1, 7))
+@settings(deadline=None, max_examples=300)
+def test_kinds_are_those_of_a_plain_search(text: list[int], most: int) -> None:
+    chances = Chances()
+    assert list(Lookup(text, chances).find(most).chances) == chances.of(kinds(text, most))

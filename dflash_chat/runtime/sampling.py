@@ -27,6 +27,8 @@ from dflash_chat.runtime.api import SamplingParams
 UNREAD = -1  # choice of a row behind the first mismatch, where that row was not computed
 _TOP_P_CANDIDATES = 512  # a full sort of the vocabulary is only needed for flatter distributions
 _MASK = 0xFFFFFFFF  # one 32-bit word
+_SUMS_ERR = 1e-4  # more than fp32 sums of a vocabulary are off
+_BLOCK = 64  # tokens of which a CPU looks at the largest first
 HEAD = 64  # tokens with noise of their own; the rest of the vocabulary competes as one
 SHARPNESS = 0.8  # turns perturbed scores into chances; found on the default pair
 
@@ -61,7 +63,8 @@ class Sampler:
         if self.penalises:
             logits = self._penalised(logits.float(), drafted)
         if self.params.temperature <= 0:
-            return logits.float().argmax(-1)  # a CPU's argmax of bf16 is three times slower
+            # on a CPU argmax takes twice as long as max, and of bf16 four times
+            return logits.float().max(-1).indices
         keys = self.keys(len(logits), logits.device)
         if logits.is_cuda:
             return self._draw(logits, keys)
@@ -77,7 +80,7 @@ class Sampler:
         if self.params.temperature <= 0:
             best = logits.max(-1)
             return best.indices, (best.values - logits.logsumexp(-1)).exp()
-        top, ids = logits.topk(min(HEAD, logits.shape[-1]), -1)
+        top, ids = largest(logits, min(HEAD, logits.shape[-1]))
         noise = gumbel(self.keys(len(ids), ids.device, before)[:, None], ids)
         scores = filtered(top, self.params).log() + noise
         best = scores.max(-1)
@@ -140,7 +143,7 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     """Unnormalised probabilities [n, V] in fp32 after temperature, top-k, top-p and min-p."""
     logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
-        kth = logits.topk(params.top_k, -1).values[:, -1:]  # [n, 1]
+        kth = largest(logits, params.top_k)[0][:, -1:]  # [n, 1]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     weights = logits.softmax(-1)
     if params.top_p < 1.0:
@@ -173,19 +176,39 @@ def draw(weights: Tensor, keys: Tensor) -> Tensor:
     wins, one of them is drawn by inverse CDF.
     """
     vocab = weights.shape[-1]
-    top, ids = weights.topk(min(HEAD + 1, vocab), -1)
+    top, ids = largest(weights, min(HEAD + 1, vocab))
     next_best = top[:, -1:] if vocab > HEAD else torch.zeros_like(top[:, -1:])
     own = top.masked_fill(top <= next_best, 0.0)
-    rest = weights.masked_fill(weights > next_best, 0.0)
     scores = own.log() + gumbel(keys[:, None], ids)
-    number = torch.full_like(keys, vocab)
-    rest_score = rest.sum(-1).log() + gumbel(keys, number)
     best = scores.max(-1)
     chosen = ids.gather(-1, best.indices[:, None])[:, 0]
-    loses = best.values >= rest_score
-    if not weights.is_cuda and bool(loses.all()):
-        return chosen
+    number = torch.full_like(keys, vocab)
+    rest_noise = gumbel(keys, number)
+    if not weights.is_cuda:  # mostly the rest need not be weighed to know that they lose
+        at_most = weights.sum(-1) * (1.0 + _SUMS_ERR) - own.sum(-1)
+        if bool((best.values >= at_most.log() + rest_noise).all()):
+            return chosen
+    rest = weights.masked_fill(weights > next_best, 0.0)
+    loses = best.values >= rest.sum(-1).log() + rest_noise
     return torch.where(loses, chosen, inverse_cdf(rest, uniform(keys, number + 1)))
+
+
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest numbers of each row of x [n, V], the first first, and where they are.
+
+    A CPU looks for them where the k blocks stand whose own largest are the largest: a third of the
+    time that `topk` takes for the whole row.
+    """
+    blocks = x.shape[-1] // _BLOCK
+    if x.is_cuda or x.shape[-1] % _BLOCK or 2 * k > blocks:
+        top = x.topk(k, -1)
+        return top.values, top.indices
+    tiles = x.view(len(x), blocks, _BLOCK)
+    which = tiles.amax(-1).topk(k, -1).indices  # [n, k]
+    few = tiles.gather(1, which[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
+    top = few.topk(k, -1)
+    ids = which.gather(-1, top.indices // _BLOCK) * _BLOCK + top.indices % _BLOCK
+    return top.values, ids
 
 
 def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:

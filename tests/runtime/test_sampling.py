@@ -7,8 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from dflash_chat.runtime import sampling
 from dflash_chat.runtime.api import SamplingParams
 from dflash_chat.runtime.engine import Engine
 from dflash_chat.runtime.sampling import (
@@ -17,6 +20,7 @@ from dflash_chat.runtime.sampling import (
     draw,
     filtered,
     inverse_cdf,
+    largest,
     mix,
     uniform,
 )
@@ -175,6 +179,36 @@ def test_draw_follows_the_weights(vocab: int) -> None:
     draws = 30000
     ids = draw(weights.expand(draws, -1), mix(torch.arange(draws) * 0x9E3779B1)).tolist()
     assert chi_square_ok(Counter(ids), weights[0] / weights.sum(), draws)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])
+def test_a_draw_is_the_same_whether_the_rest_are_weighed_or_not(
+    sharpness: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(400, 16384, generator=generator) * sharpness).softmax(-1)
+    rows[::3, 10:] = 0.0  # few tokens left, and nothing of the rest
+    keys = mix(torch.arange(400) * 0x9E3779B1)
+    at_once = torch.cat([draw(rows[i : i + 1], keys[i : i + 1]) for i in range(400)])
+    monkeypatch.setattr(sampling, "_SUMS_ERR", math.inf)  # so nothing is known to lose unweighed
+    assert torch.equal(at_once, draw(rows, keys))
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 64), st.sampled_from([64 * 130, 64 * 128, 64 * 20, 8321]),
+    st.sampled_from([3, 10**6]), st.integers(0, 2**32),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_the_largest_are_those_of_a_whole_row(
+    rows: int, k: int, vocab: int, kinds: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(kinds, (rows, vocab), generator=generator).float()
+    x[:, ::7] = -math.inf
+    values, ids = largest(x, k)
+    assert torch.equal(values, x.topk(k).values)
+    assert torch.equal(values, x.gather(-1, ids))
+    assert all(len(set(row)) == k for row in ids.tolist())
 
 
 def test_a_drafter_that_knows_the_target_is_always_right() -> None:

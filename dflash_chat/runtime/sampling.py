@@ -27,6 +27,7 @@ from dflash_chat.runtime.api import SamplingParams
 UNREAD = -1  # choice of a row behind the first mismatch, where that row was not computed
 _TOP_P_CANDIDATES = 512  # a full sort of the vocabulary is only needed for flatter distributions
 _MASK = 0xFFFFFFFF  # one 32-bit word
+_NEVER = -80.0  # log-odds
 _SUMS_ERR = 1e-4  # more than fp32 sums of a vocabulary are off
 _BLOCK = 64  # tokens of which a CPU looks at the largest first
 HEAD = 64  # tokens with noise of their own; the rest of the vocabulary competes as one
@@ -92,12 +93,14 @@ class Sampler:
 
         On a CPU a row costs its arithmetic, not a launch, and most rows are never reached.
         """
-        chosen = torch.full((len(logits),), UNREAD)
+        chosen = [UNREAD] * len(logits)
         for i in range(len(logits)):
-            chosen[i] = self._draw(logits[i : i + 1], keys[i : i + 1])[0]
-            if i < len(drafted) and int(chosen[i]) != drafted[i]:
+            row, key = logits[i : i + 1].float(), keys[i : i + 1]
+            few = draw_of_few(row, self.params, key)
+            chosen[i] = int(draw(filtered(row, self.params), key)) if few is None else few
+            if i < len(drafted) and chosen[i] != drafted[i]:
                 break
-        return chosen
+        return torch.tensor(chosen)
 
     def _draw(self, logits: Tensor, keys: Tensor) -> Tensor:
         """One token per row."""
@@ -139,13 +142,17 @@ class Sampler:
         return logits - self.params.presence_penalty * (counts > 0)
 
 
-def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Unnormalised probabilities [n, V] in fp32 after temperature, top-k, top-p and min-p."""
-    logits = logits / params.temperature
+def filtered(logits: Tensor, params: SamplingParams, whole: Tensor | None = None) -> Tensor:
+    """Unnormalised probabilities [n, V] in fp32 after temperature, top-k, top-p and min-p.
+
+    With `whole`, fp32 [n, 1], these are but the largest of more logits, and it is the logarithm of
+    the sum of all their exponentials, the temperature applied.
+    """
+    logits = _scaled(logits, params)
     if 0 < params.top_k < logits.shape[-1]:
         kth = largest(logits, params.top_k)[0][:, -1:]  # [n, 1]
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    weights = logits.softmax(-1)
+    weights = logits.softmax(-1) if whole is None else (logits - whole).exp()
     if params.top_p < 1.0:
         few = 0 < params.top_k <= _TOP_P_CANDIDATES
         weights = weights.masked_fill(weights < _nucleus_floor(weights, params.top_p, few), 0.0)
@@ -153,6 +160,16 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
         floor = params.min_p * weights.amax(-1, keepdim=True)
         weights = weights.masked_fill(weights < floor, 0.0)
     return weights
+
+
+def _scaled(logits: Tensor, params: SamplingParams) -> Tensor:
+    """By the temperature. A CPU takes ten times as long for exponentials that fp32 can hardly hold,
+    so there what never wins keeps a weight of e⁻⁸⁰.
+    """
+    logits = logits / params.temperature
+    if logits.is_cuda:
+        return logits
+    return logits.maximum(logits.amax(-1, keepdim=True) + _NEVER)
 
 
 def _nucleus_floor(weights: Tensor, top_p: float, few: bool) -> Tensor:
@@ -191,6 +208,24 @@ def draw(weights: Tensor, keys: Tensor) -> Tensor:
     rest = weights.masked_fill(weights > next_best, 0.0)
     loses = best.values >= rest.sum(-1).log() + rest_noise
     return torch.where(loses, chosen, inverse_cdf(rest, uniform(keys, number + 1)))
+
+
+def draw_of_few(logits: Tensor, params: SamplingParams, key: Tensor) -> int | None:
+    """What `draw` of the `filtered` logits [1, V] gives, if no more than `HEAD` tokens pass the
+    filters; else None. A fifth of the time, since the others are never weighed.
+    """
+    filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    if not filters or params.top_k > HEAD or logits.shape[-1] <= HEAD:
+        return None
+    top, ids = largest(logits, HEAD + 1)
+    whole = None if params.top_k else _scaled(logits, params).logsumexp(-1, keepdim=True)
+    weights = filtered(top, params, whole)
+    passed = int((weights > 0).sum())
+    if passed > HEAD:
+        return None
+    if passed == 1:
+        return int(ids[0, 0])
+    return int(ids[0, (weights.log() + gumbel(key[:, None], ids)).argmax()])
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

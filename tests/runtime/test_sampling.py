@@ -18,6 +18,7 @@ from dflash_chat.runtime.sampling import (
     Sampler,
     accepted,
     draw,
+    draw_of_few,
     filtered,
     inverse_cdf,
     largest,
@@ -192,6 +193,27 @@ def test_a_draw_is_the_same_whether_the_rest_are_weighed_or_not(
     at_once = torch.cat([draw(rows[i : i + 1], keys[i : i + 1]) for i in range(400)])
     monkeypatch.setattr(sampling, "_SUMS_ERR", math.inf)  # so nothing is known to lose unweighed
     assert torch.equal(at_once, draw(rows, keys))
+
+
+@given(
+    st.sampled_from([0.1, 0.7, 1.0, 3.0]), st.sampled_from([0, 1, 20, 64, 65, 400]),
+    st.sampled_from([0.05, 0.9, 1.0]), st.sampled_from([0.0, 0.1]),
+    st.sampled_from([0.3, 3.0, 12.0]), st.sampled_from([16384, 500]), st.integers(0, 2**32),
+)  # fmt: skip
+@settings(deadline=None, max_examples=300)
+def test_a_draw_of_few_is_the_draw_of_all(
+    temperature: float, top_k: int, top_p: float, min_p: float, spread: float, vocab: int, seed: int
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, vocab, generator=generator) * spread
+    logits[0, 7 : 7 + seed % 40] = logits[0, 3]  # as likely as another
+    key = mix(torch.tensor([seed]))
+    weights = filtered(logits, params)
+    few = draw_of_few(logits, params, key)
+    sought = (top_k or top_p < 1.0 or min_p) and top_k <= 64
+    assert (few is not None) == (sought and int((weights > 0).sum()) <= 64)
+    assert few is None or few == int(draw(weights, key))
 
 
 @given(

@@ -50,8 +50,7 @@ def run(args: BenchArgs) -> int:
     tallies = measure(session, prompts, sampling, say)
     survival, kept = survival_of(tallies), False
     if survival:
-        options = args.settings.engine
-        kept = fitting.keep_survival(installed, session.engine, options, survival)
+        kept = fitting.keep_survival(installed, session.engine, survival)
     report = as_json(session.info, len(prompts), sampling, tallies)
     report |= {"acceptance": survival.to_dict() if survival else None, "kept": kept}
     sys.stdout.write((json.dumps(report) if args.json else in_words(report)) + "\n")

@@ -70,6 +70,13 @@ class CostTable:
             tuple(widths), tuple(contexts), _rising(draft_ms), tuple(zip(*columns, strict=True))
         )
 
+    def scaled(self, factor: float) -> CostTable:
+        """All passes slower by this factor."""
+        draft, *verify = (
+            tuple([ms * factor for ms in row]) for row in (self.draft_ms, *self.verify_ms)
+        )
+        return CostTable(self.widths, self.contexts, draft, tuple(verify))
+
     def to_dict(self) -> dict[str, Any]:
         """Builtins for JSON."""
         return {
@@ -174,11 +181,6 @@ class Costs:
         j = min(bisect_right(xs, context), len(xs) - 1)
         share = (context - xs[j - 1]) / (xs[j] - xs[j - 1])
         return tuple(row[j - 1] + share * (row[j] - row[j - 1]) for row in self._rows)
-
-    def snapshot(self) -> CostTable:
-        """The table as the steps have corrected it, to be kept for the next start."""
-        rows = [[ms * f for ms in row] for row, f in zip(self._rows, self._factors, strict=True)]
-        return CostTable.measured(self.table.widths, self.table.contexts, rows[0], rows[1:])
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:

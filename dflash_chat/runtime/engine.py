@@ -108,6 +108,8 @@ class Step:
 
 
 CONTEXTS_OF_MEASURE = (64, 2048)  # tokens that stand in the cache while the widths are timed
+LOOKS = 3  # rounds in which a known table is compared with the moment, …
+ALIKE = 1.15  # … whose passes may have become slower by that much more than another
 FIRST_DRAFTS = 3  # that a CPU looks at before the others: it rarely pays to verify more of a draft
 
 _Steps = Generator[tuple[list[int], StepStats], None, None]  # chosen tokens of each step
@@ -257,30 +259,53 @@ class Engine:
         context = self.controller.costs.table.contexts[0]
         return Plain(self.controller.costs.at(context).plain_ms, context)
 
+    def at_present(self, known: CostTable) -> CostTable | None:
+        """A table of this machine at the speed of the moment, by a look at plain decoding; None if
+        the draft or a pass of some rows no longer compares with it as it did, or others would be
+        timed. Takes a twentieth of what `measure` takes without a table.
+        """
+        contexts = self._contexts()
+        if known.widths != tuple(self._widths) or known.contexts != contexts:
+            return None
+        passes = self._passes(contexts[0])
+        before = [*(row[0] for row in known.verify_ms), known.draft_ms[0]]
+        looked = sorted({0, min(FIRST_DRAFTS, len(known.widths) - 1), len(passes) - 1})
+        times = quickest_ms([passes[i] for i in looked], self.target.device, LOOKS)
+        ratios = [ms / before[i] for i, ms in zip(looked, times, strict=True)]
+        return known.scaled(ratios[0]) if max(ratios) <= ALIKE * min(ratios) else None
+
     def _costs(self) -> CostTable:
-        """Every pass timed behind a few lengths of context, with the greedy choice of its tokens.
+        """Every pass timed behind a few lengths of context."""
+        widths, contexts = self._widths, self._contexts()
+        drafts: list[float] = []
+        verifies: list[list[float]] = []
+        for context in contexts:
+            times = quickest_ms(self._passes(context), self.target.device)
+            verifies.append(times[: len(widths)])
+            drafts.append(times[-1])  # without a drafter never looked at
+        return CostTable.measured(widths, contexts, drafts, list(zip(*verifies, strict=True)))
+
+    def _contexts(self) -> tuple[int, ...]:
+        """Lengths behind which passes are timed."""
+        most = self.cache.capacity - self._widths[-1]
+        return tuple(sorted({min(n, most) for n in CONTEXTS_OF_MEASURE}))
+
+    def _passes(self, context: int) -> list[Callable[[], object]]:
+        """What is timed: a pass of each width, with the greedy choice of its tokens, and a draft.
         What a draw costs beyond that is paid for every token alike, drafted or not.
         """
-        widths, sampler = self._widths, Sampler(SamplingParams(temperature=0.0), [])
+        sampler = Sampler(SamplingParams(temperature=0.0), [])
 
-        def verify(n: int, context: int) -> None:
+        def verify(n: int) -> None:
             sampler.choose(self._dry_pass(n, context)[0], self._tensor([0] * (n - 1)))
 
         def draft(drafter: BlockDrafter, left: Tensor) -> None:
             sampler.guess(drafter.logits(self._dry_draft(drafter, left)[: self._first]))
 
-        most = self.cache.capacity - widths[-1]
-        contexts = sorted({min(n, most) for n in CONTEXTS_OF_MEASURE})
-        drafts: list[float] = []
-        verifies: list[list[float]] = []
-        for context in contexts:
-            passes: list[Callable[[], object]] = [partial(verify, n, context) for n in widths]
-            if (drafter := self.drafter) is not None:
-                passes.append(partial(draft, drafter, self._dry_pass(2)[1]))
-            times = quickest_ms(passes, self.target.device)
-            verifies.append(times[: len(widths)])
-            drafts.append(times[-1])  # without a drafter never looked at
-        return CostTable.measured(widths, contexts, drafts, list(zip(*verifies, strict=True)))
+        passes: list[Callable[[], object]] = [partial(verify, n) for n in self._widths]
+        if self.drafter is not None:
+            passes.append(partial(draft, self.drafter, self._dry_pass(2)[1]))
+        return passes
 
     def _dry_draft(self, drafter: BlockDrafter, left: Tensor) -> Tensor:
         """Hidden states [k, C] of a draft behind a pass that left features [T, K·C]; all is

@@ -58,42 +58,44 @@ def key_of(installed: Installed, card: Gpu | None) -> Key:
 
 def rig_of(engine: Engine, options: EngineOptions) -> str:
     """What else the times of its passes depend on."""
-    precision = options.drafter, options.head, options.draft_head, str(options.draft_rows)
-    drafts = str(engine.draft_tokens)
-    return " ".join((__version__, torch.__version__, engine.target.kernels, *precision, drafts))
+    words = [__version__, torch.__version__, engine.target.kernels]
+    words += [options.drafter, options.head, options.draft_head, str(options.draft_rows)]
+    words.append(str(engine.draft_tokens))
+    if engine.target.device.type == "cpu":
+        words.append(f"{torch.get_num_threads()} threads")
+    return " ".join(words)
 
 
 def measure(installed: Installed, engine: Engine, options: EngineOptions, card: Gpu | None) -> None:
-    """Time the engine's passes, or take what was measured of its graphs before, and keep it. How
-    far drafts got in an earlier sweep is where the controller begins.
+    """Time the engine's passes, or take what was measured of its graphs before, and keep it. So on
+    a CPU, at the speed that it has now, if its passes still compare as they did. How far drafts got
+    in an earlier sweep is where the controller begins.
     """
     pinned, key = options.draft_tokens > 0, key_of(installed, card)
     kept = calibration.read(key).survival
     survival = kept.shares if kept else ()
-    if card is None or engine.graphed is None:
+    on_cpu = engine.target.device.type == "cpu"
+    if not on_cpu and (card is None or engine.graphed is None):
         engine.measure(pinned, survival=survival)
         return
     rig = rig_of(engine, options)
     known = calibration.table(key, rig)
-    if known is not None and known.widths != tuple(engine.graphed.widths):
-        known = None
+    if known is not None and on_cpu:
+        known = engine.at_present(known)
+    elif known is not None and engine.graphed is not None:
+        known = known if known.widths == tuple(engine.graphed.widths) else None
     engine.measure(pinned, known, survival)
     if known is None:
         calibration.write(key, rig, engine.controller.costs.table)
 
 
-def keep_survival(
-    installed: Installed, engine: Engine, options: EngineOptions, survival: Survival
-) -> bool:
-    """Keep what was accepted for the next plan, on a CPU with the costs, which no load keeps there.
-    Says whether there is a device to keep it for: a card must be one that NVML tells of.
+def keep_survival(installed: Installed, engine: Engine, survival: Survival) -> bool:
+    """Keep what was accepted for the next plan. Says whether there is a device to keep it for: a
+    card must be one that NVML tells of.
     """
     device = engine.target.device
     card = card_of(device)
     if card is None and device.type == "cuda":
         return False
-    key = key_of(installed, card)
-    if card is None:
-        calibration.write(key, rig_of(engine, options), engine.controller.costs.snapshot())
-    calibration.write_survival(key, survival)
+    calibration.write_survival(key_of(installed, card), survival)
     return True

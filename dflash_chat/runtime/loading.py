@@ -97,7 +97,7 @@ def load(installed: Installed, options: EngineOptions, progress: ReportProgress)
         fitting.measure(installed, engine, options, card)
     took = time.perf_counter() - started
     info = _info(installed, options, engine, opened, device, dtype, took)
-    keep = partial(fitting.keep_survival, installed, engine, options)
+    keep = partial(fitting.keep_survival, installed, engine)
     return Loaded(engine, opened.tokenizer, info, what_fits, keep)
 
 

@@ -75,10 +75,16 @@ class Measured:
     draft_tokens = 3
     table = CostTable((1, 2, 4), (64,), (1.0,), ((5.0,), (5.5,), (7.0,)))
 
-    def __init__(self, graphed: bool = True) -> None:
+    def __init__(self, graphed: bool = True, present: CostTable | None = None) -> None:
         self.graphed = SimpleNamespace(widths=[1, 2, 4]) if graphed else None
+        self.present = present
+        self.compared: list[CostTable] = []
         self.measured: list[CostTable | None] = []
         self.survival: Sequence[float] = ()
+
+    def at_present(self, known: CostTable) -> CostTable | None:
+        self.compared.append(known)
+        return self.present
 
     def measure(
         self, pinned: bool, known: CostTable | None = None, survival: Sequence[float] = ()
@@ -118,18 +124,55 @@ def test_without_graphs_or_a_card_every_start_measures(
     assert not calibration.file().exists()
 
 
+class OnCpu(Measured):
+    """The same on a processor, whose speed may have changed."""
+
+    target = SimpleNamespace(kernels="ours", device=torch.device("cpu"))
+
+
+def test_on_a_cpu_what_was_measured_is_looked_at_again(installed: Installed) -> None:
+    first = OnCpu(graphed=False)
+    fitting.measure(installed, cast(Any, first), EngineOptions(), None)
+    assert first.measured == [None]
+    assert not first.compared
+
+    slower = Measured.table.scaled(1.2)
+    again = OnCpu(graphed=False, present=slower)
+    fitting.measure(installed, cast(Any, again), EngineOptions(), None)
+    assert again.compared == [Measured.table]
+    assert again.measured == [slower]
+
+    other = OnCpu(graphed=False)  # its passes do not compare any more
+    other.table = Measured.table.scaled(3.0)
+    fitting.measure(installed, cast(Any, other), EngineOptions(), None)
+    assert other.compared == [Measured.table], "a good look does not replace the measurement"
+    assert other.measured == [None]
+    kept = calibration.read(fitting.key_of(installed, None)).costs
+    assert kept is not None
+    assert kept.verify_ms == {1: 15.0, 2: 16.5, 4: 21.0}
+
+
+def test_another_number_of_threads_is_measured_anew(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for threads in (2, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        engine = OnCpu(graphed=False, present=Measured.table)
+        fitting.measure(installed, cast(Any, engine), EngineOptions(), None)
+        assert engine.measured == [None]
+
+
 SURVIVAL = Survival((0.6, 0.3, 0.1), 50)
 
 
 @pytest.mark.parametrize("card", [CARD, None], ids=["card", "CPU"])
-def test_acceptance_is_kept_for_the_device_and_on_a_cpu_the_costs_with_it(
+def test_acceptance_is_kept_for_the_device_beside_the_costs(
     installed: Installed, card: Gpu | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "card_of", lambda _: card)
-    engine = Measured()
+    engine = Measured() if card else OnCpu(graphed=False)
     fitting.measure(installed, cast(Any, engine), EngineOptions(), card)
-    monkeypatch.setattr(engine, "target", SimpleNamespace(kernels="", device=torch.device("cpu")))
-    assert fitting.keep_survival(installed, cast(Any, engine), EngineOptions(), SURVIVAL)
+    assert fitting.keep_survival(installed, cast(Any, engine), SURVIVAL)
     kept = calibration.read(fitting.key_of(installed, card))
     assert kept.survival == SURVIVAL
     assert kept.costs is not None
@@ -147,5 +190,5 @@ def test_a_card_that_nvml_does_not_tell_of_keeps_nothing(
     monkeypatch.setattr(fitting, "card_of", lambda _: None)
     engine = Measured()
     engine.measure(False)
-    assert not fitting.keep_survival(installed, cast(Any, engine), EngineOptions(), SURVIVAL)
+    assert not fitting.keep_survival(installed, cast(Any, engine), SURVIVAL)
     assert not calibration.file().exists()

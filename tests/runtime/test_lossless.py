@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -199,6 +200,39 @@ def test_what_passes_cost_includes_the_choice_of_tokens(monkeypatch: pytest.Monk
     assert min(table.draft_ms) >= 10
     for width, row in zip(table.widths, table.verify_ms, strict=True):
         assert min(row) >= 4 * width
+
+
+@pytest.mark.parametrize(
+    ("plain_ms", "wide_ms", "draft_ms", "holds"),
+    [
+        (12.0, 16.8, 6.0, True),  # all of it slower
+        (5.0, 7.5, 2.6, True),  # or faster
+        (12.0, 14.0, 6.0, False),  # but for some rows
+        (10.0, 14.0, 6.0, False),  # the draft alone
+    ],
+)
+def test_a_known_table_holds_while_its_passes_compare_as_they_did(
+    plain_ms: float, wide_ms: float, draft_ms: float, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny.target()
+    engine = Engine(target, target.new_cache(256), tiny.drafter(target), tiny.TAPS, 4, frozenset())
+    contexts = (64, 251)
+    rows = [(ms, 2 * ms) for ms in (10.0, 12.0, 13.0, 14.0, 15.0)]
+    known = CostTable((1, 2, 3, 4, 5), contexts, (5.0, 6.0), tuple(rows))
+
+    def timed(passes: Sequence[Callable[[], object]], *_: object) -> list[float]:
+        for run in passes:
+            run()
+        assert engine.cache.length == 0
+        return [plain_ms, wide_ms, draft_ms]
+
+    monkeypatch.setattr(engine_module, "quickest_ms", timed)
+    assert engine.at_present(known) == (known.scaled(plain_ms / 10.0) if holds else None)
+    for other in (
+        CostTable((1, 2, 3), contexts, (5.0, 6.0), tuple(rows[:3])),
+        CostTable((1, 2, 3, 4, 5), (64, 2048), (5.0, 6.0), tuple(rows)),
+    ):
+        assert engine.at_present(other) is None
 
 
 def test_a_pinned_width_is_measured_against_plain_decoding_and_stays() -> None:

@@ -24,7 +24,8 @@ _EDGES = (3, 4, 5, 6, 8, 12, 20)  # lengths at which another bin of matches begi
 _ALONE = (0.15, 0.6, 1.1, 1.15, 1.5, 1.7, 2.3, 3.0)
 _SECONDED = 1.1  # … more where another place goes on in the same way …
 _CONTESTED = (0.0, -1.2, -2.1)  # … less where one goes on otherwise: a shorter match, or as long
-_FIRST_KIND = [6 * bisect_right(_EDGES, length) for length in range(LONGEST + 1)]
+_KINDS = 2 * len(_CONTESTED)  # of a bin
+_FIRST_KIND = [_KINDS * bisect_right(_EDGES, length) for length in range(LONGEST + 1)]
 _PRIOR_TRIALS = 8.0  # what a prior is worth
 _MEMORY = 256.0  # trials of a kind after which older ones count half
 

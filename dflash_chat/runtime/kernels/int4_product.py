@@ -5,9 +5,10 @@
 A nibble in the bits 4 … 7 of a bf16 counts 16 times as much as one in the bits 0 … 3, so a word of
 four is shifted once. Σ x·8 is a product with a constant matrix, the same for all channels, so
 computed once per warp. The weights come first in the product, whose second matrix may have eight
-columns while its first needs sixteen rows: eight rows of x, or of a single one eight groups, each
-beside zeros, whose sums then stand side by side. That takes three tenths fewer instructions, and
-the sums are the same to the bit, since they are added up in the same order.
+columns while its first needs sixteen rows: eight rows of x, or of a single one eight groups. Then a
+channel's words of a group meet all eight, and only what meets its own is kept. So no product waits
+for another's sum but for its group's eights', and the sums are those of several rows to the bit,
+since they are added up in the same order: of the step before, while a step's products are made.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def, assignment"
@@ -15,12 +16,8 @@ the sums are the same to the bit, since they are added up in the same order.
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dflash_chat.runtime.kernels.narrow import lifted, meant
 
@@ -116,35 +113,6 @@ def int4_block(
     return acc
 
 
-@functools.cache
-def apart(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[2, 8, 8]: what x of each group is multiplied by for the product with group g, `lifted` as
-    even nibbles ask for, then as odd ones; 0 where it is not g.
-    """
-    lifts = (2.0**93, 2.0**89) if dtype == torch.bfloat16 else (1.0, 1.0)
-    return torch.stack([torch.eye(8) * lift for lift in lifts]).to(device, dtype)
-
-
-@triton.jit
-def _picked(x, factor):
-    """x · factor, which is 0 or a power of two."""
-    if x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 none;
-            mov.b32 none, 0x80008000;
-            fma.rn.bf16x2 $0, $1, $2, none;
-            }""",
-            "=r,r,r",
-            [x, factor],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return x * factor
-
-
 @triton.jit
 def _split(parts):
     """[.., 2G] → its even and its odd columns: [.., G] each."""
@@ -152,81 +120,103 @@ def _split(parts):
 
 
 @triton.jit
-def _pair_of_groups(acc, even, odd, scale_ptr, inside):
-    """acc + two neighbouring groups, one after the other."""
-    scale = pair(tl.load(scale_ptr, mask=inside, other=0))
+def _pair_of_groups(acc, even, odd, scales):
+    """acc + two neighbouring groups times their scales, one after the other."""
+    scale = pair(scales)
     acc += even * scale[0]
     return acc + odd * scale[1]
 
 
 @triton.jit
-def _eight_groups(acc, x_ptr, w_ptr, scale_ptr, factors, block, end, N, n, RUN: tl.constexpr):
-    """acc [CHANNELS] + x · w[n]ᵀ over 256 columns from `block` of 4·RUN on, none from `end` on."""
-    CHANNELS: tl.constexpr = n.shape[0]
-    PARTS: tl.constexpr = 32 // RUN  # runs of a group
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    i = tl.arange(0, RUN)
-    group = tl.arange(0, 8)
-    column = block * (4 * RUN) + group * 32
-    live = (column < end * (4 * RUN))[:, None]
-    at = x_ptr + column[:, None] + i[None, :]
-    x = tl.load(at, mask=live, other=0.0)
-    minus_eight = _minus_eight((CHANNELS, RUN), False, dtype)
-    eights = tl.dot(minus_eight, tl.trans(lifted(x)), tl.zeros([CHANNELS, 8], tl.float32))
-    if PARTS == 2:
-        more = tl.load(at + RUN, mask=live, other=0.0)
-        eights = tl.dot(minus_eight, tl.trans(lifted(more)), eights)
-    early, late = eights, eights  # two chains of products, each half as long
-    for run in tl.static_range(256 // RUN):
-        if run % 4 == 0:
-            here = block + run // 4
-            words = tl.load(
-                w_ptr + (here * N + n)[:, None] * RUN + i[None, :], mask=here < end, other=0
-            )
-        if PARTS == 2 and run % 2 == 1:
-            own = tl.trans(_picked(more, factors[run][:, None]))
-        else:
-            own = tl.trans(_picked(x, factors[run][:, None]))
-        if run < 128 // RUN:
-            early = tl.dot(_nibble(words, run % 4, dtype), own, early)
-        else:
-            late = tl.dot(_nibble(words, run % 4, dtype), own, late)
-    even, odd = _split(tl.where((group < 4)[None, :], early, late))
+def _add_up(acc, sums, scales):
+    """acc [CHANNELS] + the sums of eight groups [CHANNELS, 8] times their scales, in order."""
+    even, odd = _split(sums)
     even_04, even_26 = _split(even)
     odd_15, odd_37 = _split(odd)
     even_0, even_4 = tl.split(even_04)
     even_2, even_6 = tl.split(even_26)
     odd_1, odd_5 = tl.split(odd_15)
     odd_3, odd_7 = tl.split(odd_37)
-    at = scale_ptr + block * (RUN // 16) * N + n
-    pairs = (end - block) * (RUN // 16)  # of groups, from here on
-    acc = _pair_of_groups(acc, even_0, odd_1, at, pairs > 0)
-    acc = _pair_of_groups(acc, even_2, odd_3, at + N, pairs > 1)
-    acc = _pair_of_groups(acc, even_4, odd_5, at + 2 * N, pairs > 2)
-    return _pair_of_groups(acc, even_6, odd_7, at + 3 * N, pairs > 3)
+    acc = _pair_of_groups(acc, even_0, odd_1, scales[0])
+    acc = _pair_of_groups(acc, even_2, odd_3, scales[1])
+    acc = _pair_of_groups(acc, even_4, odd_5, scales[2])
+    return _pair_of_groups(acc, even_6, odd_7, scales[3])
 
 
 @triton.jit
-def _factors(apart_ptr, RUNS: tl.constexpr):
-    """Of each run of 256 columns what the eight groups' x is multiplied by, a tuple of [8]."""
-    out = ()
-    for run in tl.static_range(RUNS):
-        at = apart_ptr + run % 2 * 64 + run * 8 // RUNS * 8 + tl.arange(0, 8)
-        out = out + (tl.load(at),)  # noqa: RUF005 (Triton)
-    return out
+def _scales(scale_ptr, block, first, end, N, n, RUN: tl.constexpr):
+    """Of eight groups from `block` on, in pairs: four times [CHANNELS]; 0 before `first`."""
+    at = scale_ptr + block * (RUN // 16) * N + n
+    pairs = tl.where(block < first, 0, (end - block) * (RUN // 16))  # from here on
+    return (
+        tl.load(at, mask=pairs > 0, other=0),
+        tl.load(at + N, mask=pairs > 1, other=0),
+        tl.load(at + 2 * N, mask=pairs > 2, other=0),
+        tl.load(at + 3 * N, mask=pairs > 3, other=0),
+    )
+
+
+@triton.jit
+def _eight_groups(x_ptr, w_ptr, block, end, N, n, RUN: tl.constexpr):
+    """x · (q − 8)ᵀ of 256 columns from `block` of 4·RUN on, by group: fp32 [CHANNELS, 8]. From
+    `end` on they are not read, and their scales have to be 0.
+    """
+    CHANNELS: tl.constexpr = n.shape[0]
+    BLOCKS: tl.constexpr = 64 // RUN  # whose channels stand one below the other
+    GROUPS: tl.constexpr = 8 // BLOCKS  # of a block
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    i = tl.arange(0, RUN)
+    group = tl.arange(0, 8)
+    column = block * (4 * RUN) + group * 32
+    live = (column < end * (4 * RUN))[:, None]
+    x_at = x_ptr + column[:, None] + i[None, :]
+    x = tl.load(x_at, mask=live, other=0.0)
+    own = block + tl.arange(0, BLOCKS * CHANNELS) // CHANNELS
+    channel = tl.reshape(tl.broadcast_to(n[None, :], (BLOCKS, CHANNELS)), (BLOCKS * CHANNELS,))
+    w_at = w_ptr + (own * N + channel)[:, None] * RUN + i[None, :]
+    words = tl.load(w_at, mask=(own < end)[:, None], other=0)
+
+    even = tl.trans(lifted(x))
+    minus_eight = _minus_eight(words.shape, False, dtype)
+    eights = tl.dot(minus_eight, even, tl.zeros([BLOCKS * CHANNELS, 8], tl.float32))
+    if RUN == 16:
+        more = tl.load(x_at + RUN, mask=live, other=0.0)
+        odd = tl.trans(lifted(more, True))
+        eights = tl.dot(minus_eight, tl.trans(lifted(more)), eights)
+    else:
+        odd = tl.trans(lifted(x, True))
+    sums = eights
+    for g in tl.static_range(GROUPS):
+        if RUN == 16:
+            part = tl.dot(_nibble(words, 2 * g, dtype), even, eights)
+            part = tl.dot(_nibble(words, 2 * g + 1, dtype), odd, part)
+        elif g % 2 == 0:
+            part = tl.dot(_nibble(words, g, dtype), even, eights)
+        else:
+            part = tl.dot(_nibble(words, g, dtype), odd, eights)
+        sums = tl.where((group % GROUPS == g)[None, :], part, sums)
+    sums = tl.reshape(sums, (BLOCKS, CHANNELS, 8))
+    met = (group // GROUPS)[None, None, :] == tl.arange(0, BLOCKS)[:, None, None]
+    return tl.sum(tl.where(met, sums, 0.0), axis=0)
 
 
 @triton.jit
 def only_row(
-    x_ptr, w_ptr, scale_ptr, apart_ptr, first, end, N, n, RUN: tl.constexpr, STAGES: tl.constexpr
-):
+    x_ptr, w_ptr, scale_ptr, first, end, N, n, RUN: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
     """x · w[n]ᵀ of one row over the blocks first … end of 4·RUN columns of int4: fp32 [CHANNELS].
 
-    Eight groups of x stand where eight rows do in `int4_block`, each beside zeros, so that their
-    sums come out side by side, with three tenths fewer instructions and the same bits.
+    Eight groups of x stand where eight rows do in `int4_block`: three tenths fewer instructions,
+    and the same bits.
     """
+    STEP: tl.constexpr = 64 // RUN
     acc = tl.zeros([n.shape[0]], tl.float32)
-    factors = _factors(apart_ptr, 256 // RUN)
-    for block in tl.range(first, end, 64 // RUN, num_stages=STAGES):  # pipelines the scales too
-        acc = _eight_groups(acc, x_ptr, w_ptr, scale_ptr, factors, block, end, N, n, RUN)
+    before = tl.zeros([n.shape[0], 8], tl.float32)
+    last = _scales(scale_ptr, first + (end - first - 1) // STEP * STEP, first, end, N, n, RUN)
+    for block in tl.range(first, end, STEP, num_stages=STAGES):  # pipelines the scales too
+        scales = _scales(scale_ptr, block - STEP, first, end, N, n, RUN)
+        sums = _eight_groups(x_ptr, w_ptr, block, end, N, n, RUN)
+        acc = _add_up(acc, before, scales)
+        before = sums
+    acc = _add_up(acc, before, last)
     return meant(acc, x_ptr.dtype.element_ty, 40)

@@ -26,14 +26,13 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
-from dflash_chat.runtime.kernels.int4_product import apart, int4_block, only_row
+from dflash_chat.runtime.kernels.int4_product import int4_block, only_row
 from dflash_chat.runtime.kernels.narrow import lifted, meant, small
 from dflash_chat.runtime.kernels.tile_product import prefetch
 from dflash_chat.runtime.kernels.tuned import Config
 
 MAX_ROWS = 32
 MAX_TILES = 4096  # of `matmul` and `gated`
-ONLY_ROW = 256  # columns of a step of `only_row`
 
 DENSE, CHANNEL, BLOCK, INT4 = (tl.constexpr(i) for i in range(4))  # forms of w
 PARTIALS, PLAIN, SILU, GELU = (tl.constexpr(i) for i in range(4))  # what becomes of a tile
@@ -93,7 +92,8 @@ def _lifted(x, w):
 def accumulate(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, N, K, first, last,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMAT: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, apart_ptr=None,
+    FORMAT: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+    ALONE: tl.constexpr = False,
 ):  # fmt: skip
     """w[row] · xᵀ over the chunks first … last of BK columns: [BN, ROWS] fp32.
 
@@ -103,10 +103,10 @@ def accumulate(
     x_row = x_ptr + t * stride_x
     live = t < T
     acc = tl.zeros([BN, ROWS], tl.float32)
-    if apart_ptr is not None:
+    if ALONE:
         STEPS: tl.constexpr = BK // (4 * RUN)
         end = tl.minimum(last * STEPS, K // (4 * RUN))
-        acc = only_row(x_ptr, w_ptr, scale_ptr, apart_ptr, first * STEPS, end, N, row, RUN, STAGES)
+        acc = only_row(x_ptr, w_ptr, scale_ptr, first * STEPS, end, N, row, RUN, STAGES)
         acc = tl.where((t == 0)[None, :], acc[:, None], 0.0)
     elif FORMAT == INT4:
         for i in tl.range(first, last, num_stages=STAGES):  # pipelines the scales too
@@ -178,11 +178,11 @@ def depend(w_ptr, row, N, K, first_column, RUN: tl.constexpr, PDL: tl.constexpr)
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _linear_kernel(
-    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, apart_ptr, out_ptr, scratch_ptr, arrivals_ptr,
+    x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, out_ptr, scratch_ptr, arrivals_ptr,
     T, N, K, splits,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
     FORMAT: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
-    REDUCE: tl.constexpr, PDL: tl.constexpr,
+    REDUCE: tl.constexpr, ALONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN rows of w and one share of K. N: columns of the output.
 
@@ -208,7 +208,7 @@ def _linear_kernel(
     acc = accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, rows_of_w, K,
         first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, RUN, STAGES,
-        apart_ptr,
+        ALONE,
     )  # fmt: skip
     if PDL and EPILOGUE >= SILU:  # a GEMM follows, whose programs are to find free room
         tl.extra.cuda.gdc_launch_dependents()
@@ -266,10 +266,13 @@ def _launch(
 ) -> None:
     check(x, w)
     rows, k = x.shape
+    assert 1 <= config.splits <= triton.cdiv(k, config.bk), f"{config} on K = {k}"
+    alone = config.alone if rows == 1 and isinstance(w, Int4) and w.zero is None else None
+    if alone is not None:
+        config = config._replace(bn=alone.bn, warps=alone.warps, stages=alone.stages)
     gate_up = epilogue in (SILU, GELU)
     tiles = triton.cdiv(n, config.bn // 2 if gate_up else config.bn)
     splits = config.splits
-    assert 1 <= splits <= triton.cdiv(k, config.bk), f"{config} on K = {k}"
     reduce = 0 if epilogue == PARTIALS or splits == 1 else splits
     scratch = arrivals = None
     if reduce:
@@ -278,8 +281,8 @@ def _launch(
         scratch = torch.empty(size, dtype=torch.float32, device=x.device)
         arrivals = _arrivals(x.device)
     _linear_kernel[(tiles, splits)](
-        x, x.stride(0), *operands(w), _apart(x, w, config), out, scratch, arrivals, rows, n, k,
-        splits, EPILOGUE=epilogue, REDUCE=reduce, **shape_options(rows, w, config, pdl),
+        x, x.stride(0), *operands(w), out, scratch, arrivals, rows, n, k, splits, EPILOGUE=epilogue,
+        REDUCE=reduce, ALONE=alone is not None, **shape_options(rows, w, config, pdl),
     )  # fmt: skip
 
 
@@ -312,13 +315,6 @@ def operands(w: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if isinstance(w, Int8):
         return w.weight, w.scale, None
     return w, None, None
-
-
-def _apart(x: Tensor, w: Weight, config: Config) -> Tensor | None:
-    """What `only_row` asks for where it is quicker, over chunks as wide as its own."""
-    if len(x) > 1 or not isinstance(w, Int4) or w.zero is not None or config.bk < ONLY_ROW:
-        return None
-    return apart(x.dtype, x.device)
 
 
 def _padded(rows: int, w: Weight) -> int:

@@ -41,7 +41,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
-from dflash_chat.runtime.kernels.int4_product import apart
 from dflash_chat.runtime.kernels.linear import MAX_ROWS
 from dflash_chat.runtime.kernels.router import HIGH, Routing, at_rank, expert_at_rank
 from dflash_chat.runtime.kernels.tile_product import forget, prefetch, tile_product
@@ -158,14 +157,14 @@ def _gate_up_kernel(
     h_dense_ptr, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
     h_moe_ptr, experts_w_ptr, experts_scale_ptr, experts_zero_ptr,
     experts_ptr, active_ptr, members_ptr, weights_ptr, logits_ptr, expert_scale_ptr,
-    dense_act_ptr, expert_act_ptr, apart_ptr, T,
+    dense_act_ptr, expert_act_ptr, T,
     W_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr, DENSE_RUN: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr, RUN: tl.constexpr,
     ROWS: tl.constexpr, DENSE_ROWS: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, E: tl.constexpr, TOP: tl.constexpr,
-    PDL: tl.constexpr,
+    ALONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     DENSE_TILES: tl.constexpr = (D + BN - 1) // BN * GROUPS
     TILES: tl.constexpr = (I + BN - 1) // BN
@@ -173,7 +172,7 @@ def _gate_up_kernel(
     pair = tl.arange(0, 2 * BN)
     column = tl.arange(0, BN)
     if tile < DENSE_TILES:
-        if apart_ptr is not None:
+        if ALONE:
             dense_row = tl.arange(0, 1)
         else:
             dense_row = tile % GROUPS * DENSE_ROWS + tl.arange(0, DENSE_ROWS)
@@ -187,7 +186,7 @@ def _gate_up_kernel(
                 forget(tile)
         acc = tile_product(
             h_dense_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
-            apart_ptr, n, 0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES,
+            n, 0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES, ALONE,
         )  # fmt: skip
         _store_activation(acc, dense_act_ptr, dense_row, dense_row < T, first + column, D, BN)
         if logits_ptr is not None and FORMAT != "int4":
@@ -215,7 +214,7 @@ def _gate_up_kernel(
         else:
             active = tl.load(active_ptr)
             expert, row, _, taken = _place(experts_ptr, members_ptr, i, ROWS)
-        if apart_ptr is not None:
+        if ALONE:
             row = tl.arange(0, 1)
             taken = row < T
         if i < active:
@@ -224,7 +223,7 @@ def _gate_up_kernel(
             acc = tile_product(
                 h_moe_ptr, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE,
-                apart_ptr, n, 0, 2 * I, C, C, FORMAT, ZERO, RUN, BK, STAGES,
+                n, 0, 2 * I, C, C, FORMAT, ZERO, RUN, BK, STAGES, ALONE,
             )  # fmt: skip
             _store_activation(acc, expert_act_ptr + i * T * I, row, taken, first + column, I, BN)
     if PDL:  # a GEMM follows, whose programs are to find free room
@@ -257,7 +256,7 @@ def _down_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         acc = tile_product(
             dense_act_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
-            None, n, split * SPAN, C, D, SPAN, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES,
+            n, split * SPAN, C, D, SPAN, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES, False,
         )  # fmt: skip
         _store_rows(acc, dense_ptr, split * T + dense_row, dense_row < T, column, C)
     else:
@@ -271,8 +270,8 @@ def _down_kernel(
             e = expert.to(tl.int64)
             acc = tile_product(
                 expert_act_ptr + i * T * I, row, taken, experts_w_ptr + e * W_STRIDE,
-                experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE, None,
-                n, 0, C, I, I, FORMAT, ZERO, RUN, BK, STAGES,
+                experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE,
+                n, 0, C, I, I, FORMAT, ZERO, RUN, BK, STAGES, False,
             )  # fmt: skip
             _store_rows(acc, routed_ptr, rank * T + row, taken, column, C)
 
@@ -305,16 +304,14 @@ def gate_up(
     assert choice is None or choice.logits.shape == (1, experts_w.shape[0]), "logits of experts"
     dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
-    alone = None
-    if rows == 1 and all(w.format == "int4" and w.zero is None for w in (dense_w, experts_w)):
-        alone = apart(h_moe.dtype, h_moe.device)
+    alone = rows == 1 and all(w.format == "int4" and w.zero is None for w in (dense_w, experts_w))
     constants = _constants(rows, dense_w, experts_w, routing, config)
     dense_tiles = constants["GROUPS"] * triton.cdiv(dense, config.bn)
     _gate_up_kernel[(dense_tiles + places * triton.cdiv(inner, config.bn),)](
         h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing,
-        *(choice or (None, None)), dense_act, expert_act, alone, rows, C=width, D=dense, I=inner,
+        *(choice or (None, None)), dense_act, expert_act, rows, C=width, D=dense, I=inner,
         **constants, E=experts_w.shape[0], TOP=routing.weights.shape[1], WARPS=config.warps,
-        PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
+        ALONE=alone, PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
 

@@ -67,14 +67,14 @@ def forget(scalar):
 
 @triton.jit
 def tile_product(
-    x_ptr, row, taken, w_ptr, scale_ptr, zero_ptr, apart_ptr, n, first,
+    x_ptr, row, taken, w_ptr, scale_ptr, zero_ptr, n, first,
     N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
     FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS].
 
-    ROWS: eight, of a plain weight sixteen or more.
+    ROWS: eight, of a plain weight sixteen or more; one, if it is ALONE.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     ROWS: tl.constexpr = row.shape[0]
@@ -83,9 +83,9 @@ def tile_product(
     acc = tl.zeros([CHANNELS, ROWS] if W_FIRST else [ROWS, CHANNELS], tl.float32)
     one = tl.full([ROWS], 1.0, tl.float32)
     BLOCK: tl.constexpr = 4 * RUN
-    if apart_ptr is not None:
+    if ALONE:
         end = (first + SPAN) // BLOCK
-        acc = only_row(x_ptr, w_ptr, scale_ptr, apart_ptr, first // BLOCK, end, N, n, RUN, STAGES)
+        acc = only_row(x_ptr, w_ptr, scale_ptr, first // BLOCK, end, N, n, RUN, STAGES)
         acc = acc[:, None]
     elif FORMAT == "int4":
         BLOCKS: tl.constexpr = SPAN // BLOCK

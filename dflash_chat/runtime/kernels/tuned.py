@@ -9,14 +9,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Tile(NamedTuple):
+    """Of a single row of x: `bn` rows of int4, by as many columns as `only_row` takes at once."""
+
+    bn: int
+    warps: int
+    stages: int
+
+
 class Config(NamedTuple):
-    """A tile of `bn` rows of w by `bk` columns; `splits` shares of K."""
+    """A tile of `bn` rows of w by `bk` columns; `splits` shares of K, of whole `bk`. alone: int4's
+    tile for a single row, whose shares are the same, if it has one of its own.
+    """
 
     bn: int
     bk: int
     warps: int
     stages: int
     splits: int
+    alone: Tile | None = None
 
 
 PROGRAMS = 264  # two on each of an H200's 132 multiprocessors
@@ -53,20 +64,20 @@ _MEASURED: dict[tuple[str, str, int, int], Config] = {  # (kernel, form of w, N,
     ("head", "fp8", 262144, 2816): Config(64, 256, 2, 4, 1),
     ("linear", "fp8", 6144, 4096): Config(128, 128, 2, 4, 5),
     ("head", "fp8", 151936, 4096): Config(64, 256, 2, 4, 1),
-    ("linear", "int4", 8192, 2816): Config(64, 256, 2, 3, 4),
-    ("linear", "int4", 9216, 2816): Config(64, 256, 2, 3, 4),
-    ("linear", "int4", 2816, 4096): Config(64, 128, 2, 4, 6),
-    ("linear", "int4", 2816, 8192): Config(64, 128, 2, 4, 6),
-    ("linear", "int4", 2816, 2112): Config(64, 256, 2, 4, 3),
+    ("linear", "int4", 8192, 2816): Config(64, 256, 2, 3, 4, Tile(64, 2, 3)),
+    ("linear", "int4", 9216, 2816): Config(64, 256, 2, 3, 4, Tile(64, 2, 3)),
+    ("linear", "int4", 2816, 4096): Config(64, 128, 2, 4, 6, Tile(16, 1, 3)),
+    ("linear", "int4", 2816, 8192): Config(64, 128, 2, 4, 6, Tile(16, 1, 3)),
+    ("linear", "int4", 2816, 2112): Config(64, 256, 2, 4, 3, Tile(64, 2, 4)),
     ("linear", "int4", 6144, 2816): Config(128, 128, 2, 5, 4),
     ("gated", "int4", 11264, 2816): Config(128, 128, 2, 5, 3),
-    ("linear", "int4", 2816, 5632): Config(64, 256, 2, 4, 6),
-    ("linear", "int4", 2816, 16896): Config(64, 256, 2, 4, 6),
+    ("linear", "int4", 2816, 5632): Config(64, 256, 2, 4, 6, Tile(64, 2, 4)),
+    ("linear", "int4", 2816, 16896): Config(64, 256, 2, 4, 6, Tile(64, 2, 4)),
     ("head", "int4", 262144, 2816): Config(64, 256, 2, 4, 1),
     ("linear", "int4", 6144, 4096): Config(128, 128, 2, 5, 5),
     ("linear", "int4", 4096, 4096): Config(128, 128, 2, 5, 8),
-    ("gated", "int4", 24576, 4096): Config(64, 256, 2, 4, 1),
-    ("linear", "int4", 4096, 12288): Config(64, 256, 2, 4, 4),
+    ("gated", "int4", 24576, 4096): Config(64, 256, 2, 4, 1, Tile(64, 2, 4)),
+    ("linear", "int4", 4096, 12288): Config(64, 256, 2, 4, 4, Tile(64, 2, 4)),
     ("head", "int4", 151936, 4096): Config(64, 256, 2, 4, 1),
 }
 

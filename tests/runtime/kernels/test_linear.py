@@ -75,7 +75,7 @@ def test_a_tail_of_long_runs(form: str) -> None:
 @pytest.mark.parametrize(("k", "splits"), [(256, 1), (704, 2), (896, 3)])  # runs of 32, 16, 32
 def test_one_row_of_int4_has_its_groups_side_by_side(k: int, splits: int) -> None:
     w, x = weight("int4-32", 72, k), activations(2, k)
-    config = Config(32, 256, 1, 3, splits)
+    config = Config(64, 128, 2, 3, splits, tuned.Tile(32, 1, 3))
     truth = x.double() @ dequantize(w).double().T
     both = linear.partials(x, w, config=config)
     for row in range(2):

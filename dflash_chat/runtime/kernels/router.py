@@ -13,10 +13,11 @@ The softmax's denominator cancels, so only the chosen logits count.
 Bound by latency. The logits come out of the norms' launch (`norms.py`). One program does the rest
 for all rows: a row of 128 experts belongs to one warp, and a logit is compared by its bits, as
 integers of the same order, so that a maximum over the warp is one instruction, and nothing waits
-for a barrier or for memory until the list of experts is made. A single row needs no list and no
-launch: inside the experts' own kernel `expert_at_rank` finds who is to multiply, `at_rank` what the
-output will weigh. Sums go by rank in both kernels, so a row's weights do not depend on how many
-rows there are.
+for a barrier or for memory until the list of experts is made. That needs one exchange among the
+warps, of who chose whom; each then counts through all experts itself. A single row needs no list
+and no launch: inside the experts' own kernel `expert_at_rank` finds who is to multiply, `at_rank`
+what the output will weigh. Sums go by rank in both kernels, so a row's weights do not depend on how
+many rows there are.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -146,6 +147,29 @@ def _ones(bits):
     return ((((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24) & 63
 
 
+@triton.jit
+def _put(at, value, mask, PDL: tl.constexpr):
+    """Store four bytes each from where they are: `tl.store` would first put neighbours side by
+    side, through shared memory. PDL: on a card that has it; else this is `tl.store`.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred taken;
+            setp.ne.u32 taken, $3, 0;
+            @taken st.global.b32 [$1], $2;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r",
+            [at.to(tl.uint64, bitcast=True), value.to(tl.int32, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(at, value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _select_kernel(
     logits_ptr, scale_ptr, experts_ptr, active_ptr, members_ptr, weights_ptr, T,
@@ -164,20 +188,22 @@ def _select_kernel(
     chosen = used & (rank < TOP)
     p = tl.exp(logits - top[:, None])
     weights = p * (1 / total)[:, None] * scale[None, :]
-    tl.store(weights_ptr + row[:, None] * TOP + rank, weights, mask=chosen)
+    _put(weights_ptr + row[:, None] * TOP + rank, weights, chosen, PDL)
 
     bit = tl.full([ROWS], 1, tl.int32) << row
     rows = tl.sum(tl.where(chosen, bit[:, None], 0), axis=0)  # of each expert, as bits
     count = _ones(rows)
     places = (count + AT_ONCE - 1) // AT_ONCE
-    first = tl.cumsum(places, 0) - places
+    first = tl.cumsum(places[None, :] + row[:, None] * 0, 1) - places[None, :]  # in every row
+    only = (row == 0)[:, None]
     for nth in tl.static_range((ROWS + AT_ONCE - 1) // AT_ONCE):
-        here = tl.minimum(count - nth * AT_ONCE, AT_ONCE)
-        tl.store(experts_ptr + first + nth, e + here * HIGH, mask=here > 0)
-    tl.store(active_ptr, tl.sum(places, axis=0))
+        here = tl.minimum(count - nth * AT_ONCE, AT_ONCE)[None, :]
+        _put(experts_ptr + first + nth, e[None, :] + here * HIGH, only & (here > 0), PDL)
+    last = only & (e == E - 1)[None, :]
+    _put(active_ptr + row[:, None] * 0 + e[None, :] * 0, first + places[None, :], last, PDL)
     before = _ones(rows[None, :] & (bit - 1)[:, None])  # how many rows of the expert
-    at = members_ptr + first[None, :] * AT_ONCE + before  # an expert's places are neighbours
-    tl.store(at, row[:, None] + rank * HIGH, mask=chosen)
+    at = members_ptr + first * AT_ONCE + before  # an expert's places are neighbours
+    _put(at, row[:, None] + rank * HIGH, chosen, PDL)
 
 
 def unmade(rows: int, experts: int, top_k: int, device: torch.device, at_once: int) -> Routing:
@@ -207,7 +233,6 @@ def select(
     padded = max(2, triton.next_power_of_2(rows))
     _select_kernel[(1,)](
         logits, per_expert_scale, *routing, rows, E=experts, TOP=top_k, ROWS=padded,
-        AT_ONCE=at_once, PDL=pdl,
-        num_warps=padded if padded <= 4 else padded // 2, **({"launch_pdl": True} if pdl else {}),
+        AT_ONCE=at_once, PDL=pdl, num_warps=padded, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return routing

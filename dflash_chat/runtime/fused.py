@@ -10,8 +10,10 @@ several rows choose experts:
 Many rows or wide heads have rope and cache write as a launch of their own. The router's logits come
 with the norms; gate_up finds a single row's experts itself.
 
-Split GEMMs leave fp32 partial sums that the next kernel adds up. Knows the order of the kernels;
-knows no architecture (`parts.py` describes the layers), no checkpoint and no sampling.
+Split GEMMs leave partial sums that the next kernel adds up in fp32: those of qkv in fp32, all
+others, which norms wait for, in the activations' type, which is half as much to read. Knows the
+order of the kernels; knows no architecture (`parts.py` describes the layers), no checkpoint and no
+sampling.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Attention:
         self.o_proj = kernel_weights.linear(parts.o_proj)
 
     def __call__(self, h: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
-        """h: normed [T, C] → partial sums of the output, fp32 [S, T, C]."""
+        """h: normed [T, C] → partial sums of the output, [S, T, C] in h's dtype."""
         p = self.parts
         qkv = linear.partials(h, self.qkv, pdl=self.pdl)
         turned = qkv, p.q_norm, p.k_norm, self.turns.cos, self.turns.sin, keys, values, length
@@ -62,14 +64,14 @@ class Attention:
                 *turned, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys,
                 window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl,
             )  # fmt: skip
-            return linear.partials(out, self.o_proj, pdl=self.pdl)
+            return linear.partials(out, self.o_proj, dtype=h.dtype, pdl=self.pdl)
         q = rope.qk_rope_write(
             *turned, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys, pdl=self.pdl
         )
         out = attention.block_attention(
             q, keys, values, length, window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl
         )
-        return linear.partials(out, self.o_proj, pdl=self.pdl)
+        return linear.partials(out, self.o_proj, dtype=h.dtype, pdl=self.pdl)
 
     def _in_one(self, rows: int, width: int, keys: Tensor) -> bool:
         """Whether one launch does for rope and attention."""
@@ -101,9 +103,10 @@ class Layer:
         pdl = self.pdl
         r, (h,) = norms.residual_norms(x, [attended], [p.mlp_input_norm], p.eps, pdl=pdl)
         inner = linear.gated(h, self.gate_up, p.activation, pdl=pdl)
-        fed = Branch(linear.partials(inner, self.down, pdl=pdl), norm=p.mlp_output_norm)
+        fed = linear.partials(inner, self.down, dtype=x.dtype, pdl=pdl)
+        branch = Branch(fed, norm=p.mlp_output_norm)
         x, (h,) = norms.residual_norms(
-            r, [fed], [next_norm], p.eps, scale=p.scalar, tap=tap, pdl=pdl
+            r, [branch], [next_norm], p.eps, scale=p.scalar, tap=tap, pdl=pdl
         )
         return x, h
 

@@ -4,7 +4,7 @@ x: [T, K] bf16, rows contiguous. w: [N, K] bf16, e4m3, int8 or int4 as in `forms
 Quantised weights become bf16 in registers, as `narrow.py` tells; scales are applied to sums.
 
 A program owns a tile of BN rows of w and a share of K. The shares of a tile meet in one of two
-ways: `partials` writes them side by side, [S, T, N] fp32, and whoever reads them adds them up;
+ways: `partials` writes them side by side, [S, T, N], and whoever reads them adds them up in fp32;
 `matmul` and `gated` let the last program of a tile to arrive add them, always in the same order.
 The rows of x are padded to 8, 16 or 32 in the kernel. A row's result depends neither on T nor on
 the other rows, because how K is cut does not.
@@ -230,11 +230,16 @@ def _linear_kernel(
             _finish(total, out_ptr, tile, T, N, ROWS, BN, EPILOGUE)
 
 
-def partials(x: Tensor, w: Weight, *, config: Config | None = None, pdl: bool = False) -> Tensor:
-    """[T, K] → fp32 [S, T, N], whose sum over S is x wᵀ."""
+def partials(
+    x: Tensor, w: Weight, *, dtype: torch.dtype = torch.float32, config: Config | None = None,
+    pdl: bool = False,
+) -> Tensor:  # fmt: skip
+    """[T, K] → [S, T, N], whose sum over S is x wᵀ. Shares rounded to bf16 cost about what rounding
+    their sum would, since each is smaller, unless they cancel each other.
+    """
     n, k = shape(w)
     config = config or tuned.linear(kind(w), n, k)
-    out = torch.empty(config.splits, x.shape[0], n, dtype=torch.float32, device=x.device)
+    out = torch.empty(config.splits, x.shape[0], n, dtype=dtype, device=x.device)
     _launch(x, w, out, n, PARTIALS, config, pdl)
     return out
 

@@ -6,7 +6,7 @@
     down weights [C, D], [E, C, I]
     dense_act [T, D], expert_act [P, T, I]: of place i of the router's list at i, written where a
     row belongs to that place
-    dense partials fp32 [S, T, C] to be summed, experts' outputs bf16 [k, T, C] by rank, unweighted
+    dense partials [S, T, C] to be summed, experts' outputs [k, T, C] by rank, unweighted: bf16
 
 Bound by the bytes of the weights of the experts that any row chose. A CTA multiplies one tile of
 output channels of one expert with the rows of one place of the router's list: eight, or sixteen of
@@ -326,7 +326,7 @@ def down(
     config: MoeConfig | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 [S, T, C], whose sum is the dense MLP's output, and bf16 [k, T, C] by rank."""
+    """bf16 [S, T, C], whose sum is the dense MLP's output, and [k, T, C] by rank."""
     places, rows, inner = expert_act.shape
     dense, width = dense_act.shape[1], dense_w.shape[0]
     assert dense_act.is_contiguous(), f"dense_act {dense_act.stride()}"
@@ -338,7 +338,7 @@ def down(
     span = inner if not dense_w.run else triton.cdiv(inner, 4 * dense_w.run) * 4 * dense_w.run
     splits, top_k = triton.cdiv(dense, span), routing.weights.shape[1]
     device = dense_act.device
-    dense_out = torch.empty(splits, rows, width, dtype=torch.float32, device=device)
+    dense_out = torch.empty(splits, rows, width, dtype=expert_act.dtype, device=device)
     routed = torch.empty(top_k, rows, width, dtype=expert_act.dtype, device=device)
     constants = _constants(rows, dense_w, experts_w, routing, config)
     items = splits * constants["GROUPS"] + places

@@ -7,14 +7,17 @@
     out_i   = n(new, norms_i)                          up to three, of one mean square
     logits  = n(new, router.norm) · router.projᵀ       where experts are chosen, fp32 [T, E]
 
-x: [T, C] bf16, the residual. values: [S, T, C] or [T, C], the fp32 partial sums of a split GEMM or
-the outputs of S experts, or bf16. fp32 inside. One program per row, so that a row is read once and
-kept in registers; at T ≤ 17 it is bound by latency: the loads of all parts are in flight at once.
+x: [T, C] bf16, the residual. values: [S, T, C] or [T, C], fp32 or bf16, the partial sums of a split
+GEMM or the outputs of S experts. fp32 inside. One program per row, so that a row is read once and
+kept in registers; at T ≤ 17 it is bound by latency. So the loads of all parts are in flight at
+once: volatile ones, which the assembler does not put off until their values are needed, and with
+all the registers that there are. Eight warps for 4096 columns: more of them issue addresses and
+reductions over and over, fewer have too much to hold.
 With a router, a row has a program for every few experts: each adds up the whole row, has asked for
 its part of proj before, and is done sooner than a launch of the router's own would begin.
 """
 
-# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def, assignment"
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -93,14 +96,39 @@ def _weight(ptr, c, inside):
 
 
 @triton.jit
-def _sum(values_ptr, weights_ptr, t, T, c, inside, PARTS: tl.constexpr, C: tl.constexpr):
-    """Row t of a branch: [BLOCK]."""
-    total = tl.zeros_like(c).to(tl.float32)
+def _row(ptr, row, stride, c, inside):
+    """A row that another launch wrote, as it is stored: [BLOCK]."""
+    return tl.load(ptr + row.to(tl.int64) * stride + c, mask=inside, other=0.0, volatile=True)
+
+
+@triton.jit
+def _parts(values_ptr, t, T, c, inside, PARTS: tl.constexpr, C: tl.constexpr):
+    """Row t of each part of a branch: a tuple of [BLOCK]."""
+    parts = ()
     for s in tl.static_range(PARTS):
-        at = values_ptr + (s * T + t).to(tl.int64) * C + c
-        part = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if weights_ptr is not None:
-            part *= tl.load(weights_ptr + t * PARTS + s)
+        parts = parts + (_row(values_ptr, s * T + t, C, c, inside),)  # noqa: RUF005 (Triton)
+    return parts
+
+
+@triton.jit
+def _weights(weights_ptr, t, PARTS: tl.constexpr):
+    """What each part weighs, a tuple; nothing if none is weighted."""
+    weights = ()
+    if weights_ptr is not None:
+        for s in tl.static_range(PARTS):
+            weight = tl.load(weights_ptr + t * PARTS + s, volatile=True)
+            weights = weights + (weight,)  # noqa: RUF005 (Triton)
+    return weights
+
+
+@triton.jit
+def _sum(parts, weights, c):
+    """A branch: fp32 [BLOCK]."""
+    total = tl.zeros_like(c).to(tl.float32)
+    for s in tl.static_range(len(parts)):
+        part = parts[s].to(tl.float32)
+        if len(weights) > 0:
+            part *= weights[s]
         total += part
     return total
 
@@ -157,14 +185,16 @@ def _residual_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    row = t.to(tl.int64)
+    row = t
     if ids_ptr is not None:
-        row = tl.load(ids_ptr + t).to(tl.int64)
-    x = tl.load(x_ptr + row * stride_x + c, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(ids_ptr + t)
+    x = _row(x_ptr, row, stride_x, c, inside)
+    a_weights, b_weights = _weights(a_weights_ptr, t, A), _weights(b_weights_ptr, t, B)
+    a_parts, b_parts = _parts(a_ptr, t, T, c, inside, A, C), _parts(b_ptr, t, T, c, inside, B, C)
+    x = x.to(tl.float32)
     if ids_ptr is not None:
         x *= embedding_scale
-    total = _sum(a_ptr, a_weights_ptr, t, T, c, inside, A, C)  # every load before any reduction
-    other = _sum(b_ptr, b_weights_ptr, t, T, c, inside, B, C)
+    total, other = _sum(a_parts, a_weights, c), _sum(b_parts, b_weights, c)
     if a_norm_ptr is not None and b_norm_ptr is not None:  # one reduction for both
         squares = tl.sum(tl.join(total * total, other * other), axis=0) / C + eps
         a_square, b_square = tl.split(squares)
@@ -304,7 +334,12 @@ def _launch(
         *(router or (None, None, None)), logits, experts, rows, eps,
         A=parts[0] if parts else 0, B=parts[1] if len(parts) > 1 else 0, C=width,
         BLOCK=block, BN=ROUTED, GROUPS=groups, PDL=pdl,
-        num_warps=min(32 if router is None else 8, max(4, block // 128)),
-        **({"launch_pdl": True} if pdl else {}),
+        **_hands(block), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return outs, logits
+
+
+def _hands(block: int) -> dict[str, int]:
+    """Warps for so many columns, and all the registers that they can have of a multiprocessor."""
+    warps = max(4, block // 512)
+    return {"num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps))}

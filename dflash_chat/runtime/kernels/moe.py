@@ -54,18 +54,19 @@ class Choice(NamedTuple):
 
 
 class MoeConfig(NamedTuple):
-    """Output channels (pairs for gate_up) and columns of a tile, warps of a CTA, stages."""
+    """Output channels (pairs for gate_up) and columns of a tile, warps of a CTA, stages. registers:
+    of a thread at most. Told 255 the assembler takes a quarter more than by itself, and lets fewer
+    products wait for the last one.
+    """
 
     bn: int
     bk: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 NARROW_ROWS = 8  # of a product with narrow weights
-# Of a thread. Said aloud, the assembler takes a quarter more for `down`, and no longer lets one
-# product wait for the last.
-MOST_REGISTERS = 255
 ANY = MAX_ROWS
 # (launch, format of the experts): {rows up to which: what is quickest}, measured on an H200. All of
 # a line sum in the same order.
@@ -75,12 +76,12 @@ CONFIGS = {
         1: MoeConfig(16, 128, 2, 6), 4: MoeConfig(16, 128, 2, 4), ANY: MoeConfig(32, 256, 4, 3),
     },
     ("gate_up", "int4"): {
-        1: MoeConfig(8, 256, 1, 4), 2: MoeConfig(16, 256, 1, 3), 8: MoeConfig(32, 128, 2, 3),
-        ANY: MoeConfig(32, 128, 2, 4),
+        1: MoeConfig(8, 256, 1, 4, 255), 2: MoeConfig(16, 256, 1, 3, 255),
+        8: MoeConfig(32, 128, 2, 3), ANY: MoeConfig(32, 128, 2, 4),
     },
     ("down", "plain"): {ANY: MoeConfig(64, 64, 2, 5)},
-    ("down", "fp8"): {2: MoeConfig(64, 128, 4, 3), ANY: MoeConfig(64, 128, 4, 4)},
-    ("down", "int4"): {2: MoeConfig(64, 64, 2, 4), ANY: MoeConfig(128, 64, 2, 3)},
+    ("down", "fp8"): {2: MoeConfig(64, 128, 4, 3, 255), ANY: MoeConfig(64, 128, 4, 4, 255)},
+    ("down", "int4"): {2: MoeConfig(64, 64, 2, 4, 255), ANY: MoeConfig(128, 64, 2, 3, 255)},
 }  # fmt: skip
 
 
@@ -314,7 +315,7 @@ def gate_up(
         h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing,
         *(choice or (None, None)), dense_act, expert_act, rows, C=width, D=dense, I=inner,
         **constants, E=experts_w.shape[0], TOP=routing.weights.shape[1], WARPS=config.warps,
-        ALONE=alone, PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
+        ALONE=alone, PDL=pdl, num_warps=config.warps, maxnreg=config.registers, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
 
@@ -348,8 +349,7 @@ def down(
     _down_kernel[(items * triton.cdiv(width, config.bn),)](
         dense_act, *dense_w.operands(), expert_act, *experts_w.operands(), *routing[:3], dense_out,
         routed, rows, C=width, D=dense, I=inner, SPAN=span, **constants,
-        PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
-        maxnreg=None if experts_w.format == "plain" else MOST_REGISTERS,
+        PDL=pdl, num_warps=config.warps, maxnreg=config.registers, launch_pdl=pdl,
     )  # fmt: skip
     return dense_out, routed
 

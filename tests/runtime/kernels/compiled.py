@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -85,12 +86,32 @@ def stack(form: str, *shape: int) -> MoeWeight:
     return MoeWeight(words, bf16(*experts, k // 64, n, 2))
 
 
+def compile_only(
+    capability: int, multiprocessors: int, each: Callable[[CompiledKernel], None]
+) -> None:
+    """From here on no launch of this process launches: its kernel goes to `each` instead."""
+    driver.set_active(Card(capability))
+    run = JITFunction.run
+
+    def compiled(
+        self: JITFunction, *args: object, grid: object, warmup: bool, **options: object
+    ) -> object:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        each(kernel)
+        return kernel
+
+    JITFunction.run = compiled
+    attention.card = lambda device: attention.Card(multiprocessors, capability in ROOMY)
+    for module in (grouped, prefill):
+        module.card = attention.card
+
+
 def linears() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every tile of `tuned`, measured or by rule."""
     tiles = {(kernel, form, config) for (kernel, form, _, _), config in tuned._MEASURED.items()}
     tiles |= {(kernel, form, tuned.Config(*t, 1)) for (kernel, form), t in tuned._TILES.items()}
     tiles.add(("head", "int8", tuned.MANY_BOUNDS))
-    for kernel, form, config in sorted(tiles):
+    for kernel, form, config in sorted(tiles, key=str):
         config = config._replace(splits=1)
         w = weight(form, 2 * config.bn, 4096)
         run: Callable[..., object] = {"linear": linear.partials, "head": heads.argmax}.get(
@@ -187,7 +208,7 @@ def layers() -> Iterator[tuple[str, Callable[[], object]]]:
                         )
                     ),
                 )
-    branch, norm = Branch(torch.empty(8, ROWS, 2816), norm=bf16(2816)), bf16(2816)
+    branch, norm = Branch(bf16(8, ROWS, 2816), norm=bf16(2816)), bf16(2816)
     routing = Router(norm, bf16(128, 2816))
     yield "norms", lambda: norms.residual_norms(bf16(ROWS, 2816), [branch] * 2, [norm], 1e-6)
     yield (
@@ -203,22 +224,12 @@ def layers() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def main() -> None:
     """Print the lines."""
-    capability = int(sys.argv[1])
-    driver.set_active(Card(capability))
-    run = JITFunction.run
     said = [""]
 
-    def compile_only(
-        self: JITFunction, *args: object, grid: object, warmup: bool, **options: object
-    ) -> object:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
+    def tell(kernel: CompiledKernel) -> None:
         sys.stdout.write(f"{kernel.metadata.name}\t{said[0]}\t{kernel.metadata.shared}\n")
-        return kernel
 
-    JITFunction.run = compile_only
-    attention.card = lambda device: attention.Card(84, capability in ROOMY)
-    for module in (grouped, prefill):
-        module.card = attention.card
+    compile_only(int(sys.argv[1]), 84, tell)
     for family in (linears, experts, layers):
         for name, call in family():
             said[0] = name

@@ -3,8 +3,9 @@
 `python -m tests.bench.kernels_sass [--form int4] [--rows 1 16] [--trace NAME]` compiles the kernels
 of a Gemma-4-26B-A4B layer for an H200 and lets instructions go in order: each when the registers it
 reads are there, one a cycle and scheduler. A loop's line is one round of one warp, a kernel's own
-line all warps of a program from its wait for the previous launch to its end, loops passed once.
-`--trace` prints the instructions of the kernels of that name that waited.
+line all warps of a program from its wait for the previous launch to its end, loops passed once and
+both sides of every branch. `--trace` prints the instructions of the kernels of that name that
+waited.
 
 Latencies are rounded ones of Hopper, L2's without any traffic: good for telling which of two
 orders of the same work waits less, not for a time.

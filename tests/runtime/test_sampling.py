@@ -46,6 +46,7 @@ def test_inverse_cdf_follows_the_weights() -> None:
     assert inverse_cdf(weights, torch.tensor([1.0], dtype=torch.float64)).tolist() == [5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False], ids=["drafts that fit", "drafts that do not"])
 def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -> None:
     """16-token vocabulary: the pairs (y1, y2) that speculation emits against the exact product."""

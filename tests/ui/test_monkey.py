@@ -115,6 +115,7 @@ def watch_prompt(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return replaced
 
 
+@pytest.mark.slow
 async def test_ten_thousand_keys_and_pastes(
     tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ KERNELS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_tile_compiles_for_an_rtx_3090_and_fits_its_shared_memory(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

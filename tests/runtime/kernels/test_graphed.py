@@ -146,6 +146,7 @@ def test_greedy_equals_eager(kind: str) -> None:
     consistent(graphed)
 
 
+@pytest.mark.slow
 def test_the_kernels_own_step_equals_eager() -> None:
     params = SamplingParams(max_tokens=4)
     graphed = on_graphs("llama", k=2, kernels=True)

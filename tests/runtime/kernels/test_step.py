@@ -69,6 +69,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
         return Pair("llama", options, steps=1)
 
 
+@pytest.mark.slow
 def test_steps_equal_the_plain_target_and_drafter(pair: Pair) -> None:
     """Draft and verify; the plain side is told what was committed and must agree."""
     step, target, drafter, cache = pair.step, pair.target, pair.drafter, pair.cache

@@ -64,13 +64,14 @@ class Attention:
                 *turned, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys,
                 window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl,
             )  # fmt: skip
-            return linear.partials(out, self.o_proj, dtype=h.dtype, pdl=self.pdl)
-        q = rope.qk_rope_write(
-            *turned, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys, pdl=self.pdl
-        )
-        out = attention.block_attention(
-            q, keys, values, length, window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl
-        )
+        else:
+            q = rope.qk_rope_write(
+                *turned, eps=self.eps, v_norm=p.v_norm, k_eq_v=p.values_are_keys, pdl=self.pdl
+            )
+            out = attention.block_attention(
+                q, keys, values, length,
+                window=p.window, causal=p.causal, scale=p.scale, pdl=self.pdl,
+            )  # fmt: skip
         return linear.partials(out, self.o_proj, dtype=h.dtype, pdl=self.pdl)
 
     def _in_one(self, rows: int, width: int, keys: Tensor) -> bool:

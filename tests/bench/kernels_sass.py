@@ -135,7 +135,7 @@ def run(
     arrived: dict[int, list[int]] = {}
     passed = [0] * len(code)
     now, tensor_core = 0, 0
-    while (behind := [w for w in range(warps) if at[w] < len(code)]) != []:
+    while behind := [w for w in range(warps) if at[w] < len(code)]:
         times = {}
         for w in behind:
             instruction = code[at[w]]
@@ -234,9 +234,9 @@ def describe(name: str, kernel: CompiledKernel, trace: bool) -> None:
     if trace:
         waited: dict[int, int] = {}
         run(code[begin:], 1, waited)
-        for i, cycles in waited.items():
-            if cycles > 15:
-                print(f"    {cycles:5} {code[begin + i].text}")
+        for i, spent in waited.items():
+            if spent > 15:
+                print(f"    {spent:5} {code[begin + i].text}")
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ def _parts(values_ptr, t, T, c, inside, PARTS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _weights(weights_ptr, t, PARTS: tl.constexpr):
+def _part_weights(weights_ptr, t, PARTS: tl.constexpr):
     """What each part weighs, a tuple; nothing if none is weighted."""
     weights = ()
     if weights_ptr is not None:
@@ -189,7 +189,8 @@ def _residual_kernel(
     if ids_ptr is not None:
         row = tl.load(ids_ptr + t)
     x = _row(x_ptr, row, stride_x, c, inside)
-    a_weights, b_weights = _weights(a_weights_ptr, t, A), _weights(b_weights_ptr, t, B)
+    a_weights = _part_weights(a_weights_ptr, t, A)
+    b_weights = _part_weights(b_weights_ptr, t, B)
     a_parts, b_parts = _parts(a_ptr, t, T, c, inside, A, C), _parts(b_ptr, t, T, c, inside, B, C)
     x = x.to(tl.float32)
     if ids_ptr is not None:

@@ -200,7 +200,7 @@ def _select_kernel(
         here = tl.minimum(count - nth * AT_ONCE, AT_ONCE)[None, :]
         _put(experts_ptr + first + nth, e[None, :] + here * HIGH, only & (here > 0), PDL)
     last = only & (e == E - 1)[None, :]
-    _put(active_ptr + row[:, None] * 0 + e[None, :] * 0, first + places[None, :], last, PDL)
+    _put(active_ptr + first * 0, first + places[None, :], last, PDL)
     before = _ones(rows[None, :] & (bit - 1)[:, None])  # how many rows of the expert
     at = members_ptr + first * AT_ONCE + before  # an expert's places are neighbours
     _put(at, row[:, None] + rank * HIGH, chosen, PDL)

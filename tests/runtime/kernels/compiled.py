@@ -117,7 +117,7 @@ def linears() -> Iterator[tuple[str, Callable[[], object]]]:
         run: Callable[..., object] = {"linear": linear.partials, "head": heads.argmax}.get(
             kernel, lambda x, w, **options: linear.gated(x, w, "silu", **options)
         )
-        for rows in (1, ROWS) if (kernel, form) == ("linear", "int4") else (ROWS,):
+        for rows in (1, ROWS) if form == "int4" and kernel != "head" else (ROWS,):
             yield (
                 f"{kernel} {form} {tuple(config)} {rows}",
                 lambda run=run, w=w, config=config, rows=rows: run(

@@ -19,9 +19,9 @@ the experts' tiles need its list. gate_up's dense tiles do not wait for the rout
 read was written by the launch before it, which had ended when the router let gate_up begin. It is
 in L2 then, where they read it, past L1 or with an L1 that has let go of what it held.
 A single row has as many places as ranks: given its logits instead of a list, the gate_up CTAs of
-place i look for the expert of rank i themselves; a dense tile, done sooner, writes down who it is,
-or of int4, whose dense tiles are done no sooner, the first of them. int4 without zeros multiplies a
-single row as `int4_product.only_row` does.
+place i look for the expert of rank i themselves, and a CTA more writes the list down. int4 without
+zeros multiplies a single row as `int4_product.only_row` does. Its gate_up lets down begin after the
+first step: by then all of its CTAs stand, as evenly as the norms' did, and leave room for down's.
 
 Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`, which
 `tile_product.py` reads.
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels.expert_weights import MoeWeight
 from dflash_chat.runtime.kernels.linear import MAX_ROWS
-from dflash_chat.runtime.kernels.router import HIGH, Routing, at_rank, expert_at_rank
+from dflash_chat.runtime.kernels.router import HIGH, Routing, expert_at_rank, list_only_row
 from dflash_chat.runtime.kernels.tile_product import forget, prefetch, tile_product
 
 
@@ -81,7 +81,10 @@ CONFIGS = {
     },
     ("down", "plain"): {ANY: MoeConfig(64, 64, 2, 5)},
     ("down", "fp8"): {2: MoeConfig(64, 128, 4, 3, 255), ANY: MoeConfig(64, 128, 4, 4, 255)},
-    ("down", "int4"): {2: MoeConfig(64, 64, 2, 4, 255), ANY: MoeConfig(128, 64, 2, 3, 255)},
+    ("down", "int4"): {
+        1: MoeConfig(32, 256, 1, 3, 255), 2: MoeConfig(64, 64, 2, 4, 255),
+        ANY: MoeConfig(128, 64, 2, 3, 255),
+    },
 }  # fmt: skip
 
 
@@ -114,27 +117,15 @@ def reference_down(
 
 
 @triton.jit
-def _place(experts_ptr, members_ptr, i, ROWS: tl.constexpr):
-    """Of place i the expert, its rows and their ranks there, and whether there are so many: [ROWS]
-    each.
+def _place(experts_ptr, members_ptr, i, ROWS: tl.constexpr, FIRST: tl.constexpr):
+    """Of place i the expert, the first of its rows, their ranks there, and whether there are so
+    many: [FIRST] each.
     """
-    c = tl.arange(0, ROWS)
+    c = tl.arange(0, FIRST)
     entry = tl.load(experts_ptr + i)
     member = tl.load(members_ptr + i * ROWS + c)
     taken = c < entry // HIGH
     return entry % HIGH, tl.where(taken, member % HIGH, 0), member // HIGH, taken
-
-
-@triton.jit
-def _list(
-    experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight,
-    TOP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write down the only row's expert of rank i."""
-    tl.store(experts_ptr + i, expert + HIGH)
-    tl.store(members_ptr + i * ROWS, i * HIGH)
-    tl.store(weights_ptr + i, weight)
-    tl.store(active_ptr, TOP)  # for each rank the same
 
 
 @triton.jit
@@ -172,14 +163,22 @@ def _gate_up_kernel(
 ):  # fmt: skip
     DENSE_TILES: tl.constexpr = (D + BN - 1) // BN * GROUPS
     TILES: tl.constexpr = (I + BN - 1) // BN
-    tile = tl.program_id(0)
+    LISTS: tl.constexpr = 0 if logits_ptr is None else 1
+    FIRST: tl.constexpr = 1 if ALONE else ROWS
+    tile = tl.program_id(0) - LISTS
     pair = tl.arange(0, 2 * BN)
     column = tl.arange(0, BN)
-    if tile < DENSE_TILES:
-        if ALONE:
-            dense_row = tl.arange(0, 1)
-        else:
-            dense_row = tile % GROUPS * DENSE_ROWS + tl.arange(0, DENSE_ROWS)
+    if tile < 0:
+        if LISTS:
+            factors = tl.load(expert_scale_ptr + tl.arange(0, E)).to(tl.float32)
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            list_only_row(
+                logits_ptr, factors, experts_ptr, active_ptr, members_ptr, weights_ptr,
+                E, TOP, ROWS, WARPS,
+            )  # fmt: skip
+    elif tile < DENSE_TILES:
+        dense_row = tile % GROUPS * DENSE_ROWS + tl.arange(0, DENSE_ROWS)
         first = tile // GROUPS * BN
         n = tl.minimum(first + pair % BN, D - 1) + pair // BN * D
         if PDL:
@@ -190,44 +189,29 @@ def _gate_up_kernel(
                 forget(tile)
         acc = tile_product(
             h_dense_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
-            n, 0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES, ALONE,
+            n, 0, 2 * D, C, C, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES, ALONE, PDL,
         )  # fmt: skip
         _store_activation(acc, dense_act_ptr, dense_row, dense_row < T, first + column, D, BN)
-        if logits_ptr is not None and FORMAT != "int4":
-            for i in range(tile, TOP, DENSE_TILES):
-                expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
-                _list(
-                    experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight, TOP, ROWS
-                )
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
         i = (tile - DENSE_TILES) // TILES
         first = (tile - DENSE_TILES) % TILES * BN
         if logits_ptr is not None:
-            if FORMAT == "int4" and first == 0:
-                expert, weight = at_rank(logits_ptr, expert_scale_ptr, i, E, TOP, WARPS)
-                _list(
-                    experts_ptr, active_ptr, members_ptr, weights_ptr, i, expert, weight, TOP, ROWS
-                )
-            else:
-                expert = expert_at_rank(logits_ptr, i, E, WARPS)
+            expert = expert_at_rank(logits_ptr, i, E, WARPS)
             active = TOP
-            row = tl.arange(0, ROWS)
+            row = tl.arange(0, FIRST)
             taken = row < T
         else:
             active = tl.load(active_ptr)
-            expert, row, _, taken = _place(experts_ptr, members_ptr, i, ROWS)
-        if ALONE:
-            row = tl.arange(0, 1)
-            taken = row < T
+            expert, row, _, taken = _place(experts_ptr, members_ptr, i, ROWS, FIRST)
         if i < active:
             n = tl.minimum(first + pair % BN, I - 1) + pair // BN * I
             e = expert.to(tl.int64)
             acc = tile_product(
                 h_moe_ptr, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE,
-                n, 0, 2 * I, C, C, FORMAT, ZERO, RUN, BK, STAGES, ALONE,
+                n, 0, 2 * I, C, C, FORMAT, ZERO, RUN, BK, STAGES, ALONE, PDL,
             )  # fmt: skip
             _store_activation(acc, expert_act_ptr + i * T * I, row, taken, first + column, I, BN)
     if PDL:  # a GEMM follows, whose programs are to find free room
@@ -244,10 +228,11 @@ def _down_kernel(
     DENSE_FORMAT: tl.constexpr, DENSE_ZERO: tl.constexpr, DENSE_RUN: tl.constexpr,
     FORMAT: tl.constexpr, ZERO: tl.constexpr, RUN: tl.constexpr,
     ROWS: tl.constexpr, DENSE_ROWS: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, ALONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     SPLITS: tl.constexpr = (D + SPAN - 1) // SPAN
     TILES: tl.constexpr = (C + BN - 1) // BN
+    FIRST: tl.constexpr = 1 if ALONE else ROWS
     item = tl.program_id(0) // TILES
     column = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
     n = tl.minimum(column, C - 1)
@@ -260,7 +245,7 @@ def _down_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         acc = tile_product(
             dense_act_ptr, dense_row, dense_row < T, dense_w_ptr, dense_scale_ptr, dense_zero_ptr,
-            n, split * SPAN, C, D, SPAN, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES, False,
+            n, split * SPAN, C, D, SPAN, DENSE_FORMAT, DENSE_ZERO, DENSE_RUN, BK, STAGES, ALONE,
         )  # fmt: skip
         _store_rows(acc, dense_ptr, split * T + dense_row, dense_row < T, column, C)
     else:
@@ -269,13 +254,13 @@ def _down_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         i = item - SPLITS * GROUPS
         active = tl.load(active_ptr)
-        expert, row, rank, taken = _place(experts_ptr, members_ptr, i, ROWS)
+        expert, row, rank, taken = _place(experts_ptr, members_ptr, i, ROWS, FIRST)
         if i < active:
             e = expert.to(tl.int64)
             acc = tile_product(
                 expert_act_ptr + i * T * I, row, taken, experts_w_ptr + e * W_STRIDE,
                 experts_scale_ptr + e * SCALE_STRIDE, experts_zero_ptr + e * SCALE_STRIDE,
-                n, 0, C, I, I, FORMAT, ZERO, RUN, BK, STAGES, False,
+                n, 0, C, I, I, FORMAT, ZERO, RUN, BK, STAGES, ALONE,
             )  # fmt: skip
             _store_rows(acc, routed_ptr, rank * T + row, taken, column, C)
 
@@ -308,14 +293,14 @@ def gate_up(
     assert choice is None or choice.logits.shape == (1, experts_w.shape[0]), "logits of experts"
     dense_act = torch.empty(rows, dense, dtype=h_moe.dtype, device=h_moe.device)
     expert_act = torch.empty(places, rows, inner, dtype=h_moe.dtype, device=h_moe.device)
-    alone = rows == 1 and all(w.format == "int4" and w.zero is None for w in (dense_w, experts_w))
     constants = _constants(rows, dense_w, experts_w, routing, config)
     dense_tiles = constants["GROUPS"] * triton.cdiv(dense, config.bn)
-    _gate_up_kernel[(dense_tiles + places * triton.cdiv(inner, config.bn),)](
+    lists = 0 if choice is None else 1
+    _gate_up_kernel[(lists + dense_tiles + places * triton.cdiv(inner, config.bn),)](
         h_dense, *dense_w.operands(), h_moe, *experts_w.operands(), *routing,
         *(choice or (None, None)), dense_act, expert_act, rows, C=width, D=dense, I=inner,
         **constants, E=experts_w.shape[0], TOP=routing.weights.shape[1], WARPS=config.warps,
-        ALONE=alone, PDL=pdl, num_warps=config.warps, maxnreg=config.registers, launch_pdl=pdl,
+        PDL=pdl, num_warps=config.warps, maxnreg=config.registers, launch_pdl=pdl,
     )  # fmt: skip
     return dense_act, expert_act
 
@@ -373,7 +358,8 @@ def _constants(
     assert len(routing.weights) == rows <= MAX_ROWS, f"{routing.weights.shape}, {rows} rows"
     at_a_place = at_once(experts_w, rows)
     assert routing.members.shape[1] == at_a_place, f"places of {routing.members.shape[1]} rows"
-    dense_rows = at_once(dense_w, rows)
+    alone = rows == 1 and all(w.format == "int4" and w.zero is None for w in (dense_w, experts_w))
+    dense_rows = 1 if alone else at_once(dense_w, rows)
     return {
         "W_STRIDE": experts_w.data.stride(0),
         "SCALE_STRIDE": experts_w.operands()[1].stride(0),
@@ -389,4 +375,5 @@ def _constants(
         "BN": config.bn,
         "BK": config.bk,
         "STAGES": config.stages,
+        "ALONE": alone,
     }

@@ -14,7 +14,9 @@ once: volatile ones, which the assembler does not put off until their values are
 all the registers that there are. Eight warps for 4096 columns: more of them issue addresses and
 reductions over and over, fewer have too much to hold.
 With a router, a row has a program for every few experts: each adds up the whole row, has asked for
-its part of proj before, and is done sooner than a launch of the router's own would begin.
+its part of proj before, and is done sooner than a launch of the router's own would begin. With PDL
+a single row has one for every multiprocessor: the next launch's programs come while they run, go
+where most registers are free, and stay there, so all multiprocessors have to look alike.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def, assignment"
@@ -30,8 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dflash_chat.runtime.kernels.attention import card
+
 MAX_WIDTH = 8192
-ROUTED = 8  # experts of a program's share
+ROUTED = 8  # experts of a program's share at most
 
 
 class Branch(NamedTuple):
@@ -169,11 +173,15 @@ def _residual_kernel(
     inside = c < C
     mine = c + tl.program_id(1) * BLOCK < C  # what all of a row's programs have, the first stores
     if proj_ptr is not None:
-        e = tl.program_id(1) * (GROUPS * BN) + tl.arange(0, BN)
+        e = tl.program_id(1) * (GROUPS * BN) % E + tl.arange(
+            0, BN
+        )  # behind the last the first again
         proj = _rows(proj_ptr, e, c, inside, C)
         if GROUPS == 2:
             more = _rows(proj_ptr, e + BN, c, inside, C)
         router_norm = _weight(router_norm_ptr, c, inside)
+        if told_ptr is not None:
+            told = tl.load(told_ptr + t * C + c, mask=inside, other=0.0)
     a_norm, b_norm = _weight(a_norm_ptr, c, inside), _weight(b_norm_ptr, c, inside)
     post = _weight(post_ptr, c, inside)
     w0, w1 = _weight(w0_ptr, c, inside), _weight(w1_ptr, c, inside)
@@ -218,10 +226,7 @@ def _residual_kernel(
     new = new.to(tl.float32)
     unit = new * tl.rsqrt(tl.sum(new * new, axis=0) / C + eps)
     if proj_ptr is not None:
-        if told_ptr is not None:
-            h = tl.load(told_ptr + t * C + c, mask=inside, other=0.0)
-        else:
-            h = (unit * router_norm).to(x_ptr.dtype.element_ty)
+        h = told if told_ptr is not None else (unit * router_norm).to(x_ptr.dtype.element_ty)
         tl.store(logits_ptr + t * E + e, _product(proj, h))
         if GROUPS == 2:
             tl.store(logits_ptr + t * E + e + BN, _product(more, h))
@@ -320,21 +325,24 @@ def _launch(
     outs = [torch.empty(rows, width, dtype=x.dtype, device=x.device) for _ in norms]
     pairs: list[Tensor | None] = [part for pair in zip(norms, outs, strict=True) for part in pair]
     pairs += [None] * (6 - len(pairs))
-    experts, logits, groups = 0, None, 1
+    experts, logits, groups, routed, programs = 0, None, 1, 1, 1
     if router is not None:
         experts = router.proj.shape[0]
         assert router.proj.shape == (experts, width), f"proj {tuple(router.proj.shape)}"
         assert router.proj.is_contiguous(), f"proj {router.proj.stride()}"
         groups = 2 if rows > 8 else 1  # so many rows would read the parts of each too often
-        assert experts % (groups * ROUTED) == 0, f"{experts} experts"
+        sharers = card(x.device).multiprocessors if rows == 1 and pdl else 1
+        routed = min(ROUTED, triton.next_power_of_2(triton.cdiv(experts, sharers)))
+        assert experts % (groups * routed) == 0, f"{experts} experts"
+        programs = max(experts // (groups * routed), sharers)
         assert router.told is None or router.told.is_contiguous(), f"{router.told.stride()}"
         logits = torch.empty(rows, experts, dtype=torch.float32, device=x.device)
-    _residual_kernel[(rows, max(1, experts // (groups * ROUTED)))](
+    _residual_kernel[(rows, programs)](
         x, x.stride(0), ids, embedding_scale, *operands, post, scale,
         new, tap, 0 if tap is None else tap.stride(0), *pairs,
         *(router or (None, None, None)), logits, experts, rows, eps,
         A=parts[0] if parts else 0, B=parts[1] if len(parts) > 1 else 0, C=width,
-        BLOCK=block, BN=ROUTED, GROUPS=groups, PDL=pdl,
+        BLOCK=block, BN=routed, GROUPS=groups, PDL=pdl,
         **_hands(block), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return outs, logits

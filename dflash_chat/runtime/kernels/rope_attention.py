@@ -12,7 +12,7 @@ Up to 16 rows of queries a kv head, T · H/G. bf16 in and out, everything betwee
 latency: the chain projection → queries → scores → share → merge.
 """
 
-# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def, assignment"
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations
@@ -48,17 +48,30 @@ def _weights(norm_ptr, rows, D: tl.constexpr):
 
 
 @triton.jit
-def _head(
-    qkv_ptr, w_lo, w_hi, cos, sin, at, part, used, eps,
-    P: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
-):  # fmt: skip
-    """Heads that begin at `at` [R] of the projection, normed and rotated: both halves [R, D/2]."""
-    lo = tl.zeros([at.shape[0], D // 2], tl.float32)
-    hi = tl.zeros([at.shape[0], D // 2], tl.float32)
+def _halves(qkv_ptr, at, part, used, P: tl.constexpr, D: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Of each part of heads that begin at `at` [R] of the projection the lower half and the upper:
+    a tuple of [R, D/2]. AT_ONCE: all asked for here, not where the assembler finds them needed.
+    """
+    halves = ()
     here = qkv_ptr + at[:, None] + tl.arange(0, D // 2)[None, :]
     for p in tl.static_range(P):
-        lo += tl.load(here + p * part, mask=used[:, None], other=0.0).to(tl.float32)
-        hi += tl.load(here + p * part + D // 2, mask=used[:, None], other=0.0).to(tl.float32)
+        lo = tl.load(here + p * part, mask=used[:, None], other=0.0, volatile=AT_ONCE)
+        hi = tl.load(here + p * part + D // 2, mask=used[:, None], other=0.0, volatile=AT_ONCE)
+        halves = halves + (lo, hi)  # noqa: RUF005 (Triton)
+    return halves
+
+
+@triton.jit
+def _head(
+    halves, w_lo, w_hi, cos, sin, eps,
+    P: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """Heads [R] of which `_halves` are the parts, normed and rotated: both halves [R, D/2]."""
+    lo = tl.zeros(halves[0].shape, tl.float32)
+    hi = tl.zeros(halves[0].shape, tl.float32)
+    for p in tl.static_range(P):
+        lo += halves[2 * p].to(tl.float32)
+        hi += halves[2 * p + 1].to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(lo * lo + hi * hi, 1) / D + eps)[:, None]
         lo, hi = lo * scale * w_lo, hi * scale * w_hi
@@ -98,25 +111,20 @@ def _tile(
 
 @triton.jit
 def _own_row(
-    q_lo, q_hi, scale, qkv_ptr, w_lo, w_hi, cos, sin, k_base, v_base, slot, g, mine, part, eps,
-    P: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    NORM: tl.constexpr, V_NORM: tl.constexpr, K_EQ_V: tl.constexpr,
+    q_lo, q_hi, scale, halves, values, w_lo, w_hi, cos, sin, k_base, v_base, slot, mine, eps,
+    P: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, V_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Of the only row: the scores of its own key [R], and its value fp32 [D]; −inf and 0 if they
-    are not `mine`, else both are written.
+    """Of the only row: the scores of its own key [R], and its value fp32 [D], from parts of both;
+    −inf and 0 if they are not `mine`, else both are written.
     """
     dtype: tl.constexpr = q_lo.dtype
     r = tl.arange(0, q_lo.shape[0])
-    at = r * 0 + (H + g) * D  # for every query anew, so that a product needs no other layout
-    k_lo, k_hi = _head(
-        qkv_ptr, w_lo, w_hi, cos, sin, at, part, mine & (r >= 0), eps, P, D, NORM, True
-    )
+    k_lo, k_hi = _head(halves, w_lo, w_hi, cos, sin, eps, P, D, NORM, True)
     k_lo, k_hi = k_lo.to(dtype), k_hi.to(dtype)
     d = tl.arange(0, D)
     v = tl.zeros([D], tl.float32)
     for p in tl.static_range(P):
-        here = qkv_ptr + p * part + (H + g + (0 if K_EQ_V else G)) * D + d
-        v += tl.load(here, mask=mine & (d >= 0), other=0.0).to(tl.float32)
+        v += values[p].to(tl.float32)
     if V_NORM:
         v *= tl.rsqrt(tl.sum(v * v, 0) / D + eps)
     v = v.to(dtype)
@@ -150,12 +158,12 @@ def _own_rows(
     sin = tl.load(sin_ptr + turn, mask=there, other=0.0)
     at = t * WIDTH + (H + g) * D
     w_lo, w_hi = _weights(k_norm_ptr, t, D)
-    k_lo, k_hi = _head(
-        qkv_ptr, w_lo, w_hi, cos, sin, at, part, t < T, eps, P, D, k_norm_ptr is not None, True
-    )
+    halves = _halves(qkv_ptr, at, part, t < T, P, D, False)
     if not K_EQ_V:
         at += G * D
-    v_lo, v_hi = _head(qkv_ptr, 1.0, 1.0, 0, 0, at, part, t < T, eps, P, D, V_NORM, False)
+    values = _halves(qkv_ptr, at, part, t < T, P, D, False)
+    k_lo, k_hi = _head(halves, w_lo, w_hi, cos, sin, eps, P, D, k_norm_ptr is not None, True)
+    v_lo, v_hi = _head(values, 1.0, 1.0, 0, 0, eps, P, D, V_NORM, False)
     k_lo, k_hi, v_lo, v_hi = k_lo.to(dtype), k_hi.to(dtype), v_lo.to(dtype), v_hi.to(dtype)
     slot = ((length + t) % slots)[:, None] * D + half[None, :]
     tl.store(k_base + slot, k_lo, mask=there)
@@ -220,15 +228,23 @@ def _rope_attention_kernel(
 
     part = T * WIDTH
     at = r // GROUP * WIDTH + (g * GROUP + r % GROUP) * D
-    q_lo, q_hi = _head(
-        qkv_ptr, q_w_lo, q_w_hi, cos, sin, at, part, r // GROUP < T, eps, P, D,
-        q_norm_ptr is not None, True,
-    )  # fmt: skip
+    halves = _halves(qkv_ptr, at, part, r // GROUP < T, P, D, ROWS == 1)
+    if ROWS == 1:  # asked for with the queries, not behind them
+        mine = split == SPLITS - 1
+        own_at = r * 0 + (H + g) * D  # for every query anew: a product needs no other layout
+        own_halves = _halves(qkv_ptr, own_at, part, mine & (r >= 0), P, D, True)
+        d = tl.arange(0, D)
+        v_at = qkv_ptr + (H + g + (0 if K_EQ_V else G)) * D + d
+        own_values = ()
+        for p in tl.static_range(P):
+            value = tl.load(v_at + p * part, mask=mine & (d >= 0), other=0.0, volatile=True)
+            own_values = own_values + (value,)  # noqa: RUF005 (Triton)
+    q_lo, q_hi = _head(halves, q_w_lo, q_w_hi, cos, sin, eps, P, D, q_norm_ptr is not None, True)
     q_lo, q_hi = q_lo.to(dtype), q_hi.to(dtype)
     if ROWS == 1:
         score, own = _own_row(
-            q_lo, q_hi, scale, qkv_ptr, k_w_lo, k_w_hi, cos, sin, k_base, v_base, length % slots, g,
-            split == SPLITS - 1, part, eps, P, H, G, D, k_norm_ptr is not None, V_NORM, K_EQ_V,
+            q_lo, q_hi, scale, own_halves, own_values, k_w_lo, k_w_hi, cos, sin, k_base, v_base,
+            length % slots, mine, eps, P, D, k_norm_ptr is not None, V_NORM,
         )  # fmt: skip
     q_lo, q_hi = _stacked(q_lo, M), _stacked(q_hi, M)
     m = tl.arange(0, M) % OWN

@@ -14,10 +14,10 @@ Bound by latency. The logits come out of the norms' launch (`norms.py`). One pro
 for all rows: a row of 128 experts belongs to one warp, and a logit is compared by its bits, as
 integers of the same order, so that a maximum over the warp is one instruction, and nothing waits
 for a barrier or for memory until the list of experts is made. That needs one exchange among the
-warps, of who chose whom; each then counts through all experts itself. A single row needs no list
-and no launch: inside the experts' own kernel `expert_at_rank` finds who is to multiply, `at_rank`
-what the output will weigh. Sums go by rank in both kernels, so a row's weights do not depend on how
-many rows there are.
+warps, of who chose whom; each then counts through all experts itself. A single row needs no
+launch: inside the experts' own kernel each program finds with `expert_at_rank` whom to multiply,
+and one, `list_only_row`, writes down what later launches read. Sums go by rank in both kernels, so
+a row's weights do not depend on how many rows there are.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator, no-untyped-def"
@@ -119,24 +119,23 @@ def expert_at_rank(logits_ptr, r, E: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def at_rank(logits_ptr, scale_ptr, r, E: tl.constexpr, TOP: tl.constexpr, WARPS: tl.constexpr):
-    """Of the only row: the expert of rank r and its weight."""
-    key, e = _only_row(logits_ptr, E, WARPS)
-    expert = tl.zeros([WARPS], tl.int32)
-    share = tl.zeros([WARPS], tl.float32)
-    total = tl.zeros([WARPS], tl.float32)
-    top = tl.zeros([WARPS], tl.float32)
-    for i in tl.static_range(TOP):
-        logit, first = _largest(key, e)
-        if i == 0:
-            top = logit
-        p = tl.exp(logit - top)
-        total += p
-        expert = tl.where(r == i, first, expert)
-        share = tl.where(r == i, p, share)
-        key = _without(key, e, first)
-    chosen = tl.max(expert, axis=0)
-    return chosen, tl.max(share * (1 / total), axis=0) * tl.load(scale_ptr + chosen).to(tl.float32)
+def list_only_row(
+    logits_ptr, scale, experts_ptr, active_ptr, members_ptr, weights_ptr,
+    E: tl.constexpr, TOP: tl.constexpr, AT_ONCE: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Write down what `select` would of the only row, with places in the order of ranks. scale: the
+    experts' own factors, fp32 [E].
+    """
+    e = tl.arange(0, E)
+    warp = tl.arange(0, WARPS)[:, None]  # each does the same, the first writes
+    logits = tl.load(logits_ptr + warp * 0 + e[None, :])
+    rank, top, total = _order(logits, e, TOP)
+    weights = tl.exp(logits - top[:, None]) * (1 / total)[:, None] * scale[None, :]
+    chosen = (rank < TOP) & (warp == 0)
+    tl.store(weights_ptr + rank, weights, mask=chosen)
+    tl.store(experts_ptr + rank, e[None, :] + HIGH, mask=chosen)
+    tl.store(members_ptr + rank * AT_ONCE, rank * HIGH, mask=chosen)
+    tl.store(active_ptr, TOP)
 
 
 @triton.jit

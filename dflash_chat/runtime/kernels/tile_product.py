@@ -70,11 +70,11 @@ def tile_product(
     x_ptr, row, taken, w_ptr, scale_ptr, zero_ptr, n, first,
     N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
     FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, ALONE: tl.constexpr,
+    STAGES: tl.constexpr, ALONE: tl.constexpr, LET_GO: tl.constexpr = False,
 ):  # fmt: skip
     """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS].
 
-    ROWS: eight, of a plain weight sixteen or more; one, if it is ALONE.
+    ROWS: eight, of a plain weight sixteen or more; one, if it is ALONE. LET_GO: as `only_row` does.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     ROWS: tl.constexpr = row.shape[0]
@@ -85,7 +85,7 @@ def tile_product(
     BLOCK: tl.constexpr = 4 * RUN
     if ALONE:
         end = (first + SPAN) // BLOCK
-        acc = only_row(x_ptr, w_ptr, scale_ptr, first // BLOCK, end, N, n, RUN, STAGES)
+        acc = only_row(x_ptr, w_ptr, scale_ptr, first // BLOCK, end, N, n, RUN, STAGES, LET_GO)
         acc = acc[:, None]
     elif FORMAT == "int4":
         BLOCKS: tl.constexpr = SPAN // BLOCK

@@ -176,15 +176,18 @@ def _eight_groups(x_ptr, w_ptr, block, end, N, n, RUN: tl.constexpr):
     w_at = w_ptr + (own * N + channel)[:, None] * RUN + i[None, :]
     words = tl.load(w_at, mask=(own < end)[:, None], other=0)
 
+    # The eights as `_group` has them: −8 · 2⁹³x and −128 · 2⁸⁹x are one number, but a tensor core
+    # lines products up by their factors' exponents before it cuts off what is small.
+    none = tl.zeros([BLOCKS * CHANNELS, 8], tl.float32)
     even = tl.trans(lifted(x))
-    minus_eight = _minus_eight(words.shape, False, dtype)
-    eights = tl.dot(minus_eight, even, tl.zeros([BLOCKS * CHANNELS, 8], tl.float32))
+    eights = tl.dot(_minus_eight(words.shape, False, dtype), even, none)
     if RUN == 16:
-        more = tl.load(x_at + RUN, mask=live, other=0.0)
-        odd = tl.trans(lifted(more, True))
-        eights = tl.dot(minus_eight, tl.trans(lifted(more)), eights)
+        odd = tl.trans(lifted(tl.load(x_at + RUN, mask=live, other=0.0), True))
+        eights = tl.dot(_minus_eight(words.shape, True, dtype), odd, eights)
+        odd_eights = eights
     else:
         odd = tl.trans(lifted(x, True))
+        odd_eights = tl.dot(_minus_eight(words.shape, True, dtype), odd, none)
     sums = eights
     for g in tl.static_range(GROUPS):
         if RUN == 16:
@@ -193,7 +196,7 @@ def _eight_groups(x_ptr, w_ptr, block, end, N, n, RUN: tl.constexpr):
         elif g % 2 == 0:
             part = tl.dot(_nibble(words, g, dtype), even, eights)
         else:
-            part = tl.dot(_nibble(words, g, dtype), odd, eights)
+            part = tl.dot(_nibble(words, g, dtype), odd, odd_eights)
         sums = tl.where((group % GROUPS == g)[None, :], part, sums)
     sums = tl.reshape(sums, (BLOCKS, CHANNELS, 8))
     met = (group // GROUPS)[None, None, :] == tl.arange(0, BLOCKS)[:, None, None]

@@ -239,6 +239,18 @@ def test_a_row_does_not_depend_on_the_others(form: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [704, 2816])  # runs of 16 and of 32
+def test_one_row_of_int4_has_the_bits_that_it_has_among_others(k: int) -> None:
+    config = Config(64, 128, 2, 3, 2, tuned.Tile(32, 1, 3))
+    w, x = weight("int4-32", 2048, k), activations(16, k)
+    for rows in (x, F.gelu(x) * x.flip(0)):  # the second of very unlike sizes
+        many = linear.partials(rows, w, config=config)
+        for row in range(16):
+            alone = linear.partials(rows[row : row + 1], w, config=config)
+            assert torch.equal(alone[:, 0], many[:, row])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
 def test_a_captured_step_follows_its_input(pdl: bool) -> None:
     x = activations(16, 2816)

@@ -97,8 +97,11 @@ def test_a_rows_logits_do_not_depend_on_the_others() -> None:
     many = norms.residual_norms_and_logits(x, [Branch(parts)], [], EPS, router)[2]
     for row in range(16):
         part = Branch(parts[:, row : row + 1].contiguous())
-        one = norms.residual_norms_and_logits(x[row : row + 1], [part], [], EPS, router)[2]
-        assert torch.equal(one[0], many[row])
+        for pdl in (False, True):  # True: a program on every multiprocessor
+            one = norms.residual_norms_and_logits(
+                x[row : row + 1], [part], [], EPS, router, pdl=pdl
+            )[2]
+            assert torch.equal(one[0], many[row])
 
 
 def test_two_plain_branches_and_no_norm() -> None:

@@ -102,7 +102,7 @@ def compile_only(
 
     JITFunction.run = compiled
     attention.card = lambda device: attention.Card(multiprocessors, capability in ROOMY)
-    for module in (grouped, prefill):
+    for module in (grouped, norms, prefill):
         module.card = attention.card
 
 

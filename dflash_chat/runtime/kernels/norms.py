@@ -173,9 +173,7 @@ def _residual_kernel(
     inside = c < C
     mine = c + tl.program_id(1) * BLOCK < C  # what all of a row's programs have, the first stores
     if proj_ptr is not None:
-        e = tl.program_id(1) * (GROUPS * BN) % E + tl.arange(
-            0, BN
-        )  # behind the last the first again
+        e = tl.program_id(1) * (GROUPS * BN) % E + tl.arange(0, BN)  # behind the last the first
         proj = _rows(proj_ptr, e, c, inside, C)
         if GROUPS == 2:
             more = _rows(proj_ptr, e + BN, c, inside, C)
@@ -331,10 +329,10 @@ def _launch(
         assert router.proj.shape == (experts, width), f"proj {tuple(router.proj.shape)}"
         assert router.proj.is_contiguous(), f"proj {router.proj.stride()}"
         groups = 2 if rows > 8 else 1  # so many rows would read the parts of each too often
-        sharers = card(x.device).multiprocessors if rows == 1 and pdl else 1
-        routed = min(ROUTED, triton.next_power_of_2(triton.cdiv(experts, sharers)))
+        least = card(x.device).multiprocessors if rows == 1 and pdl else 1
+        routed = min(ROUTED, triton.next_power_of_2(triton.cdiv(experts, least)))
         assert experts % (groups * routed) == 0, f"{experts} experts"
-        programs = max(experts // (groups * routed), sharers)
+        programs = max(experts // (groups * routed), least)
         assert router.told is None or router.told.is_contiguous(), f"{router.told.stride()}"
         logits = torch.empty(rows, experts, dtype=torch.float32, device=x.device)
     _residual_kernel[(rows, programs)](

@@ -95,6 +95,12 @@ def _order(logits, e, TOP: tl.constexpr):
 
 
 @triton.jit
+def _weigh(logits, top, total, scale):
+    """Each row's weights [R, E], of which those of the experts it chose mean something."""
+    return tl.exp(logits - top[:, None]) * (1 / total)[:, None] * scale[None, :]
+
+
+@triton.jit
 def _without(key, e, first):
     """The keys of each row but the one at `first`."""
     return tl.where(e == first[:, None], -(2**31), key)
@@ -130,9 +136,8 @@ def list_only_row(
     warp = tl.arange(0, WARPS)[:, None]  # each does the same, the first writes
     logits = tl.load(logits_ptr + warp * 0 + e[None, :])
     rank, top, total = _order(logits, e, TOP)
-    weights = tl.exp(logits - top[:, None]) * (1 / total)[:, None] * scale[None, :]
     chosen = (rank < TOP) & (warp == 0)
-    tl.store(weights_ptr + rank, weights, mask=chosen)
+    tl.store(weights_ptr + rank, _weigh(logits, top, total, scale), mask=chosen)
     tl.store(experts_ptr + rank, e[None, :] + HIGH, mask=chosen)
     tl.store(members_ptr + rank * AT_ONCE, rank * HIGH, mask=chosen)
     tl.store(active_ptr, TOP)
@@ -185,8 +190,7 @@ def _select_kernel(
     logits = tl.load(logits_ptr + row[:, None] * E + e[None, :], mask=used, other=0.0)
     rank, top, total = _order(logits, e, TOP)
     chosen = used & (rank < TOP)
-    p = tl.exp(logits - top[:, None])
-    weights = p * (1 / total)[:, None] * scale[None, :]
+    weights = _weigh(logits, top, total, scale)
     _put(weights_ptr + row[:, None] * TOP + rank, weights, chosen, PDL)
 
     bit = tl.full([ROWS], 1, tl.int32) << row

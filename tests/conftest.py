@@ -24,7 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no CUDA device; torch is asked only if there are any."""
+    """Skip `gpu` tests where there is no CUDA device; torch is asked only if there are any. Files
+    that take long come first, so that no worker is left alone with one.
+    """
+    long = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in long)
     marked = [item for item in items if "gpu" in item.keywords]
     if not marked:
         return

@@ -184,7 +184,6 @@ def _eight_groups(x_ptr, w_ptr, block, end, N, n, RUN: tl.constexpr):
     if RUN == 16:
         odd = tl.trans(lifted(tl.load(x_at + RUN, mask=live, other=0.0), True))
         eights = tl.dot(_minus_eight(words.shape, True, dtype), odd, eights)
-        odd_eights = eights
     else:
         odd = tl.trans(lifted(x, True))
         odd_eights = tl.dot(_minus_eight(words.shape, True, dtype), odd, none)

@@ -110,6 +110,23 @@ def _tile(
 
 
 @triton.jit
+def _own_parts(
+    qkv_ptr, r, mine, g, part,
+    P: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K_EQ_V: tl.constexpr,
+):  # fmt: skip
+    """Of the only row, asked for at once: its key's `_halves`, and each part of its value [D]."""
+    at = r * 0 + (H + g) * D  # for every query anew, so that a product needs no other layout
+    halves = _halves(qkv_ptr, at, part, mine & (r >= 0), P, D, True)
+    d = tl.arange(0, D)
+    here = qkv_ptr + (H + g + (0 if K_EQ_V else G)) * D + d
+    values = ()
+    for p in tl.static_range(P):
+        value = tl.load(here + p * part, mask=mine & (d >= 0), other=0.0, volatile=True)
+        values = values + (value,)  # noqa: RUF005 (Triton)
+    return halves, values
+
+
+@triton.jit
 def _own_row(
     q_lo, q_hi, scale, halves, values, w_lo, w_hi, cos, sin, k_base, v_base, slot, mine, eps,
     P: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, V_NORM: tl.constexpr,
@@ -231,14 +248,7 @@ def _rope_attention_kernel(
     halves = _halves(qkv_ptr, at, part, r // GROUP < T, P, D, ROWS == 1)
     if ROWS == 1:  # asked for with the queries, not behind them
         mine = split == SPLITS - 1
-        own_at = r * 0 + (H + g) * D  # for every query anew: a product needs no other layout
-        own_halves = _halves(qkv_ptr, own_at, part, mine & (r >= 0), P, D, True)
-        d = tl.arange(0, D)
-        v_at = qkv_ptr + (H + g + (0 if K_EQ_V else G)) * D + d
-        own_values = ()
-        for p in tl.static_range(P):
-            value = tl.load(v_at + p * part, mask=mine & (d >= 0), other=0.0, volatile=True)
-            own_values = own_values + (value,)  # noqa: RUF005 (Triton)
+        own_halves, own_values = _own_parts(qkv_ptr, r, mine, g, part, P, H, G, D, K_EQ_V)
     q_lo, q_hi = _head(halves, q_w_lo, q_w_hi, cos, sin, eps, P, D, q_norm_ptr is not None, True)
     q_lo, q_hi = q_lo.to(dtype), q_hi.to(dtype)
     if ROWS == 1:

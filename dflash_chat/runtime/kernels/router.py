@@ -108,15 +108,14 @@ def _without(key, e, first):
 
 @triton.jit
 def _only_row(logits_ptr, E: tl.constexpr, WARPS: tl.constexpr):
-    """Its keys [WARPS, E], all of them in every warp, and the experts' numbers."""
-    e = tl.arange(0, E)[None, :]
-    return _key(tl.load(logits_ptr + tl.arange(0, WARPS)[:, None] * 0 + e)), e
+    """Its logits, all of them in every warp: [WARPS, E]."""
+    return tl.load(logits_ptr + tl.arange(0, WARPS)[:, None] * 0 + tl.arange(0, E)[None, :])
 
 
 @triton.jit
 def expert_at_rank(logits_ptr, r, E: tl.constexpr, WARPS: tl.constexpr):
     """Of the only row: the expert of rank r."""
-    key, e = _only_row(logits_ptr, E, WARPS)
+    key, e = _key(_only_row(logits_ptr, E, WARPS)), tl.arange(0, E)[None, :]
     for _ in range(r):
         _, first = _largest(key, e)
         key = _without(key, e, first)
@@ -134,7 +133,7 @@ def list_only_row(
     """
     e = tl.arange(0, E)
     warp = tl.arange(0, WARPS)[:, None]  # each does the same, the first writes
-    logits = tl.load(logits_ptr + warp * 0 + e[None, :])
+    logits = _only_row(logits_ptr, E, WARPS)
     rank, top, total = _order(logits, e, TOP)
     chosen = (rank < TOP) & (warp == 0)
     tl.store(weights_ptr + rank, _weigh(logits, top, total, scale), mask=chosen)

@@ -88,9 +88,9 @@ class EngineOptions:
     answers. A "screened" `head` stays as it is, with an int8 copy beside it that says which rows
     can win, for our CUDA kernels; drafts are read off that copy, too, and a plan that decides so
     says "screened" of `draft_head`. "bf16" and "own" refuse all this; "auto" leaves it to the plan
-    on a GPU, which never rounds the head itself, and elsewhere as it is, but for a CPU's drafts: of
-    a bf16 head they are read off an int4 copy. `draft_rows` keeps the rows of that many lowest ids
-    in the copy for drafts, and those of added tokens; 0 keeps all.
+    on a GPU, which never rounds the head itself, and elsewhere as it is, but for a CPU's drafts: in
+    bf16 the drafter's block and a copy of the head are int8 there. `draft_rows` keeps the rows of
+    that many lowest ids in the copy for drafts, and those of added tokens; 0 keeps all.
 
     `lookup` "off" leaves all drafts to the drafter. Graphs of short steps look nothing up.
     """

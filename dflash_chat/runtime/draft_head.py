@@ -1,7 +1,7 @@
 """What drafts are read off: the target's own head, or a cheaper copy of it.
 
     own      the target's, lent by reference; of a screened head the copy that it is screened by
-    int4     groups of 32, for torch's kernel on a CPU: a third of the bytes of bf16
+    int8     with a scale per row, for fbgemm on a CPU: half the bytes of bf16
     fp8      e4m3 with a scale per row: half the bytes of bf16
     trimmed  the rows of some tokens only: the N lowest ids, which a vocabulary in the order of its
              merges emits most, and those added beside the merges, so that every end can be drafted
@@ -78,8 +78,9 @@ def of(
     Raises UsageError if the head has no more rows than are to be kept.
     """
     fp8, rows, vocab = options.draft_head == "fp8", options.draft_rows, head.shape[0]
-    if _read_in_int4(head, options, device, dtype):
-        return DraftHead(cpu.Int4Copy.rounded(head), vocab, copied=True, softcap=softcap)
+    unchosen = not options.copies_head and options.draft_head == "auto"
+    if unchosen and device.type == "cpu" and cpu.int8_serves(dtype):
+        return DraftHead(cpu.Int8Copy.of(head), vocab, copied=True, softcap=softcap)
     if not options.copies_head:
         lent = head if screen is None or options.draft_head == "own" else screen
         return DraftHead(lent, vocab, softcap=softcap)
@@ -94,12 +95,3 @@ def of(
     dense = head.dequantize(dtype) if ids is None else head.rows(ids)
     copy = rounded(dense) if fp8 else DenseWeight(dense)
     return DraftHead(copy.to(device, dtype), vocab, ids, copied=True, softcap=softcap)
-
-
-def _read_in_int4(
-    head: Packed, options: EngineOptions, device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Whether nobody chose what a CPU drafts from, and a copy in int4 is quicker to read."""
-    chosen = options.copies_head or options.draft_head != "auto"
-    quicker = head.kernel != "int4" and cpu.int4_serves(head.shape, dtype)
-    return device.type == "cpu" and not chosen and quicker

@@ -276,6 +276,14 @@ class Drafter:
         self._pending: list[Tensor] = []  # observed features that are not projected yet
         self._block = torch.full((config.block_size,), config.mask_token_id, device=device)
 
+    def round_block(self, rounded: Callable[[Packed], Packed]) -> None:
+        """Let drafts go through coarser matrices, the `rounded` ones of every layer. What projects
+        the context stays as it is.
+        """
+        for layer in self.layers:
+            layer.qkv, layer.o_proj = rounded(layer.qkv), rounded(layer.o_proj)
+            layer.gate_up, layer.down_proj = rounded(layer.gate_up), rounded(layer.down_proj)
+
     def parts(self) -> list[LayerParts]:
         """All layers in terms of `parts.py`."""
         frequencies = layers.inverse_frequencies(self.config.head_dim, self.config.rope_theta)

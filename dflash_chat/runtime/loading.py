@@ -35,11 +35,10 @@ from dflash_chat.runtime import (
     weights,
 )
 from dflash_chat.runtime.api import DEFAULT_CONTEXT, EngineOptions, ModelInfo, Progress
-from dflash_chat.runtime.draft_head import DraftHead
 from dflash_chat.runtime.drafter import Config as DrafterConfig
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.engine import Engine
-from dflash_chat.runtime.quant import Packed
+from dflash_chat.runtime.quant import Packed, cpu
 from dflash_chat.runtime.quant.float_quantized import rounded
 from dflash_chat.runtime.weights import Checkpoint, Shape
 from dflash_chat.speed import Survival
@@ -206,6 +205,8 @@ def _build(
     added, cap = opened.tokenizer.added_ids, drafter_config.softcap
     head = draft_head.of(target.lm_head, options, added, device, dtype, cap, target.screen)
     drafter = Drafter(drafter_config, packed, target.embed, head, capacity, dtype, device)
+    if _drafts_in_int8(options, device, dtype):
+        drafter.round_block(cpu.Int8Copy.of)
     engine = Engine(
         target,
         target.new_cache(capacity),
@@ -238,6 +239,11 @@ def _graphs(engine: Engine) -> tuple[GraphedSteps | None, str]:
             raise
         log.exception("CUDA graphs could not be captured")
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _drafts_in_int8(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether nobody chose the drafter's format, and a CPU multiplies quicker in int8."""
+    return options.drafter == "auto" and device.type == "cpu" and cpu.int8_serves(dtype)
 
 
 def _in_fp8(weight: Packed) -> Packed:
@@ -281,12 +287,14 @@ def _draft_tokens(
     return options.draft_tokens or min(default, most)
 
 
-def _rounded_words(options: EngineOptions, head: DraftHead, screened: bool) -> list[str]:
+def _rounded_words(options: EngineOptions, drafter: Drafter, screened: bool) -> list[str]:
     """What the options made coarser than the files are, or read a coarser copy of."""
     words = ["fp8 target head"] if options.head == "fp8" else []
     if options.head == "screened":  # which takes graphs, and a dense head
         words.append("screened head" if screened else "head not screened")
     words += ["fp8 drafter"] if options.drafter == "fp8" else []
+    words += ["int8 drafter"] if drafter.layers[0].gate_up.kernel == "int8" else []
+    head = drafter.head
     if options.copies_head:
         kind = "fp8 draft head" if options.draft_head == "fp8" else "draft head"
         words.append(f"{kind} of {head.weight.shape[0]} rows")
@@ -316,7 +324,7 @@ def _info(
     plain = engine.plain
     heads = opened.config.num_attention_heads
     computing = [_kernels(engine), flash.words(engine.cache, heads)]
-    computing += _rounded_words(options, drafter.head, screened)
+    computing += _rounded_words(options, drafter, screened)
     return ModelInfo(
         pair=installed.pair.name,
         target=f"{installed.pair.title} ({installed.build.source})",

@@ -16,6 +16,7 @@ from dflash_chat.runtime.quant.float_quantized import Float8Weight, rounded
 from dflash_chat.runtime.sampling import Sampler
 from tests.runtime import tiny
 
+BF16 = torch.bfloat16
 META = torch.device("meta")  # stands for any device that is not the CPU
 V, C = 300, 32
 ADDED = (250, 299, 400)  # the last one is not in this vocabulary
@@ -126,40 +127,18 @@ def test_a_drafter_counts_the_head_copied_for_it() -> None:
     assert copied.nbytes == lent.nbytes + copied.head.nbytes > lent.nbytes
 
 
-int4 = pytest.mark.skipif(
-    not cpu.int4_serves((32, 32), torch.bfloat16), reason="torch has no int4 kernel for this CPU"
-)
-
-
-@int4
-def test_nobodys_choice_on_a_cpu_is_a_copy_in_int4() -> None:
-    def copied(options: EngineOptions, own: Packed, dtype: torch.dtype = torch.bfloat16) -> bool:
+@pytest.mark.skipif(not cpu.int8_serves(BF16), reason="no fbgemm for this CPU")
+def test_nobodys_choice_on_a_cpu_is_a_copy_in_int8() -> None:
+    def copied(options: EngineOptions, own: Packed, dtype: torch.dtype = BF16) -> bool:
         return draft_head.of(own, options, (), tiny.CPU, dtype).copied
 
-    own = DenseWeight(torch.randn(304, C)).to(tiny.CPU, torch.bfloat16)
-    head = draft_head.of(own, EngineOptions(), (), tiny.CPU, torch.bfloat16)
-    assert head.weight.kernel == "int4"
-    assert head.nbytes == 304 * (C // 2 + 4 * C // 32)
+    own = head_weight().to(tiny.CPU, BF16)
+    head = draft_head.of(own, EngineOptions(), (), tiny.CPU, BF16)
+    assert head.weight.kernel == "int8"
+    assert head.nbytes == V * (C + 12)
     assert not copied(EngineOptions(draft_head="own"), own)
     assert not copied(EngineOptions(head="fp8", draft_head="fp8"), own)
-    assert not copied(EngineOptions(), head.weight), "of what is int4 no copy is quicker"
     assert not copied(EngineOptions(), head_weight(), torch.float32)
-    assert not copied(EngineOptions(), head_weight()), "300 rows are no whole tiles"
-
-
-@int4
-@pytest.mark.parametrize("rows", [304, 4176])  # the second in two chunks
-def test_an_int4_copy_is_half_a_step_away(rows: int) -> None:
-    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
-    weight[7], weight[8, 5] = 0, 40
-    copy = cpu.Int4Copy.rounded(DenseWeight(weight))
-    read = copy.matmul(torch.eye(96, dtype=torch.bfloat16)).T.float()
-    groups = weight.float().view(rows, 3, 32)
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    step = (high - low) / 15
-    ulps = 2**-7 * groups.abs().amax(-1, keepdim=True)  # of the scale, the zero and what is read
-    assert ((read.view(rows, 3, 32) - groups).abs() <= 0.5 * step + 2 * ulps).all()
-    assert (read[7] == 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dflash_chat.errors import CheckpointError
 from dflash_chat.runtime import drafter as module
+from dflash_chat.runtime.quant import cpu
 from tests.runtime import tiny
 
 RAW: dict[str, Any] = {
@@ -276,3 +277,21 @@ def test_what_a_few_passes_left_is_projected_in_blocks(monkeypatch: pytest.Monke
             drafter.observe(_features(rows))
             drafter.flush()
     assert sizes == [block, 3, 1, module.FEW_BLOCKS * block + 1]
+
+
+@pytest.mark.skipif(not cpu.int8_serves(torch.bfloat16), reason="no fbgemm for this CPU")
+def test_a_rounded_block_stands_behind_the_same_context() -> None:
+    target, features = tiny.target(dtype=torch.bfloat16), _features(9).bfloat16()
+    exact, rounded = (tiny.drafter(target, dtype=torch.bfloat16) for _ in range(2))
+    rounded.round_block(cpu.Int8Copy.of)
+    with torch.inference_mode():
+        blocks = []
+        for drafter in (exact, rounded):
+            drafter.observe(features)
+            blocks.append(drafter.forward(7, 4).float())
+    for layer in range(2):
+        ours, theirs = rounded.cache.seen(layer, 0), exact.cache.seen(layer, 0)
+        assert all(len(a[0]) == 9 and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    error = float((blocks[1] - blocks[0]).norm() / blocks[0].norm())
+    assert 0 < error < 0.1
+    assert rounded.nbytes < exact.nbytes

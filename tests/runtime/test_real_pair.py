@@ -98,13 +98,15 @@ def test_logits_and_tapped_features_equal_transformers(smollm2_gguf: Path) -> No
         assert float((a - b).norm() / b.norm()) < 1e-3
 
 
-def test_a_cpu_drafts_from_a_copy_in_int4(quick: Session) -> None:
-    head = quick.engine.target.lm_head
-    copied = cpu.int4_serves(head.shape, quick.engine.target.dtype)
-    assert ("int4 draft head" in quick.info.kernels) == copied
-    drafter = quick.engine.drafter
+def test_a_cpu_drafts_in_int8(quick: Session) -> None:
+    target, drafter = quick.engine.target, quick.engine.drafter
+    assert isinstance(target, llama.Target)
     assert isinstance(drafter, Drafter)
-    assert drafter.head.nbytes == copied * (head.shape[0] * head.shape[1] * 5 // 8)
+    rounded = cpu.int8_serves(target.dtype)
+    assert ("int8 drafter, int8 draft head" in quick.info.kernels) == rounded
+    vocab, hidden = target.lm_head.shape
+    assert drafter.head.nbytes == rounded * vocab * (hidden + 12)
+    assert (drafter.layers[0].qkv.kernel == "int8") == rounded
 
 
 def test_paris(quick: Session) -> None:

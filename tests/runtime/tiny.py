@@ -51,9 +51,11 @@ def weights(shapes: dict[str, tuple[int, ...]], seed: int, scale: float) -> dict
     return made
 
 
-def target(seed: int = 0, capacity: int = 256, vocab: int = VOCAB) -> llama.Target:
+def target(
+    seed: int = 0, capacity: int = 256, vocab: int = VOCAB, dtype: torch.dtype = torch.float32
+) -> llama.Target:
     c = config(vocab)
-    return llama.Target(c, weights(c.tensor_shapes(), seed, 0.3), capacity, torch.float32, CPU)
+    return llama.Target(c, weights(c.tensor_shapes(), seed, 0.3), capacity, dtype, CPU)
 
 
 def drafter_config(
@@ -81,6 +83,7 @@ def drafter(
     causal: bool | None = False,
     sliding: int = 1,
     largest_block: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> drafter_module.Drafter:
     c = drafter_config(window, causal, sliding)
     return drafter_module.Drafter(
@@ -89,7 +92,7 @@ def drafter(
         of.embed,
         DraftHead(of.lm_head, of.lm_head.shape[0]),
         capacity,
-        torch.float32,
+        dtype,
         CPU,
         largest_block,
     )

@@ -7,11 +7,14 @@ a block gives bit for bit what decoding its tokens one by one gives:
 - int4 sums each output over K in one order, whatever the number of rows;
 - oneDNN does so from two rows on, so a single row is padded to two, which costs nothing measurable.
 
+Drafts need no such care: `Int8Copy` rounds all rows of a call together, for fbgemm.
+
 Knows kernels and their layouts. Does not know block formats: they hand over q, scale and zero.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -23,20 +26,25 @@ from torch import Tensor
 from dflash_chat.runtime.quant import Packed
 
 INT4_GROUPS = (256, 128, 64, 32)
-ROUNDED_AT_ONCE = 4096  # rows, whole tiles of the int4 kernel: bounds what `Int4Copy` needs
+ROUNDED_AT_ONCE = 4096  # rows: bounds what `Int8Copy` needs while it is made
 INT4_MAX_ROWS = 96  # beyond, dequantising once per call and one bf16 matmul are faster
 
 
 def int4_serves(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether the int4 kernel takes this weight; it is vectorised for AVX2 and AVX-512 only."""
-    vectorised = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     fits = len(shape) == 2 and shape[0] % 16 == 0 and shape[1] % INT4_GROUPS[-1] == 0
-    return vectorised and fits and dtype == torch.bfloat16
+    return _vectorised() and fits and dtype == torch.bfloat16
 
 
 def int4_group(group: int) -> int | None:
     """The largest group of the int4 kernel that divides `group`, if any does."""
     return next((served for served in INT4_GROUPS if group % served == 0), None)
+
+
+def int8_serves(dtype: torch.dtype) -> bool:
+    """Whether fbgemm multiplies drafts by int8 weights."""
+    built = "fbgemm" in torch.backends.quantized.supported_engines
+    return built and _vectorised() and dtype == torch.bfloat16
 
 
 def prepacking_serves(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -111,30 +119,67 @@ class Int4Weight:
 
 
 @dataclass
-class Int4Copy(Int4Weight):
-    """A copy that only drafts: what it was rounded from, its `source`, is somebody else's."""
+class Int8Copy:
+    """A copy that only drafts: int8 with a scale per row, as fbgemm lays it out.
+
+    A call rounds its activations to 7 bits with one scale for all rows: without VNNI sums of more
+    would not fit. So a row's result depends on the rows beside it.
+    """
+
+    shape: tuple[int, ...]
+    layout: torch.ScriptObject = field(repr=False)
+
+    @classmethod
+    def of(cls, source: Packed) -> Self:
+        """Rounded from a weight [N, K], which it does not keep."""
+        rows = torch.split(torch.arange(source.shape[0]), ROUNDED_AT_ONCE)
+        q, scale = zip(*(_rounded(source.rows(chunk).float()) for chunk in rows), strict=True)
+        scales = torch.cat(scale)
+        chosen = torch.backends.quantized.engine
+        with warnings.catch_warnings():
+            # torch is about to drop tensors of this kind, not fbgemm; nothing else packs for it
+            warnings.filterwarnings("ignore", ".*quantize", UserWarning)
+            zeros = torch.zeros(len(scales), dtype=torch.int64)
+            weight = torch._make_per_channel_quantized_tensor(torch.cat(q), scales, zeros, 0)
+            try:
+                torch.backends.quantized.engine = "fbgemm"
+                return cls(source.shape, torch.ops.quantized.linear_prepack(weight, None))
+            finally:
+                torch.backends.quantized.engine = chosen
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies, in a word."""
+        return "int8"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copy."""
-        return self.nibbles.nbytes + self.scales_and_zeros.nbytes
+        """Bytes of the weights, and of each row's scale, zero point and sum."""
+        return self.shape[0] * (self.shape[1] + 12)
 
-    @classmethod
-    def rounded(cls, source: Packed) -> Self:
-        """source: [N, K], for which `int4_serves`. A group of 32 is spread over its 16 numbers."""
-        rows = torch.split(torch.arange(source.shape[0]), ROUNDED_AT_ONCE)
-        parts = [cls._rounded(source, source.rows(chunk).float()) for chunk in rows]
-        nibbles = torch.cat([part.nibbles for part in parts])
-        return cls(source, nibbles, torch.cat([part.scales_and_zeros for part in parts], 1))
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K], exact in fp32."""
+        weight, _ = torch.ops.quantized.linear_unpack(self.layout)
+        exact: Tensor = weight.dequantize()
+        return exact.to(dtype)
 
-    @classmethod
-    def _rounded(cls, source: Packed, wide: Tensor) -> Self:
-        groups = wide.view(len(wide), -1, INT4_GROUPS[-1])  # [N, G, 32]
-        low, high = groups.aminmax(dim=-1)
-        scale = ((high - low) / 15).clamp(min=1e-30).bfloat16().float()
-        zero = (low + 8 * scale).bfloat16().float()
-        q = ((groups - zero[..., None]) / scale[..., None]).round_().add_(8).clamp_(0, 15)
-        return cls.of(source, q.flatten(-2), scale, zero)
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids [T] -> bf16 [T, K]."""
+        return self.dequantize(torch.bfloat16)[ids]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Packed:
+        """The same: it serves a CPU's bf16 only."""
+        return self
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x: bf16 [T, K] -> bf16 [T, N]."""
+        assert x.dtype == torch.bfloat16, f"x {x.dtype}"
+        wide: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.layout, True)
+        return wide.bfloat16()
+
+    def joined(self, others: Sequence[Packed]) -> Packed | None:
+        """The kernel's layout does not join; join before `of`."""
+        return None
 
 
 @dataclass
@@ -191,3 +236,14 @@ class PrepackedWeight:
     def joined(self, others: Sequence[Packed]) -> Packed | None:
         """oneDNN's layout does not join; join before `to`."""
         return None
+
+
+def _vectorised() -> bool:
+    """Whether this CPU has AVX2 or more, and torch uses it."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def _rounded(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, K] and fp32 scales [N] of rows [N, K]."""
+    scale = wide.abs().amax(1).clamp(min=1e-30) / 127
+    return (wide / scale[:, None]).round_().to(torch.int8), scale

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from dflash_chat.runtime import quant
 from dflash_chat.runtime.quant import cpu
+from dflash_chat.runtime.quant.dense import DenseWeight
 from tests.runtime.gguf_writer import quantize_q4_1
 from tests.runtime.quant.test_formats import random_weight
 
 CPU = torch.device("cpu")
 FORMATS = ("dense", "q4_0", "q4_1", "q8_0", "pack_quantized", "float_quantized")
 DTYPES = (torch.float32, torch.bfloat16)
+
+int8 = pytest.mark.skipif(not cpu.int8_serves(torch.bfloat16), reason="no fbgemm for this CPU")
 
 
 def rms(error: Tensor) -> float:
@@ -67,6 +70,37 @@ def test_four_bits_stay_four_bits() -> None:
     ready.matmul(torch.randn(1, 256).bfloat16())
     kernel_bytes = ready.nbytes - packed.nbytes
     assert kernel_bytes * 8 == 5 * 64 * 256  # 4 bits, and 32 bits of scale and zero per 32 weights
+
+
+@int8
+@pytest.mark.parametrize("rows", [13, 4176])  # the second in two chunks
+def test_an_int8_copy_is_half_a_step_away(rows: int) -> None:
+    chosen = torch.backends.quantized.engine
+    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight[7], weight[8, 5] = 0, 40
+    copy = cpu.Int8Copy.of(DenseWeight(weight))
+    step = weight.float().abs().amax(1, keepdim=True) / 127
+    exact = copy.dequantize()
+    assert ((exact - weight.float()).abs() <= 0.501 * step).all()
+    assert (exact[7] == 0).all()
+    ids = torch.tensor([8, 0, 8])
+    assert torch.equal(copy.rows(ids), exact[ids].bfloat16())
+    assert torch.backends.quantized.engine == chosen, "what others pack is not our choice"
+
+
+@int8
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_an_int8_copy_is_off_by_the_rounding_of_what_it_multiplies(rows: int) -> None:
+    packed, _ = random_weight("q8_0", 96, 160)
+    copy = cpu.Int8Copy.of(packed.to(CPU, torch.bfloat16))
+    x = torch.randn(rows, 160).bfloat16()
+    exact = x.double() @ copy.dequantize(torch.float64).T
+    step = (x.max() - x.min()).double() / 127
+    allowed = 0.51 * step * copy.dequantize().double().abs().sum(1) + 2**-8 * exact.abs()
+    ours = copy.matmul(x)
+    assert (ours.dtype, ours.shape) == (torch.bfloat16, (rows, 96))
+    assert ((ours.double() - exact).abs() <= allowed).all()
+    assert rms(ours.double() - exact) < 0.03 * rms(exact)
 
 
 @pytest.mark.parametrize("shape", [(20, 64), (5, 32)])

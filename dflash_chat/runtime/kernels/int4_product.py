@@ -21,6 +21,8 @@ import triton.language as tl
 
 from dflash_chat.runtime.kernels.narrow import lifted, meant
 
+LEFT = tl.constexpr(512)  # columns before a product's end, where the next launch may begin
+
 
 @triton.jit
 def _nibble(words, J: tl.constexpr, dtype: tl.constexpr):
@@ -203,7 +205,7 @@ def _eight_groups(x_ptr, w_ptr, block, end, N, n, RUN: tl.constexpr):
 
 
 @triton.jit
-def _let_go(now, since):
+def let_go(now, since):
     """Let the next launch begin if it is `since` or later."""
     tl.inline_asm_elementwise(
         """{
@@ -236,6 +238,6 @@ def only_row(
         acc = _add_up(acc, before, scales)
         before = sums
         if LET_GO:
-            _let_go(block, first + STEP)
+            let_go(block, first + STEP)
     acc = _add_up(acc, before, last)
     return meant(acc, x_ptr.dtype.element_ty, 40)

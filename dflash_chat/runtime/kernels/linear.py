@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dflash_chat.runtime.kernels import tuned
 from dflash_chat.runtime.kernels.forms import Fp8, Int4, Int8, Weight, dequantize, kind, shape
-from dflash_chat.runtime.kernels.int4_product import int4_block, only_row
+from dflash_chat.runtime.kernels.int4_product import LEFT, int4_block, let_go, only_row
 from dflash_chat.runtime.kernels.narrow import lifted, meant, small
 from dflash_chat.runtime.kernels.tile_product import prefetch
 from dflash_chat.runtime.kernels.tuned import Config
@@ -93,11 +93,12 @@ def accumulate(
     x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, N, K, first, last,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
     FORMAT: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
-    ALONE: tl.constexpr = False,
+    ALONE: tl.constexpr = False, LET_GO: tl.constexpr = False,
 ):  # fmt: skip
     """w[row] · xᵀ over the chunks first … last of BK columns: [BN, ROWS] fp32.
 
-    row: [BN] rows of w, block_row: [BN] their rows of block scales, N: all rows of w.
+    row: [BN] rows of w, block_row: [BN] their rows of block scales, N: all rows of w. LET_GO: the
+    next launch may begin when LEFT columns are left; an ALONE row does not let it.
     """
     t = tl.arange(0, ROWS)
     x_row = x_ptr + t * stride_x
@@ -116,6 +117,8 @@ def accumulate(
                     acc, x_row + block * (4 * RUN), live, w_ptr, scale_ptr, zero_ptr,
                     block, N, row, EVEN_K or block < K // (4 * RUN), RUN, zero_ptr is not None,
                 )  # fmt: skip
+            if LET_GO:
+                let_go(i, last - LEFT // BK)
         acc = meant(acc, x_ptr.dtype.element_ty, 40)
     else:
         col = tl.arange(0, BK)
@@ -142,6 +145,8 @@ def accumulate(
                 s = s_next
             else:
                 acc = tl.dot(_widen(w, x.dtype), _lifted(x, w), acc)
+            if LET_GO:
+                let_go(i, last - LEFT // BK)
         if w_ptr.dtype.element_ty == tl.uint8:
             acc = meant(acc, x_ptr.dtype.element_ty, 27)
         if FORMAT == CHANNEL:
@@ -203,14 +208,15 @@ def _linear_kernel(
     chunks = tl.cdiv(K, BK)
     first = chunks * split // splits
     depend(w_ptr, row, rows_of_w, K, first * BK, RUN, PDL)
-    if PDL and EPILOGUE < SILU:
+    LET_GO: tl.constexpr = PDL and EPILOGUE >= SILU
+    if PDL and not LET_GO:
         tl.extra.cuda.gdc_launch_dependents()
     acc = accumulate(
         x_ptr, stride_x, w_ptr, scale_ptr, zero_ptr, row, block_row, T, rows_of_w, K,
         first, chunks * (split + 1) // splits, ROWS, BN, BK, EVEN_K, FORMAT, RUN, STAGES,
-        ALONE,
+        ALONE, LET_GO,
     )  # fmt: skip
-    if PDL and EPILOGUE >= SILU:  # a GEMM follows, whose programs are to find free room
+    if LET_GO:  # a GEMM follows, whose programs are to find free room
         tl.extra.cuda.gdc_launch_dependents()
     t = tl.arange(0, ROWS)[None, :]
     if EPILOGUE == PARTIALS:

@@ -22,6 +22,7 @@ A single row has as many places as ranks: given its logits instead of a list, th
 place i look for the expert of rank i themselves, and a CTA more writes the list down. int4 without
 zeros multiplies a single row as `int4_product.only_row` does. Its gate_up lets down begin after the
 first step: by then all of its CTAs stand, as evenly as the norms' did, and leave room for down's.
+Others have taken that room, and let down begin shortly before their end.
 
 Activations bf16, accumulation fp32, weights in any format of `expert_weights.py`, which
 `tile_product.py` reads.

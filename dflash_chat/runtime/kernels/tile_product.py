@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dflash_chat.runtime.kernels.int4_product import int4_block, only_row
+from dflash_chat.runtime.kernels.int4_product import LEFT, int4_block, let_go, only_row
 from dflash_chat.runtime.kernels.narrow import lifted, meant, small
 
 
@@ -74,7 +74,8 @@ def tile_product(
 ):  # fmt: skip
     """x [rows, K] · w[n]ᵀ over columns first … first + SPAN: fp32 [ROWS, CHANNELS].
 
-    ROWS: eight, of a plain weight sixteen or more; one, if it is ALONE. LET_GO: as `only_row` does.
+    ROWS: eight, of a plain weight sixteen or more; one, if it is ALONE. LET_GO: the next launch may
+    begin when LEFT columns are left, or when `only_row` lets it.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     ROWS: tl.constexpr = row.shape[0]
@@ -99,6 +100,8 @@ def tile_product(
                     acc, x_row + block * BLOCK, taken, w_ptr, scale_ptr, zero_ptr, block, N, n,
                     inside, RUN, HAS_ZERO,
                 )  # fmt: skip
+            if LET_GO:
+                let_go(start, BLOCKS - LEFT // BLOCK)
         acc = meant(acc, dtype, 40)
     else:
         k = tl.arange(0, BK)
@@ -119,6 +122,8 @@ def tile_product(
                 acc = _product(lifted(x), small(w, dtype), acc, W_FIRST)
             else:
                 acc = _product(x, w.to(dtype), acc, W_FIRST)
+            if LET_GO:
+                let_go(start, SPAN - LEFT)
         if FORMAT == "fp8":
             acc *= _outer(one, meant(scale, dtype, 27), W_FIRST)
     return tl.trans(acc) if W_FIRST else acc

@@ -37,9 +37,8 @@ def write(folder: Path, pair: str) -> tuple[str, str]:
     """config.json of target and drafter as vLLM wants them; nothing else is read."""
     published = shapes(pair)
     common = {"torch_dtype": "bfloat16", "attention_bias": False}
-    gemma = published.target["model_type"] == "gemma4_text"
     target = published.target | common
-    if gemma:
+    if target["model_type"] == "gemma4_text":
         target |= {
             "architectures": ["Gemma4ForCausalLM"],
             "hidden_activation": "gelu_pytorch_tanh",

@@ -89,8 +89,9 @@ class EngineOptions:
     can win, for our CUDA kernels; drafts are read off that copy, too, and a plan that decides so
     says "screened" of `draft_head`. "bf16" and "own" refuse all this; "auto" leaves it to the plan
     on a GPU, which never rounds the head itself, and elsewhere as it is, but for a CPU's drafts: in
-    bf16 the drafter's block and a copy of the head are int8 there. `draft_rows` keeps the rows of
-    that many lowest ids in the copy for drafts, and those of added tokens; 0 keeps all.
+    bf16 the drafter's block and a copy of a quarter of the head are int8 there. `draft_rows` keeps
+    the rows of that many lowest ids in the copy for drafts, and those of added tokens; on a CPU
+    also of those that the text has brought; 0 keeps all.
 
     `lookup` "off" leaves all drafts to the drafter. Graphs of short steps look nothing up.
     """

@@ -11,7 +11,7 @@ The config is read as raw JSON: transformers' Qwen3Config would silently drop th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -334,6 +334,10 @@ class Drafter:
         self._pending = [torch.cat(self._pending)[:waiting]] if waiting else []
         self.cache.truncate(min(n, self.cache.length))
 
+    def read(self, ids: Sequence[int]) -> None:
+        """The text goes on with these tokens, which may come again; nothing else hangs on them."""
+        self.head.read(ids)
+
     def draft(self, anchor: int | Tensor, n: int) -> Tensor:
         """Logits [n, V] of the n ≤ block − 1 tokens that follow `anchor`."""
         return self.logits(self.forward(anchor, n))
@@ -341,6 +345,10 @@ class Drafter:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] of rows [T, C] that `forward` gave."""
         return self.head.logits(hidden)
+
+    def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same of the tokens that can be drafted, as `DraftHead.candidates`."""
+        return self.head.candidates(hidden)
 
     def forward(self, anchor: int | Tensor, n: int) -> Tensor:
         """Final normed hidden states [n, C] of the n ≤ block − 1 tokens that follow `anchor`.

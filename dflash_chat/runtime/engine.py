@@ -82,8 +82,11 @@ class BlockDrafter(Protocol):
     def forward(self, anchor: int, n: int) -> Tensor:
         """Hidden states [n, C] of the n tokens behind `anchor`."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] of hidden states [T, C]."""
+    def read(self, ids: Sequence[int]) -> None:
+        """The text goes on with these tokens."""
+
+    def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [T, N] of hidden states [T, C], and their tokens, int64 [N]; None: all."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,7 @@ class Engine:
             hidden = self._dry_draft(self.drafter, features)
             most, first = len(hidden), self._first
             for rows in {most, first, most - first} - {0}:
-                self.drafter.logits(hidden[:rows])
+                self.drafter.candidates(hidden[:rows])
 
     @torch.inference_mode()
     def measure(
@@ -300,7 +303,7 @@ class Engine:
             sampler.choose(self._dry_pass(n, context)[0], self._tensor([0] * (n - 1)))
 
         def draft(drafter: BlockDrafter, left: Tensor) -> None:
-            sampler.guess(drafter.logits(self._dry_draft(drafter, left)[: self._first]))
+            sampler.guess(*drafter.candidates(self._dry_draft(drafter, left)[: self._first]))
 
         passes: list[Callable[[], object]] = [partial(verify, n) for n in self._widths]
         if self.drafter is not None:
@@ -435,10 +438,10 @@ class Engine:
             return self._tensor([])
         hidden = self.drafter.forward(anchor, decision.width - 1)  # [k, C]
         first = len(hidden) if decision.why == PINNED else self._first
-        tokens, chances = sampler.guess(self.drafter.logits(hidden[:first]))
+        tokens, chances = sampler.guess(*self.drafter.candidates(hidden[:first]))
         confidence = chances.tolist()
         if len(hidden) > first and self.controller.goes_on(decision, confidence):
-            more, chances = sampler.guess(self.drafter.logits(hidden[first:]), first)
+            more, chances = sampler.guess(*self.drafter.candidates(hidden[first:]), first)
             tokens, confidence = torch.cat([tokens, more]), confidence + chances.tolist()
         return tokens[: self.controller.cut(decision, confidence) - 1]
 
@@ -447,6 +450,7 @@ class Engine:
         self.cache.commit(len(ids))
         if self.drafter is not None:
             self.drafter.observe(features)
+            self.drafter.read(ids)
         self.log += ids
 
     def _clip(self, tokens: list[int], stats: StepStats | None, sampler: Sampler) -> Step:

@@ -299,7 +299,7 @@ def _rounded_words(options: EngineOptions, drafter: Drafter, screened: bool) -> 
         kind = "fp8 draft head" if options.draft_head == "fp8" else "draft head"
         words.append(f"{kind} of {head.weight.shape[0]} rows")
     elif head.copied:
-        words.append(f"{head.weight.kernel} draft head")
+        words.append(f"{head.weight.kernel} draft head of {head.weight.shape[0]} rows")
     return words
 
 

@@ -71,8 +71,11 @@ class Sampler:
             return self._draw(logits, keys)
         return self._one_by_one(logits, drafted.tolist(), keys)
 
-    def guess(self, logits: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
-        """What the target will choose, as far as the drafter's logits [n, V] tell.
+    def guess(
+        self, logits: Tensor, ids: Tensor | None = None, before: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """What the target will choose, as far as the drafter's logits [n, N] of tokens `ids`,
+        int64 [N], tell; None: of every token in order.
 
         Row 0 stands `before` rows behind where `choose`'s does. Returns the tokens, int64 [n], and
         for each a rough chance that it is right, fp32 [n].
@@ -80,13 +83,15 @@ class Sampler:
         logits = logits.float()
         if self.params.temperature <= 0:
             best = logits.max(-1)
-            return best.indices, (best.values - logits.logsumexp(-1)).exp()
-        top, ids = largest(logits, min(HEAD, logits.shape[-1]))
-        noise = gumbel(self.keys(len(ids), ids.device, before)[:, None], ids)
+            tokens = best.indices if ids is None else ids[best.indices]
+            return tokens, (logits - best.values[:, None]).exp().sum(-1).reciprocal()
+        top, at = largest(logits, min(HEAD, logits.shape[-1]))
+        tokens = at if ids is None else ids[at]
+        noise = gumbel(self.keys(len(tokens), tokens.device, before)[:, None], tokens)
         scores = filtered(top, self.params).log() + noise
         best = scores.max(-1)
-        chance = (best.values * SHARPNESS - (scores * SHARPNESS).logsumexp(-1)).exp()
-        return ids.gather(-1, best.indices[:, None])[:, 0], chance
+        chance = ((scores - best.values[:, None]) * SHARPNESS).exp().sum(-1).reciprocal()
+        return tokens.gather(-1, best.indices[:, None])[:, 0], chance
 
     def _one_by_one(self, logits: Tensor, drafted: list[int], keys: Tensor) -> Tensor:
         """The choices up to the first that contradicts its draft, then UNREAD: nobody looks there.

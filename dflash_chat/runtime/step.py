@@ -241,7 +241,7 @@ class HeadKernels:
         """Logits, fp32 [T, V]; -inf for tokens without a row."""
         cap = self.head.softcap
         logits, _ = heads.logits_and_argmax(hidden, self.weight, softcap=cap, pdl=self.pdl)
-        return self.head.spread(logits)
+        return self.head.spread(logits, self.head.ids)
 
 
 class Graphs:

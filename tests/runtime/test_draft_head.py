@@ -103,6 +103,50 @@ def test_the_guesss_noise_belongs_to_the_vocabularys_ids() -> None:
     assert tokens.max() >= 250
 
 
+def test_a_trimmed_head_knows_what_the_text_has_brought() -> None:
+    own = head_weight()
+    head = make(EngineOptions(draft_rows=20), own)
+    truth = own.matmul(hidden())
+    known = {*range(20), 250, 299}
+    for ids in ([7, 120, 250, 120], [], [60, 120]):
+        head.read(ids)
+        known |= {*ids}
+        logits, tokens = head.candidates(hidden())
+        assert tokens is not None
+        assert sorted(tokens.tolist()) == sorted(known)  # none of them twice
+        torch.testing.assert_close(logits, truth[:, tokens])
+        whole = head.logits(hidden())
+        assert {*whole[0].isfinite().nonzero()[:, 0].tolist()} == known
+        greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(temperature=1.5, seed=3)
+        for params in (greedy, sampled):
+            sampler = Sampler(params, [])
+            assert torch.equal(sampler.guess(logits, tokens)[0], sampler.guess(whole)[0])
+
+
+def test_of_more_tokens_than_there_is_room_for_the_latest_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(draft_head, "TEXT_ROWS", 8)
+    own = head_weight()
+    head = make(EngineOptions(draft_rows=20), own)
+
+    def text() -> list[int]:
+        logits, tokens = head.candidates(hidden())
+        assert tokens is not None
+        torch.testing.assert_close(logits, own.matmul(hidden())[:, tokens])
+        return sorted(set(tokens.tolist()) - {*range(20), 250, 299})
+
+    head.read(range(100, 120))
+    assert text() == [*range(112, 120)]
+    head.read([200, 113, 201])
+    assert text() == [*range(114, 120), 200, 201]
+
+
+def test_on_a_device_no_rows_come_and_go() -> None:
+    head = draft_head.of(head_weight(), EngineOptions(draft_rows=20), ADDED, META, torch.float32)
+    assert head.text is None
+
+
 @pytest.mark.parametrize("rows", [V, V + 1])
 def test_more_rows_than_there_are_is_refused(rows: int) -> None:
     with pytest.raises(UsageError, match=f"keeps {rows} rows, and this target's head has {V}"):
@@ -114,8 +158,9 @@ def test_what_a_copy_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "prepacking_serves", lambda *_: False)
     kept = len(KEPT)
     assert make(EngineOptions(draft_head="fp8")).nbytes == V * (C + 4)
-    assert make(EngineOptions(draft_rows=100)).nbytes == kept * C * 4
-    assert make(EngineOptions(draft_head="fp8", draft_rows=100)).nbytes == kept * (C + 4)
+    text = draft_head.TEXT_ROWS * C * 4
+    assert make(EngineOptions(draft_rows=100)).nbytes == kept * C * 4 + text
+    assert make(EngineOptions(draft_head="fp8", draft_rows=100)).nbytes == kept * (C + 4) + text
 
 
 def test_a_drafter_counts_the_head_copied_for_it() -> None:
@@ -128,14 +173,23 @@ def test_a_drafter_counts_the_head_copied_for_it() -> None:
 
 
 @pytest.mark.skipif(not cpu.int8_serves(BF16), reason="no fbgemm for this CPU")
-def test_nobodys_choice_on_a_cpu_is_a_copy_in_int8() -> None:
+def test_nobodys_choice_on_a_cpu_is_a_quarter_of_the_rows_in_int8() -> None:
     def copied(options: EngineOptions, own: Packed, dtype: torch.dtype = BF16) -> bool:
         return draft_head.of(own, options, (), tiny.CPU, dtype).copied
 
     own = head_weight().to(tiny.CPU, BF16)
-    head = draft_head.of(own, EngineOptions(), (), tiny.CPU, BF16)
+    head = draft_head.of(own, EngineOptions(), ADDED, tiny.CPU, BF16)
     assert head.weight.kernel == "int8"
-    assert head.nbytes == V * (C + 12)
+    assert head.ids is not None
+    assert head.ids.tolist() == [*range(V // 4), 250, 299]
+    assert head.nbytes == (V // 4 + 2) * (C + 12) + draft_head.TEXT_ROWS * C * 2
+    head.read([200, 3, 250])
+    logits, ids = head.candidates(hidden().bfloat16())
+    assert ids is not None
+    assert ids.tolist() == [*range(V // 4), 250, 299, 200]
+    exact = own.matmul(hidden().bfloat16())[:, ids].float()
+    torch.testing.assert_close(logits.float(), exact, rtol=0.02, atol=0.4)
+    torch.testing.assert_close(logits[:, -1].float(), exact[:, -1], rtol=0.01, atol=0.05)
     assert not copied(EngineOptions(draft_head="own"), own)
     assert not copied(EngineOptions(head="fp8", draft_head="fp8"), own)
     assert not copied(EngineOptions(), head_weight(), torch.float32)

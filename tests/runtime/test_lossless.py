@@ -98,7 +98,7 @@ def test_drafts_in_two_parts_are_those_of_the_whole_block(temperature: float) ->
         stats = [s.stats for s in steps[:-1] if s.stats is not None]
         assert all(s.accepted == s.drafted for s in stats)
         assert BLOCK in {s.drafted for s in stats}
-        assert set(drafter.read) == ({BLOCK} if controller is None else {1, 2, 3, 4})
+        assert set(drafter.multiplied) == ({BLOCK} if controller is None else {1, 2, 3, 4})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -117,7 +117,7 @@ def test_the_last_drafts_are_looked_at_where_the_first_are_sure(
     assert tiny.tokens(steps) == plain
     most = max(s.stats.drafted for s in steps if s.stats is not None)
     assert most == sum(parts)
-    assert set(drafter.read) == parts
+    assert set(drafter.multiplied) == parts
 
 
 @pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.0), (0.9, 1.0), (0.9, 1.3)])
@@ -186,10 +186,10 @@ def test_what_passes_cost_includes_the_choice_of_tokens(monkeypatch: pytest.Monk
         time.sleep(0.004 * len(logits))
         return choose(self, logits, drafted)
 
-    def slow_guess(self: Sampler, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def slow_guess(self: Sampler, logits: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         guessed.append(len(logits))
         time.sleep(0.01)
-        return guess(self, logits)
+        return guess(self, logits, ids)
 
     monkeypatch.setattr(Sampler, "choose", slow_choose)
     monkeypatch.setattr(Sampler, "guess", slow_guess)

@@ -24,6 +24,7 @@ from dflash_chat.runtime.api import (
 )
 from dflash_chat.runtime.controller import Controller
 from dflash_chat.runtime.costs import Costs, CostTable
+from dflash_chat.runtime.draft_head import INT8_SHARE, TEXT_ROWS
 from dflash_chat.runtime.drafter import Drafter
 from dflash_chat.runtime.models import llama
 from dflash_chat.runtime.quant import cpu
@@ -103,9 +104,10 @@ def test_a_cpu_drafts_in_int8(quick: Session) -> None:
     assert isinstance(target, llama.Target)
     assert isinstance(drafter, Drafter)
     rounded = cpu.int8_serves(target.dtype)
-    assert ("int8 drafter, int8 draft head" in quick.info.kernels) == rounded
     vocab, hidden = target.lm_head.shape
-    assert drafter.head.nbytes == rounded * vocab * (hidden + 12)
+    rows = vocab // INT8_SHARE  # with the special tokens, which have the lowest ids
+    assert (f"int8 drafter, int8 draft head of {rows} rows" in quick.info.kernels) == rounded
+    assert drafter.head.nbytes == rounded * (rows * (hidden + 12) + TEXT_ROWS * hidden * 2)
     assert (drafter.layers[0].qkv.kernel == "int8") == rounded
 
 

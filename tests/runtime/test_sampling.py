@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -76,8 +77,10 @@ def test_two_drafted_tokens_follow_the_targets_joint_distribution(right: bool) -
         def truncate(self, n: int) -> None:
             self.length = n
 
-        def logits(self, hidden: Tensor) -> Tensor:
-            return hidden
+        def read(self, ids: Sequence[int]) -> None: ...
+
+        def candidates(self, hidden: Tensor) -> tuple[Tensor, None]:
+            return hidden, None
 
         def forward(self, anchor: int, n: int) -> Tensor:
             best = favourite[anchor] if right else joint[anchor].argmin()

@@ -170,7 +170,7 @@ def test_a_plain_answer_measures_plain_decoding_and_an_unmeasured_one_claims_not
     ("model", "part"),
     [
         *(("target", part) for part in ("forward", "logits")),
-        *(("drafter", part) for part in ("forward", "logits", "observe")),
+        *(("drafter", part) for part in ("forward", "candidates", "observe")),
     ],
 )
 @pytest.mark.parametrize("at", [1, 3])

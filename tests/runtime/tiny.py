@@ -110,7 +110,7 @@ class ScriptedDrafter:
         self.certainty = certainty
         self.length = 0
         self.calls = 0
-        self.read: list[int] = []  # rows that went through the head at a time
+        self.multiplied: list[int] = []  # rows that went through the head at a time
 
     def observe(self, features: Tensor) -> None:
         self.length += len(features)
@@ -124,9 +124,12 @@ class ScriptedDrafter:
     def truncate(self, n: int) -> None:
         self.length = min(self.length, n)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        self.read.append(len(hidden))
-        return hidden
+    def read(self, ids: Sequence[int]) -> None:
+        pass
+
+    def candidates(self, hidden: Tensor) -> tuple[Tensor, None]:
+        self.multiplied.append(len(hidden))
+        return hidden, None
 
     def forward(self, anchor: int, n: int) -> Tensor:
         done = self.length - self.prompt + 1  # answer tokens chosen so far, the anchor included
@@ -152,8 +155,9 @@ class Foreseeing(ScriptedDrafter):
             self.hidden, _ = of.forward(text, of.new_cache(len(text)))  # [T, C]
         self.head = of.logits
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(super().logits(hidden))
+    def candidates(self, hidden: Tensor) -> tuple[Tensor, None]:
+        hidden, _ = super().candidates(hidden)
+        return self.head(hidden), None
 
     def forward(self, anchor: int, n: int) -> Tensor:
         return self.hidden[self.length : self.length + n]

@@ -238,8 +238,11 @@ class Controller:
         self._staked -= decision.stake
 
     def new_answer(self, pinned: int | None = None) -> None:
-        """Another answer begins, of which less is known; `pinned` as for the whole."""
+        """Another answer begins, of which less is known, and which may not lose what those before
+        it have won; `pinned` as for the whole.
+        """
         self.pinned = pinned if len(self.widths) > 1 else 0
+        self._purse, self._hope = min(self._purse, PURSE), min(self._hope, 0.0)
         self.acceptance.relax(_NEW_ANSWER)
         self._look_after = max(_FIRST_LOOK, self._look_after / _LOOK_RARER)
         self._untold = 0

@@ -31,7 +31,7 @@ _NEVER = -80.0  # log-odds
 _SUMS_ERR = 1e-4  # more than fp32 sums of a vocabulary are off
 _BLOCK = 64  # tokens of which a CPU looks at the largest first
 HEAD = 64  # tokens with noise of their own; the rest of the vocabulary competes as one
-SHARPNESS = 0.8  # turns perturbed scores into chances; found on the default pair
+SHARPNESS = 0.8  # turns perturbed scores into doubts, whose roots are; found on the default pair
 
 
 class Sampler:
@@ -90,7 +90,8 @@ class Sampler:
         noise = gumbel(self.keys(len(tokens), tokens.device, before)[:, None], tokens)
         scores = filtered(top, self.params).log() + noise
         best = scores.max(-1)
-        chance = ((scores - best.values[:, None]) * SHARPNESS).exp().sum(-1).reciprocal()
+        against = ((scores - best.values[:, None]) * SHARPNESS).exp().sum(-1)
+        chance = 1.0 - ((against - 1.0) / against).sqrt()
         return tokens.gather(-1, best.indices[:, None])[:, 0], chance
 
     def _one_by_one(self, logits: Tensor, drafted: list[int], keys: Tensor) -> Tensor:

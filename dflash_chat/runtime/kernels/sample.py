@@ -310,7 +310,7 @@ def _choose_kernel(
     token = tl.sum(tl.where(h == where, head_ids, 0), axis=0)
     if GUESS:
         against = tl.sum(tl.exp(SHARPNESS * (scores - score)), axis=0)
-        tl.store(chance_ptr + row, 1 / against)
+        tl.store(chance_ptr + row, 1 - tl.sqrt((against - 1) / against))
     else:
         mass = _mass(w, total, known, least, row_ptr, largest, temperature, VOCAB, BLOCK)
         rest = mass - tl.sum(head_w, axis=0)

@@ -34,7 +34,7 @@ _MEMORY = 256.0  # trials after which older ones count half
 _FIRST_STEPS, _LEARN_EVERY = 32, 8  # tables are worked out every step at first, then rarely
 
 _FACTORS = (0.35, 0.6, 1.0, 1.6, 3.0, 9.0, 40.0)  # of the moment …
-_USUAL = (0.1, 0.25, 0.34, 0.25, 0.03, 0.02, 0.01)  # … and how common they are
+_USUAL = (0.1, 0.25, 0.35, 0.26, 0.02, 0.015, 0.005)  # … and how common they are
 _NEGATIVE = tuple(-factor for factor in _FACTORS)
 _CHANGE = 0.015  # chance that the text changes character from one step to the next
 

@@ -32,7 +32,7 @@ from dflash_chat.runtime.acceptance import Acceptance
 from dflash_chat.runtime.costs import Costs, StepCosts
 
 PURSE = 5.0  # plain steps that drafting may lose before it has won any …
-PURSE_LIMIT = 16.0  # … and after it has won many
+PURSE_LIMIT = 14.0  # … and after it has won many
 REFILL = 0.006  # plain steps, for every token decoded plainly, up to `PURSE`
 _BET = 0.5  # share of the purse that one step may lose
 _BASELINE_EVERY = 400.0  # plain steps' time between two of them while drafting: 0.25 %

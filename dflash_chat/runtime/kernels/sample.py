@@ -11,10 +11,10 @@
 
 Every filter is a threshold on w, hence a bisection on its bits: nothing is sorted. The first kernel
 reads the logits once, one warp a tile, and keeps the tile's largest few as candidates, and its sum
-of w. A tile's ids are strided, since likely tokens have neighbouring ids. The second, one program
-a row, has all candidates in registers. They are complete above the largest of the tiles' last
-candidates; where a threshold lies below that, or the rest wins, it reads the row's logits again,
-once per halving: slow, rare, and without the host.
+of w. A tile's ids are strided, since likely tokens have neighbouring ids, as digits have. The
+second, one program a row, has all candidates in registers. They are complete above the largest of
+the tiles' last candidates; where a threshold lies below that, or the rest wins, it reads the row's
+logits again, once per halving: slow, rare, and without the host.
 
 `guess` is the drafter's side: the same noise, but filters and choice see the head alone.
 
@@ -40,7 +40,7 @@ from dflash_chat.runtime import sampling
 from dflash_chat.runtime.sampling import Sampler
 
 _TILES = 512  # at most, of a row
-_RUN = tl.constexpr(8)  # neighbouring ids in a tile: a sector of memory
+_RUN = tl.constexpr(4)  # neighbouring ids in a tile; of 8, digits filled its candidates
 _ONE = tl.constexpr(0x3F800000)  # bits of the largest weight
 
 

@@ -81,6 +81,17 @@ def test_guesses_equal_the_torch_path(name: str) -> None:
         torch.testing.assert_close(chances, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_row_whose_likely_tokens_are_neighbours_need_not_be_read_again() -> None:
+    """Ten digits in a row left every tile's last candidate below the head's least."""
+    logits = torch.randn(8, 49152, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    for row, first in enumerate((32, 35, 1000, 1003, 20000, 30007, 40001, 49100)):
+        logits[row, first : first + 10] += 9
+    params = on_device(Sampler(PLAIN, []))[1]
+    found = sample.candidates(logits, params, sample.default_config(49152))
+    last = found.logits[:, -1].amax(-1)
+    assert bool((last < logits.topk(65, -1).values[:, -1]).all())
+
+
 def test_the_rest_wins_where_it_is_likely() -> None:
     logits = logits_of(8) / 10
     for config in (ENOUGH, FEW):

@@ -31,7 +31,7 @@ from operator import mul
 from dflash_chat.runtime.acceptance import Acceptance
 from dflash_chat.runtime.costs import Costs, StepCosts
 
-PURSE = 5.0  # plain steps that drafting may lose before it has won any …
+PURSE = 5.0  # plain steps that drafting may lose before it has won any in an answer …
 PURSE_LIMIT = 14.0  # … and after it has won many
 REFILL = 0.006  # plain steps, for every token decoded plainly, up to `PURSE`
 _BET = 0.5  # share of the purse that one step may lose

@@ -340,14 +340,10 @@ class Drafter:
 
     def draft(self, anchor: int | Tensor, n: int) -> Tensor:
         """Logits [n, V] of the n ≤ block − 1 tokens that follow `anchor`."""
-        return self.logits(self.forward(anchor, n))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] of rows [T, C] that `forward` gave."""
-        return self.head.logits(hidden)
+        return self.head.logits(self.forward(anchor, n))
 
     def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same of the tokens that can be drafted, as `DraftHead.candidates`."""
+        """Logits of rows [T, C] that `forward` gave, and their tokens: `DraftHead.candidates`."""
         return self.head.candidates(hidden)
 
     def forward(self, anchor: int | Tensor, n: int) -> Tensor:
